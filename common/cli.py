@@ -1,0 +1,254 @@
+"""What the four scripts share: options, logging, exit status and the closing line."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import tqdm
+
+from common.errors import StageError
+from common.hashing import fingerprint
+from common.parallel import PROGRESS, Outcome, available_cpus
+
+VERSION = "1.0.0"
+SOFTWARE = f"tumorvolume {VERSION}"
+
+DONE = 0
+FATAL = 1
+SOME_FAILED = 3
+INTERRUPTED = 130
+TERMINATED = 143
+
+logger = logging.getLogger("tumorvolume")
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser whose help is the script's docstring with examples at its end."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples.strip()}",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of description and examples, with room for the longer options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def add_run_options(target: argparse.ArgumentParser, *, parallel: bool = True) -> None:
+    """Add the options that every script has; `parallel` for those with worker processes."""
+    run = target.add_argument_group("running")
+    if parallel:
+        run.add_argument(
+            "-j",
+            "--jobs",
+            type=positive_int,
+            default=available_cpus(),
+            metavar="N",
+            help="worker processes (default: the CPUs this process may use, %(default)s here)",
+        )
+        run.add_argument(
+            "--shard",
+            type=shard,
+            default=(1, 1),
+            metavar="I/N",
+            help="do only the I-th of N disjoint parts of the studies, for job arrays",
+        )
+    run.add_argument("--force", action="store_true", help="start afresh: reuse nothing")
+    run.add_argument("-v", "--verbose", action="count", default=0, help="say more; -vv still more")
+    run.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    run.add_argument(
+        "--log-file", type=Path, metavar="FILE", help="append the log, with times, to FILE"
+    )
+    run.add_argument("--debug", action="store_true", help="show tracebacks")
+    run.add_argument("--version", action="version", version=SOFTWARE)
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def finite_float(text: str) -> float:
+    """Parse a number that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Parse ``I/N`` with 1 <= I <= N."""
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
+    return int(first), int(last)
+
+
+def in_shard(study_hash: str, part: tuple[int, int]) -> bool:
+    """Tell whether a study belongs to the I-th of N parts; its hash alone decides."""
+    index, count = part
+    return int(fingerprint(study_hash), 16) % count == index - 1
+
+
+def check_paths(target: argparse.ArgumentParser, inputs: Sequence[Path], output: Path) -> None:
+    """End with status 2 where an input is missing, or the output can't be or is an input."""
+    for path in inputs:
+        if not path.exists():
+            target.error(f"input {path} does not exist")
+        if output.exists() and output.samefile(path):
+            target.error(f"output {output} is an input: choose another name")
+    if output.is_dir():
+        target.error(f"output {output} is a folder: give a file name")
+    if not output.parent.is_dir():
+        target.error(f"folder {output.parent} of the output does not exist: make it first")
+
+
+def check_side_output(target: argparse.ArgumentParser, path: Path, output: Path) -> None:
+    """End with status 2 where a file beside the output can't be written or is the output."""
+    if path.resolve() == output.resolve():
+        target.error(f"{path} is the output too: choose another name")
+    if path.is_dir() or not path.parent.is_dir():
+        target.error(f"{path} can't be written: it or its folder is not what it should be")
+
+
+def check_folder(target: argparse.ArgumentParser, path: Path) -> None:
+    """End with status 2 where a folder for results is a file."""
+    if path.exists() and not path.is_dir():
+        target.error(f"{path} is not a folder")
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+Closing = Callable[[Sequence[Outcome], Path], str]
+
+
+def run(
+    options: argparse.Namespace,
+    stage: Callable[[], Sequence[Outcome]],
+    closing: Closing | None = None,
+) -> int:
+    """Run a stage, print its closing line (`closing_line` by default), return the exit status."""
+    _set_up_logging(options)
+    _set_up_signals()
+    try:
+        outcomes = stage()
+    except StageError as error:
+        logger.error("%s", error, exc_info=options.debug)
+        return FATAL
+    except KeyboardInterrupt:
+        logger.error("interrupted: finished studies are kept, the same command goes on from there")
+        return INTERRUPTED
+    except _Terminated:
+        logger.error("terminated: finished studies are kept, the same command goes on from there")
+        return TERMINATED
+    except (OSError, MemoryError) as error:
+        logger.error("%s", _explain(error), exc_info=options.debug)
+        return FATAL
+    except Exception as error:
+        logger.error(
+            "unexpected %s: run again with --debug and report it",
+            type(error).__name__,
+            exc_info=options.debug,
+        )
+        return FATAL
+    print((closing or closing_line)(outcomes, options.output), flush=True)
+    return SOME_FAILED if any(o.status == "failed" for o in outcomes) else DONE
+
+
+def _explain(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory: use fewer --jobs"
+    return f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
+
+
+def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
+    """Return ``12 studies: 9 written, 1 unchanged, 1 skipped, 1 failed -> out.h5``."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    listed = ", ".join(
+        f"{counts[status]} {status}" for status in ("written", "unchanged", "skipped", "failed")
+    )
+    return f"{len(outcomes)} studies: {listed} -> {output}"
+
+
+def _set_up_signals() -> None:
+    """Make SIGTERM an exception here; workers, which inherit it for a moment, just end."""
+    parent = os.getpid()
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != parent:
+            os._exit(TERMINATED)
+        raise _Terminated
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == parent:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def _set_up_logging(options: argparse.Namespace) -> None:
+    level = PROGRESS - 10 * options.verbose
+    if options.quiet:
+        level = logging.ERROR
+    if options.debug:
+        level = logging.DEBUG
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    console = _BarFriendlyHandler()
+    console.setFormatter(_LineFormatter())
+    console.setLevel(level)
+    logger.addHandler(console)
+    if options.log_file is not None:
+        file = logging.FileHandler(options.log_file, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setLevel(min(level, logging.INFO))
+        logger.addHandler(file)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+
+
+class _BarFriendlyHandler(logging.Handler):
+    """Writes lines to stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _LineFormatter(logging.Formatter):
+    """One line: ``error: ...``, ``warning: ...``, or the message alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.ERROR:
+            return f"error: {text}"
+        return f"warning: {text}" if record.levelno >= logging.WARNING else text

@@ -1,0 +1,142 @@
+"""What the rescaled values of a PET series are: SUV of some type, activity, or counts.
+
+Pure.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import StudyError
+from common.pet_series import PetSeries
+from common.remarks import Remarks
+from common.timeline import Array
+
+LARGEST_WITNESS_DIFFERENCE = 0.01
+"""Relative difference between a factor and the vendor's own that is worth a warning."""
+
+_UNITS = "Units (0054,1001)"
+_SUV_TYPE = "SUVType (0054,1006)"
+_DECAY_CORRECTION = "DecayCorrection (0054,1102)"
+_SUV_FACTOR = "SUV scale factor (7053,1000)"
+_ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
+
+_TYPE_OF_GML = {
+    None: "bw",
+    "BW": "bw",
+    "LBMJANMA": "lbm-janma",
+    "LBMJAMES128": "lbm-james",
+    "IBW": "ibw",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """What rescaled values times `per_unit` are.
+
+    Attributes
+    ----------
+    rule : str
+        The rule that fired, see `common.suv`; empty for BQML.
+    suv_type : str or None
+        SUV of this type; None for activity concentration [Bq/ml].
+    per_unit : (n_slices,) array
+
+    """
+
+    rule: str
+    suv_type: str | None
+    per_unit: Array
+
+
+def scale_of_units(series: PetSeries) -> Scale:
+    """Find what the rescaled values are.
+
+    Raises
+    ------
+    StudyError
+        Nothing that can become SUV, or the header leaves open what.
+    """
+    unity = np.ones(len(series.slices))
+    match series.units:
+        case "GML":
+            return Scale("7", _type_of_gml(series), unity)
+        case "CM2ML":
+            return Scale("8", "bsa", unity)
+        case "BQML":
+            _require_decay_correction(series)
+            return Scale("", None, unity)
+        case "CNTS":
+            _require_decay_correction(series)
+            return _scale_of_counts(series)
+        case None:
+            raise StudyError(
+                f"the unit of the values is unknown ({_UNITS} is missing): add it to the header, "
+                "or name it by --pet-units"
+            )
+        case other:
+            raise StudyError(
+                f"such values can't become SUV ({_UNITS} is {other}): export the series as BQML"
+            )
+
+
+def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> float | None:
+    """Hold `factors` to SUVbw, (n_slices,), against those that Philips states beside BQML.
+
+    Returns
+    -------
+    vendor_factor : float or None
+        Median of the stated factors; None where there are none.
+    """
+    if series.units != "BQML":
+        return None
+    suv = _on_every_slice(each.philips_suv_factor for each in series.slices)
+    activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
+    if suv is None or activity is None:
+        return None
+    difference = float(np.abs(factors * activity / suv - 1).max())
+    if difference > LARGEST_WITNESS_DIFFERENCE:
+        remarks.warnings.append(
+            f"vendor's factor disagrees: {_SUV_FACTOR} over {_ACTIVITY_FACTOR} differs by up to "
+            f"{difference:.1%}; it is not used"
+        )
+    return float(np.median(suv / activity))
+
+
+def _type_of_gml(series: PetSeries) -> str:
+    if series.suv_type in _TYPE_OF_GML:
+        return _TYPE_OF_GML[series.suv_type]
+    why = ", which leaves the formula open" if series.suv_type == "LBM" else ""
+    raise StudyError(
+        f"the type of SUV is unknown ({_SUV_TYPE} is {series.suv_type}{why}): export it as BQML"
+    )
+
+
+def _require_decay_correction(series: PetSeries) -> None:
+    if series.decay_correction not in ("START", "ADMIN", "NONE"):
+        state = "is missing" if series.decay_correction is None else "has another value"
+        raise StudyError(
+            f"the decay correction is unknown ({_DECAY_CORRECTION} {state}): "
+            "set it to START, ADMIN or NONE in the header"
+        )
+
+
+def _scale_of_counts(series: PetSeries) -> Scale:
+    suv = _on_every_slice(each.philips_suv_factor for each in series.slices)
+    if suv is not None and series.decay_correction != "NONE":
+        return Scale("9", "bw", suv)
+    activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
+    if activity is not None:
+        return Scale("9", None, activity)
+    raise StudyError(
+        f"counts without scale ({_UNITS} is CNTS, but Philips' {_SUV_FACTOR} and "
+        f"{_ACTIVITY_FACTOR} are missing, zero or not usable with {_DECAY_CORRECTION} "
+        f"{series.decay_correction}): export with private tags, or as BQML"
+    )
+
+
+def _on_every_slice(values: Iterable[float | None]) -> Array | None:
+    """Values as an array, None unless every slice has one other than 0."""
+    array = np.array([each or 0.0 for each in values])
+    return array if array.all() else None

@@ -1,0 +1,329 @@
+"""Standardised uptake values: a factor for each slice of a PET series, and its provenance.
+
+Pure. SUV = stored value * RescaleSlope * factor. The rules, as they are named in the provenance:
+
+    7    Units GML: SUV already; converted where another type is asked for
+    8    Units CM2ML: SUV by body surface area already; likewise
+    9    Units CNTS of Philips: (7053,1000) is the factor; else "9+", and (7053,1009) gives Bq/ml
+    11   DecayCorrection ADMIN: the values refer to the injection
+    12a, 12b, 12c, 13, 15
+         The values refer to another moment: see `common.decay`
+
+Where values are activity concentrations (Units BQML, and CNTS by (7053,1009)), the factor is body
+weight [g] over the dose [Bq] left at the moment that the values refer to.
+
+Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, vendor-neutral
+pseudo-code; conformance statements of the vendors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.body_mass import SUV_UNITS, body_quantity
+from common.decay import decay_reference, uptake_s
+from common.errors import StudyError
+from common.pet_series import PetSeries, PetSlice
+from common.pet_units import compare_with_vendor, scale_of_units
+from common.remarks import Remarks, refuse_reinterpretations
+from common.suv_alternatives import ALTERNATIVES, alternative_factors
+from common.timeline import Array, timeline
+
+__all__ = [
+    "SUV_UNITS",
+    "PetSeries",
+    "PetSlice",
+    "SuvConversion",
+    "already_suv",
+    "spread_factors",
+    "suv_factors",
+]
+
+LEAST_WEIGHT_IN_GRAMS = 1000.0
+"""PatientWeight from which on it must be in grams."""
+
+LEAST_DOSE_IN_BQ = 10_000.0
+"""RadionuclideTotalDose below which it must be in MBq."""
+
+_WEIGHT = "PatientWeight (0010,1030)"
+_DOSE = "RadionuclideTotalDose (0018,1074)"
+_HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
+_DECAY_CORRECTION = "DecayCorrection (0054,1102)"
+_CORRECTED_IMAGE = "CorrectedImage (0028,0051)"
+_SUV_FACTOR = "SUV scale factor (7053,1000)"
+_ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
+
+
+@dataclass(frozen=True, eq=False)
+class SuvConversion:
+    """How a series becomes SUV.
+
+    Attributes
+    ----------
+    factors : (n_slices,) float64 array
+        SUV per rescaled value.
+    provenance : dict
+        How they came about; JSON-serialisable, without identity:
+
+        ``suv_type``, ``suv_units``
+            Type and unit of the SUV.
+        ``units``, ``header_suv_type``, ``decay_correction``, ``manufacturer``
+            What the header says.
+        ``rule``
+            What fired; see the modules `common.suv` and `common.decay`.
+        ``minutes_to_reference``
+            [least, largest] from injection to the moment that the values refer to, or None.
+        ``factor_range``
+            [least, largest] of `factors`.
+        ``weight_kg``
+            Body weight, or None.
+        ``vendor_factor``
+            Median factor to SUVbw that Philips states beside Units BQML, or None.
+        ``reinterpretations``, ``warnings``
+            Lists of sentences.
+        ``alternatives``
+            Median factors by other rules, or None; see `common.suv_alternatives`.
+
+    """
+
+    factors: Array
+    provenance: dict[str, Any]
+
+
+def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -> SuvConversion:
+    """Find the factor from rescaled value to SUV of each slice.
+
+    Parameters
+    ----------
+    series : PetSeries
+        What the headers say.
+    suv_type : str
+        The type asked for: "bw", "lbm-janma", "lbm-james" or "ibw" [g/ml], or "bsa" [cm2/ml].
+    strict : bool
+        Refuse a header that needs a reinterpretation.
+
+    Raises
+    ------
+    StudyError
+        The header does not determine the SUV.
+    """
+    _require_suv_type(suv_type)
+    remarks = Remarks()
+    _require_corrections(series, remarks)
+    scale = scale_of_units(series)
+    weight_kg = _weight_kg(series, remarks)
+    if scale.suv_type is None:
+        rule, uptake, dose_bq = _dose_at_reference(series, remarks)
+        with np.errstate(over="ignore", divide="ignore"):
+            to_suvbw = scale.per_unit * _quantity("bw", series, weight_kg) / dose_bq
+        vendor_factor = compare_with_vendor(series, to_suvbw, remarks)
+        factors = to_suvbw * _ratio(suv_type, "bw", series, weight_kg)
+    else:
+        rule, uptake, vendor_factor = "", None, None
+        factors = scale.per_unit * _ratio(suv_type, scale.suv_type, series, weight_kg)
+    _require_positive(factors)
+    if strict:
+        refuse_reinterpretations(remarks)
+    return SuvConversion(
+        factors,
+        _provenance(
+            suv_type,
+            "+".join(filter(None, (scale.rule, rule))),
+            factors,
+            weight_kg,
+            remarks,
+            units=series.units,
+            header_suv_type=series.suv_type,
+            decay_correction=series.decay_correction,
+            manufacturer=series.manufacturer,
+            minutes_to_reference=None if uptake is None else _range(uptake / 60),
+            vendor_factor=None if vendor_factor is None else _rounded(vendor_factor),
+            alternatives=_alternatives(suv_type, series, weight_kg),
+        ),
+    )
+
+
+def already_suv(
+    n_slices: int, suv_type: str = "bw", series: PetSeries | None = None
+) -> SuvConversion:
+    """Take values as SUV of `suv_type` (`--pet-units suv`): all factors are 1.
+
+    Parameters
+    ----------
+    n_slices : int
+        Number of slices.
+    suv_type : str
+        Type of SUV that the values are, as `suv_factors` takes it.
+    series : PetSeries, optional
+        Only its weight counts, for the provenance.
+
+    """
+    _require_suv_type(suv_type)
+    remarks = Remarks()
+    factors = np.ones(n_slices)
+    return SuvConversion(
+        factors,
+        _provenance(
+            suv_type,
+            "given as SUV",
+            factors,
+            None if series is None else _weight_kg(series, remarks),
+            remarks,
+        ),
+    )
+
+
+def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
+    """Factors of a volume's `n_slices`, where one header may stand for all of them.
+
+    Raises
+    ------
+    StudyError
+        Neither one header nor one for each slice; or one, but without decay correction each slice
+        refers to a moment of its own.
+    """
+    n_headers = len(conversion.factors)
+    if n_headers == n_slices:
+        return conversion.factors
+    if n_headers != 1:
+        raise StudyError(
+            f"{n_headers} PET headers for {n_slices} slices: give one header, or one for each slice"
+        )
+    if conversion.provenance["rule"].endswith("13"):
+        raise StudyError(
+            f"one header can't tell when each slice was acquired ({_DECAY_CORRECTION} is NONE): "
+            "give the header of every slice"
+        )
+    return np.full(n_slices, conversion.factors[0])
+
+
+def _require_suv_type(suv_type: str) -> None:
+    if suv_type not in SUV_UNITS:
+        raise ValueError(f"no such type of SUV: {suv_type}")
+
+
+def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
+    if "ATTN" not in series.corrected_image:
+        raise StudyError(
+            f"not corrected for attenuation ({_CORRECTED_IMAGE} lacks ATTN): "
+            "give the attenuation-corrected series"
+        )
+    decay_corrected = "DECY" in series.corrected_image
+    if not decay_corrected and series.decay_correction != "NONE":
+        raise StudyError(
+            f"it is unclear whether decay was corrected for ({_CORRECTED_IMAGE} lacks DECY, but "
+            f"{_DECAY_CORRECTION} is not NONE): correct the header"
+        )
+    if decay_corrected and series.decay_correction == "NONE":
+        remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {_DECAY_CORRECTION} is NONE")
+
+
+def _weight_kg(series: PetSeries, remarks: Remarks) -> float | None:
+    """Body weight [kg], None where there is none."""
+    weight = series.weight_kg
+    if weight is None or weight <= 0:
+        return None
+    if weight < LEAST_WEIGHT_IN_GRAMS:
+        return weight
+    remarks.reinterpretations.append(f"{_WEIGHT} is 1000 or more: it is taken as grams")
+    return weight / 1000
+
+
+def _quantity(suv_type: str, series: PetSeries, weight_kg: float | None) -> float:
+    if weight_kg is None:
+        state = "is missing" if series.weight_kg is None else f"is {series.weight_kg:g}"
+        raise StudyError(f"no body weight ({_WEIGHT} {state}): set it in the header [kg]")
+    return body_quantity(suv_type, weight_kg, series.height_m, series.sex)
+
+
+def _ratio(to_type: str, from_type: str, series: PetSeries, weight_kg: float | None) -> float:
+    """SUV of `to_type` per SUV of `from_type`."""
+    if to_type == from_type:
+        return 1.0
+    return _quantity(to_type, series, weight_kg) / _quantity(from_type, series, weight_kg)
+
+
+def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[str, Array, Array]:
+    """Rule, time from injection [s] and dose left then [Bq] of each slice."""
+    dose_bq, half_life_s = _dose_bq(series, remarks), _half_life_s(series)
+    if series.decay_correction == "ADMIN":
+        at_injection = np.zeros(len(series.slices))
+        return "11", at_injection, at_injection + dose_bq
+    times = timeline(series, remarks)
+    rule, reference_s = decay_reference(series, times, half_life_s, remarks)
+    uptake = uptake_s(times, reference_s, half_life_s, remarks)
+    return rule, uptake, dose_bq * np.exp2(-uptake / half_life_s)
+
+
+def _dose_bq(series: PetSeries, remarks: Remarks) -> float:
+    dose = series.dose_bq
+    if dose is None or dose <= 0:
+        state = "is missing" if dose is None else f"is {dose:g}"
+        raise StudyError(f"no injected dose ({_DOSE} {state}): set it in the header [Bq]")
+    if dose >= LEAST_DOSE_IN_BQ:
+        return dose
+    remarks.reinterpretations.append(f"{_DOSE} is below 10000: it is taken as MBq")
+    return dose * 1e6
+
+
+def _half_life_s(series: PetSeries) -> float:
+    half_life_s = series.half_life_s
+    if half_life_s is None or half_life_s <= 0:
+        state = "is missing" if half_life_s is None else f"is {half_life_s:g}"
+        raise StudyError(f"no half-life ({_HALF_LIFE} {state}): set it in the header [s]")
+    return half_life_s
+
+
+def _require_positive(factors: Array) -> None:
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise StudyError(
+            f"the factor to SUV is not a positive number ({_DOSE}, {_HALF_LIFE}, times of "
+            f"injection and scan, {_SUV_FACTOR} or {_ACTIVITY_FACTOR}): correct the header"
+        )
+
+
+def _alternatives(
+    suv_type: str, series: PetSeries, weight_kg: float | None
+) -> dict[str, float | None]:
+    try:
+        per_suvbw = _ratio(suv_type, "bw", series, weight_kg)
+    except StudyError:
+        per_suvbw = None
+    return alternative_factors(series, per_suvbw)
+
+
+def _provenance(
+    suv_type: str,
+    rule: str,
+    factors: Array,
+    weight_kg: float | None,
+    remarks: Remarks,
+    **found: Any,
+) -> dict[str, Any]:
+    return {
+        "suv_type": suv_type,
+        "suv_units": SUV_UNITS[suv_type],
+        "units": None,
+        "header_suv_type": None,
+        "decay_correction": None,
+        "manufacturer": None,
+        "rule": rule,
+        "minutes_to_reference": None,
+        "factor_range": _range(factors),
+        "weight_kg": weight_kg,
+        "vendor_factor": None,
+        "reinterpretations": remarks.reinterpretations,
+        "warnings": remarks.warnings,
+        "alternatives": dict.fromkeys(ALTERNATIVES),
+        **found,
+    }
+
+
+def _range(values: Array) -> list[float]:
+    return [_rounded(float(values.min())), _rounded(float(values.max()))]
+
+
+def _rounded(value: float) -> float:
+    # 12 digits: the same on every machine, whatever the last bit of its exponential function.
+    return float(f"{value:.12g}")

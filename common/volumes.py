@@ -1,0 +1,160 @@
+"""Training volumes of one study: CT, PET and mask on one grid, isocontour, warnings, measures.
+
+Pure. The steps of `preprocessing.py` in their order; arrays in, arrays out.
+"""
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.image import Image
+from common.lesions import (
+    dose_fraction,
+    isocontour,
+    label_lesions,
+    measure_lesions,
+    tumour_burden,
+)
+from common.losses import clipped_uptake, lesion_losses, uncovered_uptake
+from common.resampling import (
+    Grid,
+    reorient,
+    resample_cubic,
+    resample_nearest,
+    separable,
+    target_grid,
+)
+
+ORIENTATIONS = frozenset(
+    "".join(code)
+    for axes in itertools.permutations(("LR", "AP", "IS"))
+    for code in itertools.product(*axes)
+)
+"""The 48 codes of where array axes point to, such as LAS."""
+
+AIR_HU = -1024
+"""Fills the target grid where the CT does not reach [HU]."""
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options that decide the values of a training volume.
+
+    Attributes
+    ----------
+    spacing : (float, float, float)
+        [mm]
+    shape : (int, int, int or None)
+        Voxels; None where the CT's length decides.
+    orientation : str
+        Where the array axes point to.
+    align : "center" or "corner"
+    ct_range, suv_range : (float, float)
+        What becomes 0 and 1 [HU, SUV].
+    iso_threshold : float
+        [percent of a lesion's SUVmax]
+    iso_suv : float or None
+        Fixed threshold [SUV] instead.
+    dtype : "float16" or "float32"
+    """
+
+    spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)
+    shape: tuple[int, int, int | None] = (200, 200, None)
+    orientation: str = "LAS"
+    align: Literal["center", "corner"] = "center"
+    ct_range: tuple[float, float] = (-1000.0, 1000.0)
+    suv_range: tuple[float, float] = (0.0, 40.0)
+    iso_threshold: float = 25.0
+    iso_suv: float | None = None
+    dtype: str = "float16"
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An array on the target grid, and the grid that it was resampled from."""
+
+    data: Array
+    grid: Grid
+    source: Grid
+
+    @property
+    def axis_by_axis(self) -> bool:
+        """Whether the grids were parallel, so that the fast path was taken."""
+        return separable(self.source, self.grid)
+
+
+def place_ct(ct: Image, recipe: Recipe) -> Volume:
+    """Return the CT [HU] on the target grid, which it spans."""
+    ct = _oriented(ct, recipe)
+    shape = [n for n in recipe.shape if n is not None]
+    target = target_grid(ct.grid, recipe.spacing, shape, recipe.align)
+    return Volume(resample_cubic(ct.data, ct.grid, target, AIR_HU), target, ct.grid)
+
+
+def place_pet(pet: Image, ct: Volume, recipe: Recipe) -> Volume:
+    """Return the PET [SUV] on the grid of the CT."""
+    pet = _oriented(pet, recipe)
+    suv = resample_cubic(pet.data, pet.grid, ct.grid, 0, clip=False)
+    return Volume(suv, ct.grid, pet.grid)
+
+
+def place_lesions(lesions: Image, ct: Volume, recipe: Recipe) -> Volume:
+    """Return the number of each voxel's lesion, 0 outside lesions, on the grid of the CT."""
+    lesions = _oriented(lesions, recipe)
+    return Volume(resample_nearest(lesions.data, lesions.grid, ct.grid), ct.grid, lesions.grid)
+
+
+def _oriented(image: Image, recipe: Recipe) -> Image:
+    return Image(*reorient(image.data, image.affine, recipe.orientation))
+
+
+def number_lesions(mask: Image) -> Image:
+    """Return the mask with each 26-connected lesion numbered from 1."""
+    return Image(label_lesions(mask.data)[0], mask.affine)
+
+
+def outline(suv: Volume, lesions: Volume, recipe: Recipe) -> tuple[Array, Array]:
+    """Return mask and isocontour on the target grid, both uint8."""
+    mask = (lesions.data > 0).view(np.uint8)
+    contour = isocontour(suv.data, mask, recipe.iso_threshold, recipe.iso_suv)
+    return mask, contour.view(np.uint8)
+
+
+def training_image(suv: Volume, ct: Volume, recipe: Recipe) -> Array:
+    """Return (2, X, Y, Z): PET and CT, each from its range to [0, 1], clipped."""
+    image = np.empty((2, *ct.grid.shape), recipe.dtype)
+    ranges = (recipe.suv_range, recipe.ct_range)
+    for channel, volume, (least, greatest) in zip(image, (suv, ct), ranges, strict=True):
+        scaled = (volume.data - np.float32(least)) / np.float32(greatest - least)
+        channel[...] = scaled.clip(0, 1, out=scaled)
+    return image
+
+
+def losses(
+    pet: Image, lesions: Image, ct: Volume, suv: Volume, placed: Volume, recipe: Recipe
+) -> list[str]:
+    """Return warnings of what the target grid, the SUV range or the CT's reach loses."""
+    return [
+        *lesion_losses(lesions.data, lesions.grid, placed.data, placed.grid),
+        *clipped_uptake(suv.data, placed.data, recipe.suv_range[1], suv.grid),
+        *uncovered_uptake(pet.data, pet.grid, ct.source),
+    ]
+
+
+def measures(pet: Image, lesions: Image, weight_kg: float | None, recipe: Recipe) -> dict[str, Any]:
+    """Return the measures of each lesion and of the study, on the PET's own grid, as plain JSON.
+
+    ``dose_fraction`` is null where the body weight is unknown.
+    """
+    mask = resample_nearest(lesions.data, lesions.grid, pet.grid)
+    found = measure_lesions(pet.data, mask, pet.affine, recipe.iso_threshold, recipe.iso_suv)
+    fraction = dose_fraction(pet.data, pet.affine, weight_kg) if weight_kg else None
+    return {
+        "lesions": [asdict(lesion) for lesion in found],
+        "study": {**asdict(tumour_burden(found)), "dose_fraction": fraction},
+    }

@@ -1,0 +1,375 @@
+#!/usr/bin/env python3
+"""Turn a raw project of FDG-PET/CT studies with labelled tumours into one project zip.
+
+Every RAW_PROJECT/<patient>/<study>/ that has a CT, a PET, a mask and a PET DICOM header is
+pseudonymised, its PET converted to SUV, and written as NAME/<hash>/<hash>_{ct,petsuv,mask}.nii.gz.
+Incomplete studies are skipped and listed. The private mapping from hash to patient is written
+beside the zip, readable by you alone: keep it apart from the zip.
+"""
+
+import argparse
+import logging
+import re
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common import archive, cli, mapping, raw_project, stage
+from common.errors import StageError
+from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint, pseudonym
+from common.parallel import Outcome, Task, run_studies
+from common.study import Conversion, plan_study, read_study
+from common.suv import SUV_UNITS
+
+EXAMPLES = """
+  python createproject.py RAW_PROJECT -o project.zip
+  python createproject.py RAW_PROJECT -o project.zip --key-file secret.key --jobs 8
+  python createproject.py autoPET -o autopet.zip --pet '*SUV*' --pet-units suv --ct '*CTres*'
+  python createproject.py RAW_PROJECT -o project.zip --dry-run
+"""
+
+logger = logging.getLogger("tumorvolume")
+
+
+@dataclass(frozen=True)
+class RawStudy:
+    """What a worker needs to convert one study."""
+
+    folder: str
+    project: str
+    patterns: raw_project.Patterns
+    conversion: Conversion
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+    if options.dry_run:
+        return cli.run(options, lambda: dry_run(options), dry_closing_line)
+    return cli.run(options, lambda: create_project(options))
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "raw_project", type=Path, metavar="RAW_PROJECT", help="folder of <patient>/<study>/"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="PROJECT.zip", help="zip to write"
+    )
+    parser.add_argument("--name", help="name of the project in the zip (default: the folder's)")
+    parser.add_argument(
+        "--mapping",
+        type=Path,
+        metavar="FILE.csv",
+        help="private table of patient, study and hash (default: PROJECT_mapping.csv by the zip)",
+    )
+    roles = parser.add_argument_group(
+        "which file is what",
+        "glob on the path below the study, or on the SeriesDescription of a DICOM series",
+    )
+    for role in ("ct", "pet", "mask", "header"):
+        roles.add_argument(f"--{role}", metavar="PATTERN", help=f"choose the {role}")
+    roles.add_argument(
+        "--roi", type=regex, metavar="REGEX", help="only ROIs or segments whose name matches"
+    )
+    suv = parser.add_argument_group("SUV")
+    suv.add_argument(
+        "--pet-units",
+        choices=("auto", "suv", "bqml"),
+        default="auto",
+        help="what PET values are: as the header says (auto), SUV already, or Bq/ml",
+    )
+    suv.add_argument(
+        "--suv-type",
+        choices=tuple(SUV_UNITS),
+        default="bw",
+        help="what SUV is relative to (default: bw)",
+    )
+    suv.add_argument(
+        "--tracer",
+        type=cli.positive_int,
+        metavar="N",
+        help="where a header lists several radiopharmaceuticals, use the N-th",
+    )
+    suv.add_argument(
+        "--strict", action="store_true", help="refuse studies whose header needs reinterpretation"
+    )
+    checks = parser.add_argument_group("checks")
+    checks.add_argument(
+        "--allow-empty-mask", action="store_true", help="accept studies without a labelled voxel"
+    )
+    checks.add_argument(
+        "--trust-geometry",
+        action="store_true",
+        help="accept images whose frames of reference or headers do not agree",
+    )
+    identity = parser.add_argument_group("pseudonyms")
+    identity.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"secret of at least {SHORTEST_KEY} bytes: pseudonyms that can't be guessed",
+    )
+    identity.add_argument(
+        "--new-key", action=NewKey, metavar="FILE", help="make such a secret and exit"
+    )
+    identity.add_argument(
+        "--hash-length",
+        type=cli.positive_int,
+        nargs=2,
+        default=DEFAULT_LENGTHS,
+        metavar=("P", "S"),
+        help="characters of the patient's and the study's part (default: 7 3)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be done, write nothing"
+    )
+    cli.add_run_options(parser)
+    return parser
+
+
+class NewKey(argparse.Action):
+    """Writes a new secret key that its owner alone may read, and exits."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Write the key; an existing file is never overwritten."""
+        try:
+            mapping.create_private(Path(values), secrets.token_bytes(32))
+        except OSError as error:
+            parser.error(f"key file {values} cannot be made: {error.strerror}")
+        parser.exit(0, f"{values}: a new key; keep it safe and secret, outputs depend on it\n")
+
+
+def regex(text: str) -> str:
+    """Parse a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular expression: {error}"
+        ) from error
+    return text
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with status 2 where the options can't be met, before any work."""
+    cli.check_paths(parser, [options.raw_project], options.output)
+    if not options.raw_project.is_dir():
+        parser.error(f"{options.raw_project} is not a folder")
+    if max(options.hash_length) > 64:
+        parser.error("--hash-length: a digest has 64 characters")
+    options.name = options.name or options.raw_project.resolve().name
+    if not re.fullmatch(r"[^/\\\0]+", options.name) or options.name in (".", ".."):
+        parser.error(f"--name {options.name!r} can't be a folder's name")
+    options.mapping = options.mapping or options.output.with_name(
+        f"{options.output.stem}_mapping.csv"
+    )
+    if options.mapping.resolve() == options.output.resolve():
+        parser.error("--mapping is the output: choose another name")
+    if not options.mapping.parent.is_dir():
+        parser.error(f"folder {options.mapping.parent} of the mapping does not exist")
+    options.key = read_key(parser, options.key_file) if options.key_file else None
+
+
+def read_key(parser: argparse.ArgumentParser, path: Path) -> bytes:
+    """Return the key, refusing one that is short or that others may read."""
+    try:
+        key = path.read_bytes()
+        mode = path.stat().st_mode
+    except OSError as error:
+        parser.error(f"key file {path} cannot be read: {error.strerror}")
+    if len(key) < SHORTEST_KEY:
+        parser.error(
+            f"key file {path} has {len(key)} bytes, at least {SHORTEST_KEY} are needed: "
+            "make one with --new-key FILE"
+        )
+    if mode & 0o077:
+        parser.error(f"key file {path} can be read by others: chmod 600 {path}")
+    return key
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+
+def create_project(options: argparse.Namespace) -> list[Outcome]:
+    """Convert what is new or changed and replace the zip and the mapping."""
+    with stage.exclusive(options.output, force=options.force):
+        folders = pseudonymised(options)
+        studies, outcomes = plan(folders, options)
+        outcomes += stage.run_stage(
+            options.output,
+            studies,
+            finished_studies(options),
+            convert_study,
+            lambda path, sources: archive.assemble(path, options.name, sources),
+            options.jobs,
+            lambda path, done: write_mapping(path, folders, studies, [*outcomes, *done], options),
+        )
+    order = {study_hash: i for i, study_hash in enumerate(folders)}
+    return sorted(outcomes, key=lambda outcome: order[outcome.hash])
+
+
+def pseudonymised(options: argparse.Namespace) -> dict[str, raw_project.StudyFolder]:
+    """Return this shard's study folders by hash, after checking the hashes of all."""
+    folders: dict[str, raw_project.StudyFolder] = {}
+    patients: dict[str, str] = {}
+    lengths = tuple(options.hash_length)
+    for folder in raw_project.list_studies(options.raw_project):
+        study_hash = pseudonym(folder.patient, folder.study, options.key, lengths)
+        patient_part = study_hash[: lengths[0]]
+        if patients.setdefault(patient_part, folder.patient) != folder.patient:
+            raise StageError(
+                f"two patients share the patient part {patient_part} of their hashes: lengthen it "
+                f"with --hash-length {lengths[0] + 5} {lengths[1]}, or, if their folder names "
+                "look the same, rename one"
+            )
+        if study_hash in folders:
+            raise StageError(
+                f"two studies share the hash {study_hash}: lengthen it with "
+                f"--hash-length {lengths[0]} {lengths[1] + 5}, or, if their folder names look the "
+                "same, rename one"
+            )
+        folders[study_hash] = folder
+    return {h: f for h, f in folders.items() if cli.in_shard(h, options.shard)}
+
+
+def plan(
+    folders: Mapping[str, raw_project.StudyFolder], options: argparse.Namespace
+) -> tuple[list[stage.Study], list[Outcome]]:
+    """Return the studies to be in the zip, and the outcomes of folders that can't be listed."""
+    patterns = raw_project.Patterns(
+        {r: p for r in ("ct", "pet", "mask", "header") if (p := getattr(options, r)) is not None}
+    )
+    conversion = Conversion(
+        pet_units=options.pet_units,
+        suv_type=options.suv_type,
+        strict=options.strict,
+        tracer=options.tracer,
+        roi=options.roi,
+        allow_empty_mask=options.allow_empty_mask,
+        trust_geometry=options.trust_geometry,
+    )
+    fixed = [cli.SOFTWARE, options.name, dict(patterns.by_role), asdict(conversion)]
+    studies, outcomes = [], []
+    for study_hash, folder in folders.items():
+        try:
+            files = raw_project.list_files(folder.path)
+        except raw_project.StudyError as error:
+            outcomes.append(Outcome(study_hash, "failed", str(error), private=error.private))
+            stage.report(outcomes[-1])
+            continue
+        seen = [[file.name, file.size, file.changed_ns] for file in files]
+        raw = RawStudy(folder.path, options.name, patterns, conversion)
+        studies.append(stage.Study(study_hash, fingerprint([*fixed, study_hash, seen]), raw))
+    return studies, outcomes
+
+
+def finished_studies(options: argparse.Namespace) -> dict[str, str]:
+    """Return the fingerprints of the studies that the present zip holds, unknown ones empty."""
+    if options.force or not options.output.exists():
+        return {}
+    try:
+        archived = archive.read_directory(options.output)
+    except StageError as error:
+        logger.warning("the old output is of no use and is made anew: %s", error)
+        return {}
+    known = mapping.read(options.mapping)
+    return {
+        study_hash: known[study_hash].input
+        if study_hash in known and known[study_hash].output == study.content
+        else ""
+        for study_hash, study in archived.items()
+    }
+
+
+def convert_study(task: stage.PartTask) -> Sequence[str]:
+    """Convert one study and write its part; return its warnings."""
+    raw: RawStudy = task.payload
+    roles = raw_project.find_roles(
+        raw.folder, raw.patterns, header_needed=raw.conversion.needs_header
+    )
+    images = read_study(roles, raw.conversion)
+    with stage.writing_part(task.part) as temporary:
+        archive.write_part(temporary, raw.project, task.hash, images.by_role, images.record)
+    return images.warnings
+
+
+def write_mapping(
+    zip_path: Path,
+    folders: Mapping[str, raw_project.StudyFolder],
+    studies: Sequence[stage.Study],
+    outcomes: Sequence[Outcome],
+    options: argparse.Namespace,
+) -> None:
+    """Write the private table that links hashes to patients, readable by its owner alone."""
+    inputs = {study.hash: study.fingerprint for study in studies}
+    archived = archive.read_directory(zip_path)
+    by_hash = {outcome.hash: outcome for outcome in outcomes}
+    rows = []
+    for study_hash, folder in folders.items():
+        outcome = by_hash[study_hash]
+        held = archived.get(study_hash)
+        rows.append(
+            mapping.Row(
+                project=options.name,
+                patient=folder.patient,
+                study=folder.study,
+                hash=study_hash,
+                status="written" if held is not None else outcome.status,
+                reason="; ".join(filter(None, (outcome.reason, outcome.private))),
+                input=inputs.get(study_hash, "") if held is not None else "",
+                output=held.content if held is not None else "",
+            )
+        )
+    mapping.write(options.mapping, rows)
+
+
+# --- the dry run -----------------------------------------------------------------------------
+
+
+def dry_run(options: argparse.Namespace) -> list[Outcome]:
+    """Read headers, print what would be done with each study, write nothing."""
+    folders = pseudonymised(options)
+    studies, outcomes = plan(folders, options)
+    tasks = [Task(study.hash, study.payload) for study in studies]
+    outcomes += run_studies(describe_study, tasks, options.jobs)
+    for outcome in outcomes:
+        print(f"{outcome.hash}  {outcome.status:8}  {outcome.reason or outcome.warnings[0]}")
+    return outcomes
+
+
+def describe_study(raw: RawStudy) -> Sequence[str]:
+    """Return one line on the files found and the SUV rule that would apply."""
+    roles = raw_project.find_roles(
+        raw.folder, raw.patterns, header_needed=raw.conversion.needs_header
+    )
+    return [plan_study(roles, raw.conversion)]
+
+
+def dry_closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
+    """Return the closing line of a dry run."""
+    counts = [sum(o.status == s for o in outcomes) for s in ("written", "skipped", "failed")]
+    return (
+        f"dry run of {len(outcomes)} studies: {counts[0]} would be written, {counts[1]} skipped, "
+        f"{counts[2]} failed; nothing is written"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Merge HDF5 files of preprocessing.py, or of project_2d.py, into one.
+
+Every study is copied with its attributes, chunks and filters as they are. Files made with other
+spacing, shape, ranges, orientation, type or thresholds are refused unless --allow-mixed is given.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import cli, hdf5, splits, stage
+from common.errors import StageError
+from common.hashing import DEFAULT_LENGTHS
+from common.parallel import Outcome, Status
+
+EXAMPLES = """
+  python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5
+  python mergeh5.py old_3d.h5 new_3d.h5 -o all_3d.h5 --on-duplicate replace
+  python mergeh5.py shards/*.h5 -o index.h5 --link
+  python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --splits 5 --splits-dir splits
+"""
+
+logger = logging.getLogger("tumorvolume")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+    return cli.run(options, lambda: merge(options))
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.parser(__doc__, EXAMPLES)
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="FILE.h5", help="files to merge")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="ALL.h5", help="file to write"
+    )
+    merging = parser.add_argument_group("merging")
+    merging.add_argument(
+        "--on-duplicate",
+        choices=("error", "skip", "replace"),
+        default="error",
+        help="where files hold the same study with other content: stop (default), keep the first "
+        "file's, or take the last file's",
+    )
+    merging.add_argument(
+        "--allow-mixed", action="store_true", help="merge files that were made with other options"
+    )
+    merging.add_argument(
+        "--link",
+        action="store_true",
+        help="write an index of links to the inputs instead of copies; keep them together",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--splits", type=cli.positive_int, metavar="K", help="write K train/validation key lists"
+    )
+    training.add_argument(
+        "--splits-dir", type=Path, metavar="DIR", help="where to (default: beside the output)"
+    )
+    training.add_argument(
+        "--patient-characters",
+        type=cli.positive_int,
+        default=DEFAULT_LENGTHS[0],
+        metavar="P",
+        help="characters of a hash that tell the patient, as of --hash-length P S (default: 7)",
+    )
+    cli.add_run_options(parser, parallel=False)
+    return parser
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with status 2 where the options can't be met, before any work."""
+    cli.check_paths(parser, options.inputs, options.output)
+    if options.splits == 1:
+        parser.error("--splits: give at least 2 folds")
+    if options.splits_dir is not None and options.splits is None:
+        parser.error("--splits-dir needs --splits K")
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+
+def merge(options: argparse.Namespace) -> list[Outcome]:
+    """Check the inputs, write the merged file, and the splits if asked for."""
+    with stage.exclusive(options.output, force=options.force):
+        parameters = merged_parameters(options.inputs, options.allow_mixed)
+        sources = chosen_sources(options.inputs, options.on_duplicate)
+        if not options.force and is_merged_already(options, sources, parameters):
+            status: Status = "unchanged"
+        else:
+            write_merged(options, sources, parameters)
+            status = "written"
+        if options.splits is not None:
+            write_splits(options, sorted(sources))
+    return [Outcome(study, status) for study in hdf5.studies_of(sources, parameters)]
+
+
+def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, Any]:
+    """Return what all files have in common, or refuse files that differ."""
+    first = hdf5.read_parameters(inputs[0])
+    merged = dict(first)
+    for path in inputs[1:]:
+        other = hdf5.read_parameters(path)
+        differing = sorted(k for k in {*first, *other} if first.get(k) != other.get(k))
+        refused = [k for k in differing if not _may_differ(k, first.get(k), other.get(k))]
+        if refused and not allow_mixed:
+            raise StageError(
+                f"{path}: made with other options than {inputs[0]} "
+                + "; ".join(f"{k}: {other.get(k)}, not {first.get(k)}" for k in refused)
+                + ": make them alike, or merge with --allow-mixed"
+            )
+        merged.update(dict.fromkeys(differing, "mixed"))
+        if "shape" in differing and "shape" not in refused:
+            merged["shape"] = [*first["shape"][:2], None]
+    return merged
+
+
+def _may_differ(name: str, one: Any, other: Any) -> bool:
+    return name == "shape" and bool(one) and bool(other) and one[:2] == other[:2]
+
+
+def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]:
+    """Return which file each key is taken from."""
+    sources: dict[str, Path] = {}
+    for path in inputs:
+        for key in hdf5.read_keys(path):
+            if key not in sources or hdf5.same_content(key, sources[key], path):
+                sources.setdefault(key, path)
+            elif on_duplicate == "error":
+                raise StageError(
+                    f"{path}: study {key} is in {sources[key]} too, with other content: choose "
+                    "with --on-duplicate skip (keep the first) or replace (take the last)"
+                )
+            elif on_duplicate == "replace":
+                sources[key] = path
+    if not sources:
+        raise StageError("the input files hold no study")
+    return sources
+
+
+def is_merged_already(
+    options: argparse.Namespace, sources: Mapping[str, Path], parameters: Mapping[str, Any]
+) -> bool:
+    """Whether the present output holds just these studies, copied or linked as asked for."""
+    if not options.output.exists():
+        return False
+    try:
+        return (
+            hdf5.read_parameters(options.output) == parameters
+            and hdf5.read_keys(options.output) == sorted(sources)
+            and hdf5.holds_links(options.output) == options.link
+            and hdf5.read_digests(dict.fromkeys(sources, options.output))
+            == hdf5.read_digests(sources)
+        )
+    except StageError:
+        return False
+
+
+def write_merged(
+    options: argparse.Namespace, sources: Mapping[str, Path], parameters: Mapping[str, Any]
+) -> None:
+    """Replace the output by copies of, or links to, the studies in `sources`."""
+    with stage.replacing(options.output) as temporary:
+        if options.link:
+            hdf5.assemble_links(temporary, sources, parameters, cli.SOFTWARE, options.output.parent)
+        else:
+            hdf5.assemble(temporary, sources, parameters, cli.SOFTWARE)
+
+
+def write_splits(options: argparse.Namespace, keys: Sequence[str]) -> None:
+    """Write fold<i>_train.txt and fold<i>_val.txt, a key a line, whole patients in one fold."""
+    projects = hdf5.read_attributes(options.output, keys, "project")
+    folds = splits.patient_folds(keys, projects, options.splits, options.patient_characters)
+    folder = options.splits_dir or options.output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, validation in enumerate(folds, start=1):
+        held_out = set(validation)
+        training = [key for key in keys if key not in held_out]
+        for name, chosen in (("train", training), ("val", validation)):
+            text = "".join(f"{key}\n" for key in chosen)
+            stage.write_beside(folder / f"fold{number}_{name}.txt", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

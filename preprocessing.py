@@ -1,0 +1,417 @@
+#!/usr/bin/env python3
+"""Turn a project zip into one HDF5 file of 3D training volumes.
+
+Every study is reoriented, its CT resampled to spacing and shape, PET and mask to the CT, an
+isocontour of the mask taken, and CT and PET normalised to [0, 1]. The file holds image/<hash>
+(2, X, Y, Z: PET, CT), mask/<hash> and mask_iso/<hash> (1, X, Y, Z).
+"""
+
+import argparse
+import csv
+import io
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import archive, cli, hdf5, stage
+from common.errors import IncompleteStudy, StageError
+from common.hashing import fingerprint
+from common.image import Image
+from common.nifti import write_nifti_file
+from common.parallel import PROGRESS, Outcome
+from common.volumes import (
+    ORIENTATIONS,
+    Recipe,
+    Volume,
+    losses,
+    measures,
+    number_lesions,
+    outline,
+    place_ct,
+    place_lesions,
+    place_pet,
+    training_image,
+)
+
+EXAMPLES = """
+  python preprocessing.py project.zip -o project_3d.h5
+  python preprocessing.py project.zip -o project_3d.h5 --spacing 4 4 4 --shape 100 100 --jobs 4
+  python preprocessing.py project.zip -o project_3d.h5 --iso-threshold 41 --measures lesions.csv
+"""
+
+logger = logging.getLogger("tumorvolume")
+
+
+@dataclass(frozen=True)
+class ZippedStudy:
+    """What a worker needs to preprocess one study."""
+
+    zip_path: Path
+    study: archive.ArchivedStudy
+    recipe: Recipe
+    compression: str
+    nifti_folder: Path | None
+    fingerprint: str
+    profile: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+    return cli.run(options, lambda: preprocess(options))
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.parser(__doc__, EXAMPLES)
+    parser.add_argument("zip", type=Path, metavar="PROJECT.zip", help="zip of createproject.py")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="PROJECT_3d.h5", help="file to write"
+    )
+    grid = parser.add_argument_group("grid")
+    grid.add_argument(
+        "--spacing",
+        type=cli.finite_float,
+        nargs=3,
+        default=(2.0, 2.0, 3.0),
+        metavar=("X", "Y", "Z"),
+        help="voxel size [mm] (default: 2 2 3)",
+    )
+    grid.add_argument(
+        "--shape",
+        type=cli.positive_int,
+        nargs="+",
+        default=(200, 200),
+        metavar="N",
+        help="voxels along x, y and, if given, z (default: 200 200, z as long as the CT)",
+    )
+    grid.add_argument(
+        "--orientation",
+        type=orientation,
+        default="LAS",
+        metavar="CODE",
+        help="where the array axes point to (default: LAS: Left, Anterior, Superior)",
+    )
+    grid.add_argument(
+        "--align",
+        choices=("center", "corner"),
+        default="center",
+        help="what of the grid and the CT coincides: middles in x and y (default), or voxel 0",
+    )
+    values = parser.add_argument_group("values")
+    for name, default, unit in (("ct", (-1000.0, 1000.0), "HU"), ("suv", (0.0, 40.0), "SUV")):
+        values.add_argument(
+            f"--{name}-range",
+            type=cli.finite_float,
+            nargs=2,
+            default=default,
+            metavar=("MIN", "MAX"),
+            help=f"[{unit}] that become 0 and 1 (default: {default[0]:g} {default[1]:g})",
+        )
+    values.add_argument(
+        "--iso-threshold",
+        type=cli.finite_float,
+        default=25.0,
+        metavar="PERCENT",
+        help="isocontour: voxels from this part of their lesion's SUVmax on [%%] (default: 25)",
+    )
+    values.add_argument(
+        "--iso-suv",
+        type=cli.finite_float,
+        metavar="SUV",
+        help="isocontour: voxels from this SUV on, instead of --iso-threshold",
+    )
+    values.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="type of the image values (default: float16)",
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--compression",
+        choices=hdf5.COMPRESSIONS,
+        default="lzf",
+        help="of the HDF5 file (default: lzf, read by every h5py; blosc needs hdf5plugin)",
+    )
+    results.add_argument(
+        "--save-nifti",
+        type=Path,
+        metavar="DIR",
+        help="also write <hash>_{ct,petsuv,mask,mask_iso}.nii.gz on the target grid [HU, SUV]",
+    )
+    results.add_argument(
+        "--measures",
+        type=Path,
+        metavar="FILE.csv",
+        help="also write MTV [ml], SUVmax, TLG [g] and more of each lesion, on the PET's own grid",
+    )
+    cli.add_run_options(parser)
+    parser.add_argument(
+        "--profile", action="store_true", help="log the seconds that each step of a study took"
+    )
+    return parser
+
+
+def orientation(text: str) -> str:
+    """Parse an orientation code such as LAS."""
+    code = text.upper()
+    if code not in ORIENTATIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one each of L/R, A/P and S/I")
+    return code
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with status 2 where the options can't be met, before any work."""
+    cli.check_paths(parser, [options.zip], options.output)
+    if min(options.spacing) <= 0:
+        parser.error("--spacing: voxel sizes must be above 0 mm")
+    if len(options.shape) not in (2, 3):
+        parser.error("--shape: give two or three numbers of voxels")
+    for name, (least, greatest) in (("ct", options.ct_range), ("suv", options.suv_range)):
+        if not least < greatest:
+            parser.error(f"--{name}-range: MIN must be below MAX")
+    if not 0 < options.iso_threshold <= 100:
+        parser.error("--iso-threshold: give a percentage above 0, at most 100")
+    if options.iso_suv is not None and options.iso_suv <= 0:
+        parser.error("--iso-suv: give an SUV above 0")
+    if options.measures is not None:
+        cli.check_side_output(parser, options.measures, options.output)
+    if options.save_nifti is not None:
+        cli.check_folder(parser, options.save_nifti)
+    if options.compression == "blosc" and not hdf5.has_blosc():
+        parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+
+def preprocess(options: argparse.Namespace) -> list[Outcome]:
+    """Compute what is new or changed, replace the HDF5 file and write what goes beside it."""
+    recipe = Recipe(
+        spacing=tuple(options.spacing),
+        shape=(*options.shape, None)[:3],
+        orientation=options.orientation,
+        align=options.align,
+        ct_range=tuple(options.ct_range),
+        suv_range=tuple(options.suv_range),
+        iso_threshold=options.iso_threshold,
+        iso_suv=options.iso_suv,
+        dtype=options.dtype,
+    )
+    with stage.exclusive(options.output, force=options.force):
+        archived = archive.read_directory(options.zip)
+        if not archived:
+            raise StageError(
+                f"{options.zip}: no study in it; members must end in "
+                "<hash>/<hash>_{ct,petsuv,mask}.nii.gz"
+            )
+        if options.save_nifti is not None:
+            options.save_nifti.mkdir(parents=True, exist_ok=True)
+        studies = plan(archived, recipe, options)
+        parameters = asdict(recipe)
+        outcomes = stage.run_stage(
+            options.output,
+            studies,
+            finished_studies(options),
+            preprocess_study,
+            lambda path, sources: hdf5.assemble(path, sources, parameters, cli.SOFTWARE),
+            options.jobs,
+        )
+        if options.measures is not None:
+            write_measures(options.measures, options.output)
+    return outcomes
+
+
+def plan(
+    archived: Mapping[str, archive.ArchivedStudy], recipe: Recipe, options: argparse.Namespace
+) -> list[stage.Study]:
+    """Return this shard's studies."""
+    studies = []
+    for study_hash, study in archived.items():
+        if not cli.in_shard(study_hash, options.shard):
+            continue
+        made_from = [cli.SOFTWARE, study.content, asdict(recipe), options.compression]
+        digest = fingerprint(made_from)
+        payload = ZippedStudy(
+            options.zip.resolve(),
+            study,
+            recipe,
+            options.compression,
+            options.save_nifti,
+            digest,
+            options.profile,
+        )
+        beside = nifti_paths(options.save_nifti, study_hash).values() if options.save_nifti else ()
+        studies.append(stage.Study(study_hash, digest, payload, tuple(beside)))
+    return studies
+
+
+def nifti_paths(folder: Path, study_hash: str) -> dict[str, Path]:
+    """Return where `--save-nifti` puts each image of a study."""
+    return {
+        name: folder / f"{study_hash}_{name}.nii.gz"
+        for name in ("ct", "petsuv", "mask", "mask_iso")
+    }
+
+
+def finished_studies(options: argparse.Namespace) -> dict[str, str]:
+    """Return the fingerprints of the studies that the present output holds."""
+    if options.force or not options.output.exists():
+        return {}
+    try:
+        keys = hdf5.read_keys(options.output)
+        return dict.fromkeys(keys, "") | hdf5.read_attributes(options.output, keys, "fingerprint")
+    except StageError as error:
+        logger.warning("the old output is of no use and is made anew: %s", error)
+        return {}
+
+
+# --- one study -------------------------------------------------------------------------------
+
+
+def preprocess_study(task: stage.PartTask) -> Sequence[str]:
+    """Bring one study onto the target grid and write its part; return its warnings."""
+    work: ZippedStudy = task.payload
+    recipe, record, laps = work.recipe, work.study.record, Laps()
+    if work.study.missing:
+        raise IncompleteStudy("no " + ", no ".join(work.study.missing))
+
+    original_ct = archive.read_image(work.zip_path, work.study, "ct")
+    laps.end("reading")
+    ct = place_ct(original_ct, recipe)
+    del original_ct
+    laps.end("resampling")
+    pet = archive.read_image(work.zip_path, work.study, "petsuv")
+    lesions = number_lesions(archive.read_image(work.zip_path, work.study, "mask"))
+    laps.end("reading")
+    suv = place_pet(pet, ct, recipe)
+    placed = place_lesions(lesions, ct, recipe)
+    laps.end("resampling")
+    mask, mask_iso = outline(suv, placed, recipe)
+    laps.end("isocontour")
+    warnings = losses(pet, lesions, ct, suv, placed, recipe)
+    found = measures(pet, lesions, record.get("suv", {}).get("weight_kg"), recipe)
+    laps.end("measures")
+
+    with stage.writing_part(task.part) as temporary:
+        with hdf5.create_file(temporary, asdict(recipe), cli.SOFTWARE) as file:
+            arrays = {
+                "image": training_image(suv, ct, recipe),
+                "mask": mask[None],
+                "mask_iso": mask_iso[None],
+            }
+            for group, attributes in attributes_of(work, ct, found, warnings).items():
+                hdf5.write_dataset(
+                    file, group, task.hash, arrays[group], attributes, work.compression
+                )
+        if work.nifti_folder is not None:
+            volumes = {"ct": ct.data, "petsuv": suv.data, "mask": mask, "mask_iso": mask_iso}
+            for name, path in nifti_paths(work.nifti_folder, task.hash).items():
+                write_nifti_file(path, Image(volumes[name], ct.grid.affine))
+    laps.end("writing")
+    paths = ["axis by axis" if v.axis_by_axis else "by nilearn" for v in (ct, suv, placed)]
+    logger.info("%s: CT, PET and mask resampled %s", task.hash, ", ".join(paths))
+    if work.profile:
+        logger.log(PROGRESS, "%s: %s", task.hash, laps)
+    return warnings
+
+
+def attributes_of(
+    work: ZippedStudy, ct: Volume, found: Mapping[str, Any], warnings: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the attributes of each group's dataset."""
+    recipe, record = work.recipe, work.study.record
+    provenance = record.get("suv", {})
+    shared = {
+        "affine": ct.grid.affine,
+        "project": work.study.project,
+        "spacing": np.array(recipe.spacing),
+        "orientation": recipe.orientation,
+    }
+    of_image = {
+        "channels": ["PET", "CT"],
+        "ct_range": np.array(recipe.ct_range),
+        "suv_range": np.array(recipe.suv_range),
+        "suv_type": provenance.get("suv_type", "unknown"),
+        "suv": json.dumps(provenance, sort_keys=True),
+        "measures": json.dumps(found, sort_keys=True),
+        "warnings": json.dumps([*record.get("warnings", []), *warnings]),
+        "fingerprint": work.fingerprint,
+    }
+    of_iso = {"connectivity": 26, "iso_threshold": recipe.iso_threshold}
+    if recipe.iso_suv is not None:
+        of_iso = {"connectivity": 26, "iso_suv": recipe.iso_suv}
+    return {"image": shared | of_image, "mask": shared, "mask_iso": shared | of_iso}
+
+
+class Laps:
+    """Seconds spent in the named steps of one study."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, step: str) -> None:
+        """Add the time since the last call to `step`."""
+        now = time.perf_counter()
+        self._seconds[step] = self._seconds.get(step, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self._seconds.items())
+
+
+# --- measures --------------------------------------------------------------------------------
+
+LESION_COLUMNS = (
+    "mtv_ml", "iso_mtv_ml", "suv_max", "suv_mean", "iso_suv_mean", "suv_peak", "tlg_g",
+    "iso_tlg_g", "x_mm", "y_mm", "z_mm",
+)  # fmt: skip
+STUDY_COLUMNS = ("lesion_count", "tmtv_ml", "iso_tmtv_ml", "dmax_mm", "dose_fraction")
+
+
+def write_measures(path: Path, studies_file: Path) -> None:
+    """Write the measures kept in an HDF5 file as CSV: a row a lesion, a total row a study."""
+    text = io.StringIO(newline="")
+    columns = ("hash", "project", "lesion", *LESION_COLUMNS, *STUDY_COLUMNS, "warnings")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    keys = hdf5.read_keys(studies_file)
+    attributes = {
+        name: hdf5.read_attributes(studies_file, keys, name)
+        for name in ("project", "measures", "warnings")
+    }
+    for key in keys:
+        found = json.loads(attributes["measures"][key])
+        shared = {"hash": key, "project": attributes["project"][key]}
+        for lesion in found["lesions"]:
+            place = dict(zip(("x_mm", "y_mm", "z_mm"), lesion["centroid_mm"], strict=True))
+            values = {column: lesion[column] for column in LESION_COLUMNS if column in lesion}
+            writer.writerow({**shared, "lesion": lesion["label"], **values, **place})
+        study = found["study"]
+        warnings = " | ".join(json.loads(attributes["warnings"][key]))
+        sums = {"mtv_ml": "tmtv_ml", "iso_mtv_ml": "iso_tmtv_ml", "tlg_g": "tlg_g"}
+        totals = {column: study[name] for column, name in sums.items()}
+        totals["iso_tlg_g"] = study["iso_tlg_g"]
+        writer.writerow(
+            {**shared, "lesion": "total", **totals, "warnings": warnings}
+            | {column: study[column] for column in STUDY_COLUMNS}
+        )
+    stage.write_beside(path, text.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+"""Turn 3D training volumes into 2D maximum-intensity projections from many angles.
+
+Each volume is rotated about its z axis and projected along y by maximum. The file holds
+image/<hash>_<angle> (2, X, Z: PET, CT), mask/<hash>_<angle> and mask_iso/<hash>_<angle> (1, X, Z);
+a CSV of the same name lists them.
+"""
+
+import argparse
+import csv
+import io
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import cli, hdf5, pictures, stage
+from common.errors import StageError
+from common.hashing import fingerprint
+from common.parallel import Outcome
+from common.projection import angle_name, image_mips, mask_mips, projection_angles
+
+EXAMPLES = """
+  python project_2d.py all_3d.h5 -o all_2d.h5
+  python project_2d.py all_3d.h5 -o all_2d.h5 --angles 0 180 10 --stack
+  python project_2d.py all_3d.h5 -o all_2d.h5 --gif movies --png stills
+"""
+
+logger = logging.getLogger("tumorvolume")
+
+
+@dataclass(frozen=True)
+class StoredStudy:
+    """What a worker needs to project one study.
+
+    `slab` is the length along z to pad to, for stacking; None for projections as long as they are.
+    """
+
+    path: Path
+    key: str
+    angles: tuple[float, ...]
+    slab: int | None
+    parameters: Mapping[str, Any]
+    fingerprint: str
+    compression: str
+    gif: Path | None
+    png: Path | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+    return cli.run(options, lambda: project(options))
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.parser(__doc__, EXAMPLES)
+    parser.add_argument("input", type=Path, metavar="ALL_3d.h5", help="file of 3D volumes")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="ALL_2d.h5", help="file to write"
+    )
+    projecting = parser.add_argument_group("projections")
+    projecting.add_argument(
+        "--angles",
+        type=cli.finite_float,
+        nargs=3,
+        default=(0.0, 180.0, 5.0),
+        metavar=("START", "STOP", "STEP"),
+        help="START, START+STEP, ... < STOP [degrees] (default: 0 180 5)",
+    )
+    projecting.add_argument(
+        "--stack",
+        action="store_true",
+        help="one dataset a group, (N, 2, X, Z) and (N, 1, X, Z), and their keys in dataset key",
+    )
+    projecting.add_argument(
+        "--compression",
+        choices=hdf5.COMPRESSIONS,
+        default="lzf",
+        help="of the HDF5 file (default: lzf, read by every h5py; blosc needs hdf5plugin)",
+    )
+    pictures_group = parser.add_argument_group("pictures")
+    pictures_group.add_argument(
+        "--gif", type=Path, metavar="DIR", help="a rotating projection a study, lesions outlined"
+    )
+    pictures_group.add_argument("--png", type=Path, metavar="DIR", help="a still a study")
+    cli.add_run_options(parser)
+    return parser
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with status 2 where the options can't be met, before any work."""
+    cli.check_paths(parser, [options.input], options.output)
+    try:
+        options.all_angles = projection_angles(*options.angles)
+    except ValueError as error:
+        parser.error(f"--angles: {error}")
+    cli.check_side_output(parser, csv_path(options.output), options.output)
+    for folder in (options.gif, options.png):
+        if folder is not None:
+            cli.check_folder(parser, folder)
+    if options.compression == "blosc" and not hdf5.has_blosc():
+        parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
+
+
+def csv_path(output: Path) -> Path:
+    """Return the path of the list beside the output."""
+    return output.with_suffix(".csv")
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+
+def project(options: argparse.Namespace) -> list[Outcome]:
+    """Compute what is new or changed, replace the 2D file and its list."""
+    with stage.exclusive(options.output, force=options.force):
+        source = hdf5.read_parameters(options.input)
+        if "angles" in source:
+            raise StageError(f"{options.input}: holds projections already: give a 3D file")
+        parameters = {**source, "angles": list(options.angles), "stack": options.stack}
+        for folder in (options.gif, options.png):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        studies = plan(options, parameters)
+        by_key = {
+            two_d_key(study.hash, angle): study.hash
+            for study in studies
+            for angle in options.all_angles
+        }
+        assemble = hdf5.assemble_stack if options.stack else hdf5.assemble
+
+        def assemble_keys(path: Path, sources: Mapping[str, Path]) -> None:
+            of_keys = {key: sources[study] for key, study in by_key.items() if study in sources}
+            assemble(path, of_keys, parameters, cli.SOFTWARE)
+            write_list(options, of_keys)
+
+        return stage.run_stage(
+            options.output,
+            studies,
+            finished_studies(options),
+            project_study,
+            assemble_keys,
+            options.jobs,
+            rewrite=not csv_path(options.output).exists(),
+        )
+
+
+def two_d_key(study_hash: str, angle: float) -> str:
+    """Return the key of one projection."""
+    return f"{study_hash}_{angle_name(angle)}"
+
+
+def plan(options: argparse.Namespace, parameters: Mapping[str, Any]) -> list[stage.Study]:
+    """Return this shard's studies."""
+    shapes = hdf5.read_shapes(options.input)
+    if not shapes:
+        raise StageError(f"{options.input}: no study in it: nothing to project")
+    if options.stack and len({shape[1] for shape in shapes.values()}) > 1:
+        raise StageError(f"{options.input}: volumes of several widths can't be stacked")
+    slab = max(shape[3] for shape in shapes.values()) if options.stack else None
+    keys = [key for key in shapes if cli.in_shard(key, options.shard)]
+    digests = hdf5.read_digests(dict.fromkeys(keys, options.input))
+    studies = []
+    for key in keys:
+        made_from = [cli.SOFTWARE, digests[key], parameters, slab, options.compression]
+        payload = StoredStudy(
+            options.input.resolve(),
+            key,
+            options.all_angles,
+            slab,
+            parameters,
+            fingerprint(made_from),
+            options.compression,
+            options.gif,
+            options.png,
+        )
+        beside = [f / f"{key}.{kind}" for kind in ("gif", "png") if (f := getattr(options, kind))]
+        studies.append(stage.Study(key, payload.fingerprint, payload, tuple(beside)))
+    return studies
+
+
+def finished_studies(options: argparse.Namespace) -> dict[str, str]:
+    """Return the fingerprints of the studies that the present output holds."""
+    if options.force or not options.output.exists():
+        return {}
+    try:
+        return hdf5.read_projected(options.output)
+    except StageError as error:
+        logger.warning("the old output is of no use and is made anew: %s", error)
+        return {}
+
+
+def write_list(options: argparse.Namespace, sources: Mapping[str, Path]) -> None:
+    """Write the CSV that lists the projections in the order of their keys."""
+    keys = sorted(sources)
+    studies = sorted({key.rpartition("_")[0] for key in keys})
+    projects = hdf5.read_attributes(options.input, studies, "project")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("number", "hash", "angle", "project", "dataset"))
+    for number, key in enumerate(keys):
+        study_hash, _, angle = key.rpartition("_")
+        writer.writerow((number, study_hash, angle, projects.get(study_hash, ""), key))
+    stage.write_beside(csv_path(options.output), text.getvalue())
+
+
+# --- one study -------------------------------------------------------------------------------
+
+
+def project_study(task: stage.PartTask) -> Sequence[str]:
+    """Project one study from all angles and write its part."""
+    work: StoredStudy = task.payload
+    image, attributes = hdf5.read_dataset(work.path, "image", work.key)
+    mips = {"image": np.clip(image_mips(image, work.angles), 0, 1).astype(image.dtype)}
+    del image
+    for group in ("mask", "mask_iso"):
+        mask, _ = hdf5.read_dataset(work.path, group, work.key)
+        mips[group] = mask_mips(mask, work.angles)
+    if work.slab is not None:
+        mips = {group: padded(array, work.slab) for group, array in mips.items()}
+    shared = {
+        "project": attributes.get("project", ""),
+        "hash": work.key,
+        "spacing": np.array(attributes["spacing"])[[0, 2]],
+    }
+    with stage.writing_part(task.part) as temporary:
+        with hdf5.create_file(temporary, work.parameters, cli.SOFTWARE) as file:
+            for i, angle in enumerate(work.angles):
+                for group in hdf5.GROUPS:
+                    more = {"fingerprint": work.fingerprint} if group == "image" else {}
+                    hdf5.write_dataset(
+                        file,
+                        group,
+                        two_d_key(work.key, angle),
+                        mips[group][i],
+                        {**shared, "angle": angle, **more},
+                        work.compression,
+                    )
+        write_pictures(work, mips, attributes)
+    return ()
+
+
+def padded(mips: np.ndarray, length: int) -> np.ndarray:
+    """Return projections (N, C, X, Z) with zeros at the superior end up to `length`."""
+    return np.pad(mips, ((0, 0), (0, 0), (0, 0), (0, length - mips.shape[-1])))
+
+
+def write_pictures(
+    work: StoredStudy, mips: Mapping[str, np.ndarray], attributes: Mapping[str, Any]
+) -> None:
+    """Write the rotating projection and the still, where asked for."""
+    if work.gif is None and work.png is None:
+        return
+    frames = pictures.mip_frames(
+        mips["image"][:, 0],
+        mips["mask"][:, 0],
+        suv_range=attributes["suv_range"],
+        spacing_mm=(attributes["spacing"][0], attributes["spacing"][2]),
+        orientation=attributes["orientation"],
+    )
+    if work.png is not None:
+        pictures.write_png(work.png / f"{work.key}.png", frames[0])
+    if work.gif is not None:
+        pictures.write_gif(work.gif / f"{work.key}.gif", frames, work.angles)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
