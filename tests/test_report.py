@@ -1,0 +1,240 @@
+"""The quality-control page: what it says, what it shows, how it behaves in a real browser."""
+
+import base64
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import report
+
+SHAPE = (24, 20, 30)
+ATTRIBUTES = {
+    "project": "liver <b>trial</b>",
+    "affine": np.diag([-2.0, 2.0, 3.0, 1.0]),
+    "suv_range": [0.0, 40.0],
+    "ct_range": [-1000.0, 1000.0],
+}
+BQML = {
+    "suv_type": "bw",
+    "suv_units": "g/ml",
+    "units": "BQML",
+    "decay_correction": "START",
+    "rule": "12b",
+    "minutes_to_reference": [62.0, 62.0],
+    "factor_range": [4e-4, 4e-4],
+    "weight_kg": 75.0,
+    "reinterpretations": [],
+    "alternatives": {"autopet": 4.1e-4, "qiba": 4e-4, "frame_based": 3.5e-4},
+}
+
+
+def a_card(key="0123456789", warnings=(), suv_max=8.0, tmtv_ml=12.0, mask=None):
+    """A card of a study with one lesion at (18, 5, 25), left, behind and high up."""
+    if mask is None:
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[17:20, 4:7, 24:27] = 1
+    image = np.zeros((2, *SHAPE), np.float16)
+    image[0][mask > 0] = suv_max / 40
+    image[1] = 0.5
+    lesion = {
+        "label": 1,
+        "mtv_ml": tmtv_ml,
+        "iso_mtv_ml": tmtv_ml,
+        "suv_max": suv_max,
+        "suv_mean": 5.0,
+        "suv_peak": 6.0,
+        "tlg_g": 60.0,
+    }
+    study = {"lesion_count": 1, "tmtv_ml": tmtv_ml, "dmax_mm": 0.0, "dose_fraction": 0.5}
+    measures = {"lesions": [lesion] if mask.any() else [], "study": study}
+    return report.study_card(
+        key, image, mask[None], mask[None], ATTRIBUTES, measures, BQML, warnings
+    )
+
+
+def a_page(cards):
+    stream = io.BytesIO()
+    report.write_page(stream, "demo", [card.encode() for card in cards])
+    return stream.getvalue().decode()
+
+
+# --- sentences -------------------------------------------------------------------------------
+
+
+def test_the_sentence_says_units_decay_time_factor_and_weight():
+    assert report.suv_sentence(BQML) == (
+        "SUV (bw, g/ml), from Units BQML, DecayCorrection START, decay referred to the start of "
+        "the series, 62 min after injection, factor 0.0004, body weight 75 kg (rule 12b)."
+    )
+
+
+def test_the_sentence_tells_reinterpretations():
+    sentence = report.suv_sentence({**BQML, "reinterpretations": ["weight taken as grams"]})
+    assert sentence.endswith("Reinterpreted: weight taken as grams.")
+
+
+def test_without_provenance_the_sentence_says_so():
+    assert "not known" in report.suv_sentence({})
+
+
+def test_alternatives_are_told_as_differences_in_percent():
+    assert report.alternatives_sentence(BQML) == (
+        "Other rules would give: first file's AcquisitionTime (autoPET script) +2.5 %, "
+        "QIBA +0.0 %, frame times -12.5 %"
+    )
+
+
+def test_values_that_are_suv_already_have_no_alternatives():
+    assert report.alternatives_sentence({**BQML, "units": "GML"}) == ""
+
+
+# --- markup ----------------------------------------------------------------------------------
+
+
+def test_text_from_files_is_escaped():
+    card = a_card(warnings=["<script>alert(1)</script>"])
+    assert "<b>trial" not in card
+    assert "<script>" not in card
+
+
+def test_a_study_without_lesion_has_no_slice_through_one():
+    card = a_card(mask=np.zeros(SHAPE, np.uint8))
+    assert card.count("<img") == 2
+
+
+def test_the_page_fetches_nothing():
+    page = a_page([a_card()])
+    assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("view", "shape", "column", "row"),
+    [
+        (0, (45, 24), 18, (29 - 25) * 1.5),  # coronal: left on the right, head up
+        (1, (45, 20), 19 - 5, (29 - 25) * 1.5),  # sagittal: back on the right
+        (2, (20, 24), 18, 19 - 5),  # axial: left on the right, front up
+    ],
+)
+def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, column, row):
+    source = a_card().split('data-src="data:image/webp;base64,')[view + 1].split('"')[0]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"), int)
+    rows, columns = np.nonzero(np.ptp(pixels, axis=2) > 60)
+    assert pixels.shape[:2] == shape
+    assert rows.mean() == pytest.approx(row, abs=2)
+    assert columns.mean() == pytest.approx(column, abs=1)
+
+
+# --- in a browser ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if not (driver and chromium):
+        pytest.skip("chromium and its driver are not installed")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--window-size=1280,900",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = selenium.Chrome(options, selenium.ChromeService(driver))
+    yield session
+    session.quit()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    cards = [
+        a_card("aaaaaaa001", suv_max=4.0, tmtv_ml=30.0),
+        a_card("bbbbbbb002", warnings=["1.00 ml vanish"], suv_max=9.0, tmtv_ml=2.0),
+        a_card("ccccccc003", suv_max=7.0, tmtv_ml=11.0),
+        report.failed_card("ddddddd004", "failed", "no body weight"),
+    ]
+    path = tmp_path / "report.html"
+    path.write_text(a_page(cards))
+    browser.get(path.as_uri())
+    return browser
+
+
+def shown(page):
+    script = "return [...document.querySelectorAll('article:not([hidden])')].map(a => a.id)"
+    return page.execute_script(script)
+
+
+def choose(page, name, value):
+    page.execute_script(
+        "const s = document.getElementById(arguments[0]); s.value = arguments[1];"
+        "s.dispatchEvent(new Event('input'));",
+        name,
+        value,
+    )
+
+
+def test_the_page_opens_with_all_cards_and_no_console_error(page):
+    assert len(shown(page)) == 4
+    assert page.find_element("css selector", ".count").text == "4 of 4 studies"
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
+    loaded = page.execute_async_script(
+        "const done = arguments[0]; setTimeout(() => done([...document.images]"
+        ".map(i => [i.complete && i.naturalWidth > 0, i.alt.length > 10])), 500)"
+    )
+    assert loaded == [[True, True]] * 9
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("with warnings", ["bbbbbbb002"]),
+        ("without warnings", ["aaaaaaa001", "ccccccc003"]),
+        ("failed", ["ddddddd004"]),
+    ],
+)
+def test_the_filter_shows_what_it_says(page, choice, expected):
+    choose(page, "show", choice)
+    assert shown(page) == expected
+
+
+@pytest.mark.parametrize(
+    ("order", "first"),
+    [("volume", "aaaaaaa001"), ("suvmax", "bbbbbbb002"), ("warnings", "bbbbbbb002")],
+)
+def test_sorting_puts_the_largest_first(page, order, first):
+    choose(page, "sort", order)
+    assert shown(page)[0] == first
+
+
+def test_finding_by_hash_counts_what_is_left(page):
+    choose(page, "find", "ccc")
+    assert shown(page) == ["ccccccc003"]
+    assert page.find_element("css selector", ".count").text == "1 of 4 studies"
+
+
+def test_keys_step_through_the_cards(page):
+    body = page.find_element("tag name", "body")
+    body.send_keys("j")
+    body.send_keys("j")
+    page.switch_to.active_element.send_keys("k")
+    assert page.switch_to.active_element.get_attribute("id") == "aaaaaaa001"
+
+
+def test_the_theme_button_changes_the_background(page):
+    def background():
+        return page.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    before = background()
+    page.find_element("id", "theme").click()
+    assert background() != before
