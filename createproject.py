@@ -8,19 +8,22 @@ beside the zip, readable by you alone: keep it apart from the zip.
 """
 
 import argparse
+import functools
 import logging
 import re
 import secrets
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 from common import archive, cli, mapping, raw_project, stage
-from common.errors import StageError
+from common.errors import IncompleteStudy, StageError, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint, pseudonym
-from common.parallel import Outcome, Task, run_studies
+from common.parallel import Outcome, Status, Task, run_studies
+from common.raw_project import ROLE_NAMES, Patterns, StudyFolder
 from common.study import Conversion, plan_study, read_study
 from common.suv import SUV_UNITS
 
@@ -33,6 +36,14 @@ EXAMPLES = """
 
 logger = logging.getLogger("tumorvolume")
 
+LONGEST_DIGEST = 64
+"""Hex digits of a SHA-256 digest."""
+
+MEMORY_PER_BYTE, MEMORY_PER_GZIPPED_BYTE = 3, 8
+"""What a worker needs for an image, by the size of its file: of DICOM or NIfTI, of `.nii.gz`."""
+
+TABLE_HEADING = ("study", "would be", *ROLE_NAMES.values(), "SUV", "remarks")
+
 
 @dataclass(frozen=True)
 class RawStudy:
@@ -40,7 +51,7 @@ class RawStudy:
 
     folder: str
     project: str
-    patterns: raw_project.Patterns
+    patterns: Patterns
     conversion: Conversion
 
 
@@ -75,10 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     roles = parser.add_argument_group(
         "which file is what",
-        "glob on the path below the study, or on the SeriesDescription of a DICOM series",
+        "glob on the path of a file or folder below the study, or on the SeriesDescription of a\n"
+        "DICOM series; case counts",
     )
-    for role in ("ct", "pet", "mask", "header"):
-        roles.add_argument(f"--{role}", metavar="PATTERN", help=f"choose the {role}")
+    for role, name in ROLE_NAMES.items():
+        roles.add_argument(f"--{role}", metavar="PATTERN", help=f"choose the {name}")
     roles.add_argument(
         "--roi", type=regex, metavar="REGEX", help="only ROIs or segments whose name matches"
     )
@@ -111,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     checks.add_argument(
         "--trust-geometry",
         action="store_true",
-        help="accept images whose frames of reference or headers do not agree",
+        help="accept images whose patients, frames of reference or headers do not agree",
     )
     identity = parser.add_argument_group("pseudonyms")
     identity.add_argument(
@@ -169,21 +181,20 @@ def regex(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    cli.check_paths(parser, [options.raw_project], options.output)
-    if not options.raw_project.is_dir():
-        parser.error(f"{options.raw_project} is not a folder")
-    if max(options.hash_length) > 64:
-        parser.error("--hash-length: a digest has 64 characters")
-    options.name = options.name or options.raw_project.resolve().name
-    if not re.fullmatch(r"[^/\\\0]+", options.name) or options.name in (".", ".."):
-        parser.error(f"--name {options.name!r} can't be a folder's name")
     options.mapping = options.mapping or options.output.with_name(
         f"{options.output.stem}_mapping.csv"
     )
-    if options.mapping.resolve() == options.output.resolve():
-        parser.error("--mapping is the output: choose another name")
-    if not options.mapping.parent.is_dir():
-        parser.error(f"folder {options.mapping.parent} of the mapping does not exist")
+    inputs = [options.raw_project, *([options.key_file] if options.key_file else [])]
+    for path in (options.output, options.mapping):
+        cli.check_paths(parser, inputs, path)
+    cli.check_side_output(parser, options.mapping, options.output)
+    if not options.raw_project.is_dir():
+        parser.error(f"{options.raw_project} is not a folder")
+    if max(options.hash_length) > LONGEST_DIGEST:
+        parser.error(f"--hash-length: a digest has {LONGEST_DIGEST} characters")
+    options.name = options.name or options.raw_project.resolve().name
+    if not options.name.isprintable() or not re.fullmatch(r"(?!\.\.?$)[^/\\:]+", options.name):
+        parser.error(f"--name {options.name!r} can't be a folder's name: choose another by --name")
     options.key = read_key(parser, options.key_file) if options.key_file else None
 
 
@@ -209,53 +220,61 @@ def read_key(parser: argparse.ArgumentParser, path: Path) -> bytes:
 
 def create_project(options: argparse.Namespace) -> list[Outcome]:
     """Convert what is new or changed and replace the zip and the mapping."""
-    with stage.exclusive(options.output, force=options.force):
+    with stage.exclusive(options.output, force=options.force, lock=options.lock):
         folders = pseudonymised(options)
+        known = mapping.read(options.mapping)
+        known_skips = {row.hash: row.reason for row in known if row.status == "skipped"}
         studies, outcomes = plan(folders, options)
+        for outcome in outcomes:
+            stage.report(outcome, known_skips)
         outcomes += stage.run_stage(
             options.output,
             studies,
-            finished_studies(options),
+            finished_studies(options, known),
             convert_study,
-            lambda path, sources: archive.assemble(path, options.name, sources),
+            functools.partial(archive.assemble, project=options.name),
             options.jobs,
             lambda path, done: write_mapping(path, folders, studies, [*outcomes, *done], options),
+            known_skips=known_skips,
         )
     order = {study_hash: i for i, study_hash in enumerate(folders)}
     return sorted(outcomes, key=lambda outcome: order[outcome.hash])
 
 
-def pseudonymised(options: argparse.Namespace) -> dict[str, raw_project.StudyFolder]:
+def pseudonymised(options: argparse.Namespace) -> dict[str, StudyFolder]:
     """Return this shard's study folders by hash, after checking the hashes of all."""
-    folders: dict[str, raw_project.StudyFolder] = {}
+    folders: dict[str, StudyFolder] = {}
     patients: dict[str, str] = {}
-    lengths = tuple(options.hash_length)
+    n_patient, n_study = options.hash_length
     for folder in raw_project.list_studies(options.raw_project):
-        study_hash = pseudonym(folder.patient, folder.study, options.key, lengths)
-        patient_part = study_hash[: lengths[0]]
-        if patients.setdefault(patient_part, folder.patient) != folder.patient:
-            raise StageError(
-                f"two patients share the patient part {patient_part} of their hashes: lengthen it "
-                f"with --hash-length {lengths[0] + 5} {lengths[1]}, or, if their folder names "
-                "look the same, rename one"
-            )
+        study_hash = pseudonym(folder.patient, folder.study, options.key, (n_patient, n_study))
+        namesake = patients.setdefault(study_hash[:n_patient], folder.patient)
+        if namesake != folder.patient:
+            refuse_collision("patients", namesake, folder.patient, (n_patient + 5, n_study))
         if study_hash in folders:
-            raise StageError(
-                f"two studies share the hash {study_hash}: lengthen it with "
-                f"--hash-length {lengths[0]} {lengths[1] + 5}, or, if their folder names look the "
-                "same, rename one"
-            )
+            namesake = folders[study_hash].study
+            refuse_collision("studies", namesake, folder.study, (n_patient, n_study + 5))
         folders[study_hash] = folder
     return {h: f for h, f in folders.items() if cli.in_shard(h, options.shard)}
 
 
+def refuse_collision(what: str, one: str, other: str, longer: tuple[int, int]) -> NoReturn:
+    """Stop the run where two folders have one pseudonym."""
+    if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
+        raise StageError(
+            f"two {what} have folders of the same name, but for the Unicode spelling of its "
+            "accents: rename one, or put both into one folder"
+        )
+    raise StageError(
+        f"two {what} share a pseudonym: lengthen it with --hash-length {longer[0]} {longer[1]}"
+    )
+
+
 def plan(
-    folders: Mapping[str, raw_project.StudyFolder], options: argparse.Namespace
+    folders: Mapping[str, StudyFolder], options: argparse.Namespace
 ) -> tuple[list[stage.Study], list[Outcome]]:
     """Return the studies to be in the zip, and the outcomes of folders that can't be listed."""
-    patterns = raw_project.Patterns(
-        {r: p for r in ("ct", "pet", "mask", "header") if (p := getattr(options, r)) is not None}
-    )
+    patterns = Patterns({r: p for r in ROLE_NAMES if (p := getattr(options, r)) is not None})
     conversion = Conversion(
         pet_units=options.pet_units,
         suv_type=options.suv_type,
@@ -269,18 +288,36 @@ def plan(
     studies, outcomes = [], []
     for study_hash, folder in folders.items():
         try:
-            files = raw_project.list_files(folder.path)
-        except raw_project.StudyError as error:
-            outcomes.append(Outcome(study_hash, "failed", str(error), private=error.private))
-            stage.report(outcomes[-1])
+            files = raw_project.list_files(folder)
+        except StudyError as error:
+            status = status_of(error)
+            outcomes.append(Outcome(study_hash, status, str(error), private=error.private))
             continue
         seen = [[file.name, file.size, file.changed_ns] for file in files]
         raw = RawStudy(folder.path, options.name, patterns, conversion)
-        studies.append(stage.Study(study_hash, fingerprint([*fixed, study_hash, seen]), raw))
+        studies.append(
+            stage.Study(
+                study_hash,
+                fingerprint([*fixed, study_hash, seen]),
+                raw,
+                memory_bytes=sum(map(memory_bytes, files)),
+            )
+        )
     return studies, outcomes
 
 
-def finished_studies(options: argparse.Namespace) -> dict[str, str]:
+def memory_bytes(file: raw_project.RawFile) -> int:
+    """Return what a file takes of a worker's memory at most, roughly [bytes]."""
+    expansion = MEMORY_PER_GZIPPED_BYTE if file.name.lower().endswith(".gz") else MEMORY_PER_BYTE
+    return expansion * (file.size or 0)
+
+
+def status_of(error: StudyError) -> Status:
+    """Return how a study that can't go on ends."""
+    return "skipped" if isinstance(error, IncompleteStudy) else "failed"
+
+
+def finished_studies(options: argparse.Namespace, known: Sequence[mapping.Row]) -> dict[str, str]:
     """Return the fingerprints of the studies that the present zip holds, unknown ones empty."""
     if options.force or not options.output.exists():
         return {}
@@ -289,13 +326,14 @@ def finished_studies(options: argparse.Namespace) -> dict[str, str]:
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
         return {}
-    known = mapping.read(options.mapping)
-    return {
-        study_hash: known[study_hash].input
-        if study_hash in known and known[study_hash].output == study.content
-        else ""
-        for study_hash, study in archived.items()
-    }
+    input_of = {row.output: row.input for row in known}
+    finished = {study.hash: input_of.get(study.content, "") for study in archived.values()}
+    if not all(finished.values()):
+        logger.warning(
+            "studies of the old output (%d) are not as the mapping says: they are not kept",
+            list(finished.values()).count(""),
+        )
+    return finished
 
 
 def convert_study(task: stage.PartTask) -> Sequence[str]:
@@ -312,16 +350,23 @@ def convert_study(task: stage.PartTask) -> Sequence[str]:
 
 def write_mapping(
     zip_path: Path,
-    folders: Mapping[str, raw_project.StudyFolder],
+    folders: Mapping[str, StudyFolder],
     studies: Sequence[stage.Study],
     outcomes: Sequence[Outcome],
     options: argparse.Namespace,
 ) -> None:
-    """Write the private table that links hashes to patients, readable by its owner alone."""
+    """Write the private table that links hashes to patients, readable by its owner alone.
+
+    Rows of other projects are kept.
+    """
     inputs = {study.hash: study.fingerprint for study in studies}
     archived = archive.read_directory(zip_path)
     by_hash = {outcome.hash: outcome for outcome in outcomes}
-    rows = []
+    rows = [
+        row
+        for row in mapping.read(options.mapping)
+        if row.project != options.name and row.hash not in folders
+    ]
     for study_hash, folder in folders.items():
         outcome = by_hash[study_hash]
         held = archived.get(study_hash)
@@ -332,7 +377,8 @@ def write_mapping(
                 study=folder.study,
                 hash=study_hash,
                 status="written" if held is not None else outcome.status,
-                reason="; ".join(filter(None, (outcome.reason, outcome.private))),
+                reason=outcome.reason,
+                found=outcome.private,
                 input=inputs.get(study_hash, "") if held is not None else "",
                 output=held.content if held is not None else "",
             )
@@ -349,17 +395,29 @@ def dry_run(options: argparse.Namespace) -> list[Outcome]:
     studies, outcomes = plan(folders, options)
     tasks = [Task(study.hash, study.payload) for study in studies]
     outcomes += run_studies(describe_study, tasks, options.jobs)
-    for outcome in outcomes:
-        print(f"{outcome.hash}  {outcome.status:8}  {outcome.reason or outcome.warnings[0]}")
-    return outcomes
+    no_cells = [""] * (len(TABLE_HEADING) - 3)
+    cells = {o.hash: o.warnings or (o.status, *no_cells, o.reason) for o in outcomes}
+    print_table([TABLE_HEADING, *((study_hash, *cells[study_hash]) for study_hash in folders)])
+    return [Outcome(study_hash, cast(Status, cells[study_hash][0])) for study_hash in folders]
 
 
 def describe_study(raw: RawStudy) -> Sequence[str]:
-    """Return one line on the files found and the SUV rule that would apply."""
-    roles = raw_project.find_roles(
-        raw.folder, raw.patterns, header_needed=raw.conversion.needs_header
-    )
-    return [plan_study(roles, raw.conversion)]
+    """Return the cells of a study in the table of a dry run."""
+    found = raw_project.survey(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
+    roles = [found.summary(role) for role in ROLE_NAMES]
+    try:
+        planned = plan_study(raw_project.choose(found), raw.conversion)
+    except StudyError as error:
+        return [status_of(error), *roles, "", str(error)]
+    return ["written", *roles, planned.suv_rule, "; ".join(planned.warnings)]
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
 
 
 def dry_closing_line(outcomes: Sequence[Outcome], output: Path) -> str:

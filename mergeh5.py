@@ -3,16 +3,18 @@
 
 Every study is copied with its attributes, chunks and filters as they are. Files made with other
 spacing, shape, ranges, orientation, type or thresholds are refused unless --allow-mixed is given.
+With --verify nothing is written: each file is held against its own checksums and attributes.
 """
 
 import argparse
+import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import cli, hdf5, splits, stage
+from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
 from common.errors import StageError
 from common.hashing import DEFAULT_LENGTHS
 from common.parallel import Outcome, Status
@@ -22,6 +24,7 @@ EXAMPLES = """
   python mergeh5.py old_3d.h5 new_3d.h5 -o all_3d.h5 --on-duplicate replace
   python mergeh5.py shards/*.h5 -o index.h5 --link
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --splits 5 --splits-dir splits
+  python mergeh5.py --verify all_3d.h5 all_2d.h5
 """
 
 logger = logging.getLogger("tumorvolume")
@@ -32,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     check_options(parser, options)
+    if options.verify:
+        return cli.run(options, lambda: verify(options), verify_line)
     return cli.run(options, lambda: merge(options))
 
 
@@ -42,8 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.parser(__doc__, EXAMPLES)
     parser.add_argument("inputs", type=Path, nargs="+", metavar="FILE.h5", help="files to merge")
+    parser.add_argument("-o", "--output", type=Path, metavar="ALL.h5", help="file to write")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="ALL.h5", help="file to write"
+        "--verify",
+        action="store_true",
+        help="write nothing: check every dataset of the files, status 3 where one is damaged",
     )
     merging = parser.add_argument_group("merging")
     merging.add_argument(
@@ -81,6 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
+    if options.verify:
+        if options.output or options.link or options.splits:
+            parser.error("--verify writes nothing: leave out -o, --link and --splits")
+        for path in options.inputs:
+            if not path.exists():
+                parser.error(f"input {path} does not exist")
+        return
+    if options.output is None:
+        parser.error("give the file to write: -o ALL.h5")
     cli.check_paths(parser, options.inputs, options.output)
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
@@ -93,7 +110,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
     """Check the inputs, write the merged file, and the splits if asked for."""
-    with stage.exclusive(options.output, force=options.force):
+    with stage.exclusive(options.output, force=options.force, lock=options.lock):
         parameters = merged_parameters(options.inputs, options.allow_mixed)
         sources = chosen_sources(options.inputs, options.on_duplicate)
         if not options.force and is_merged_already(options, sources, parameters):
@@ -112,6 +129,8 @@ def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, An
     merged = dict(first)
     for path in inputs[1:]:
         other = hdf5.read_parameters(path)
+        if ("angles" in first) != ("angles" in other):
+            raise StageError(f"{path}: {inputs[0]} is 3D and it 2D, or vice versa: give one kind")
         differing = sorted(k for k in {*first, *other} if first.get(k) != other.get(k))
         refused = [k for k in differing if not _may_differ(k, first.get(k), other.get(k))]
         if refused and not allow_mixed:
@@ -135,7 +154,7 @@ def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]
     sources: dict[str, Path] = {}
     for path in inputs:
         for key in hdf5.read_keys(path):
-            if key not in sources or hdf5.same_content(key, sources[key], path):
+            if key not in sources or hdf5_assembly.same_content(key, sources[key], path):
                 sources.setdefault(key, path)
             elif on_duplicate == "error":
                 raise StageError(
@@ -159,9 +178,9 @@ def is_merged_already(
         return (
             hdf5.read_parameters(options.output) == parameters
             and hdf5.read_keys(options.output) == sorted(sources)
-            and hdf5.holds_links(options.output) == options.link
-            and hdf5.read_digests(dict.fromkeys(sources, options.output))
-            == hdf5.read_digests(sources)
+            and hdf5_assembly.holds_links(options.output) == options.link
+            and hdf5_assembly.read_digests(dict.fromkeys(sources, options.output))
+            == hdf5_assembly.read_digests(sources)
         )
     except StageError:
         return False
@@ -171,11 +190,13 @@ def write_merged(
     options: argparse.Namespace, sources: Mapping[str, Path], parameters: Mapping[str, Any]
 ) -> None:
     """Replace the output by copies of, or links to, the studies in `sources`."""
-    with stage.replacing(options.output) as temporary:
-        if options.link:
-            hdf5.assemble_links(temporary, sources, parameters, cli.SOFTWARE, options.output.parent)
-        else:
-            hdf5.assemble(temporary, sources, parameters, cli.SOFTWARE)
+    made_by = {"parameters": parameters, "software": cli.SOFTWARE}
+    assemble = (
+        functools.partial(hdf5_assembly.assemble_links, **made_by, folder=options.output.parent)
+        if options.link
+        else functools.partial(hdf5_assembly.assemble, **made_by)
+    )
+    stage.replace_output(options.output, assemble, sources)
 
 
 def write_splits(options: argparse.Namespace, keys: Sequence[str]) -> None:
@@ -190,6 +211,34 @@ def write_splits(options: argparse.Namespace, keys: Sequence[str]) -> None:
         for name, chosen in (("train", training), ("val", validation)):
             text = "".join(f"{key}\n" for key in chosen)
             stage.write_beside(folder / f"fold{number}_{name}.txt", text)
+
+
+# --- verifying -------------------------------------------------------------------------------
+
+
+def verify(options: argparse.Namespace) -> list[Outcome]:
+    """Check every study of every file, and go on after a damaged one."""
+    outcomes, unreadable = [], 0
+    for path in options.inputs:
+        try:
+            checked = [(key, "; ".join(faults)) for key, faults in hdf5_check.check_file(path)]
+        except StageError as error:
+            logger.error("%s", error)
+            unreadable += 1
+            continue
+        for key, faults in checked:
+            if faults:
+                logger.error("%s: %s in %s: make that file again", key, faults, path)
+            outcomes.append(Outcome(key, "failed" if faults else "unchanged", faults))
+    if unreadable:
+        raise StageError(f"{unreadable} of {len(options.inputs)} files cannot be read: see above")
+    return outcomes
+
+
+def verify_line(outcomes: Sequence[Outcome], output: Path | None) -> str:
+    """Return ``12 datasets: 11 sound, 1 failed``; a dataset has an image and its masks."""
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    return f"{len(outcomes)} datasets: {len(outcomes) - failed} sound, {failed} failed"
 
 
 if __name__ == "__main__":

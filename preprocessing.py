@@ -7,44 +7,32 @@ isocontour of the mask taken, and CT and PET normalised to [0, 1]. The file hold
 """
 
 import argparse
-import csv
-import io
+import functools
 import json
 import logging
+import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from common import archive, cli, hdf5, stage
-from common.errors import IncompleteStudy, StageError
+from common import archive, cli, hdf5, hdf5_assembly, hdf5_chunks, stage
+from common.errors import StageError
 from common.hashing import fingerprint
-from common.image import Image
+from common.lesion_table import lesion_table
 from common.nifti import write_nifti_file
 from common.parallel import PROGRESS, Outcome
-from common.volumes import (
-    ORIENTATIONS,
-    Recipe,
-    Volume,
-    losses,
-    measures,
-    number_lesions,
-    outline,
-    place_ct,
-    place_lesions,
-    place_pet,
-    training_image,
-)
+from common.training_study import Laps, place_study, write_study
+from common.volumes import ORIENTATIONS, Recipe
 
 EXAMPLES = """
   python preprocessing.py project.zip -o project_3d.h5
   python preprocessing.py project.zip -o project_3d.h5 --spacing 4 4 4 --shape 100 100 --jobs 4
   python preprocessing.py project.zip -o project_3d.h5 --iso-threshold 41 --measures lesions.csv
 """
+
+MEMORY_BASE, MEMORY_PER_VOXEL = 250_000_000, 3
+"""What a worker takes at most, roughly [bytes], beside each voxel of its study's three images."""
 
 logger = logging.getLogger("tumorvolume")
 
@@ -142,9 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
     results = parser.add_argument_group("results")
     results.add_argument(
         "--compression",
-        choices=hdf5.COMPRESSIONS,
-        default="lzf",
-        help="of the HDF5 file (default: lzf, read by every h5py; blosc needs hdf5plugin)",
+        choices=hdf5_chunks.COMPRESSIONS,
+        default="gzip",
+        help="of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in "
+        "patches, needs hdf5plugin)",
     )
     results.add_argument(
         "--save-nifti",
@@ -191,7 +180,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         cli.check_side_output(parser, options.measures, options.output)
     if options.save_nifti is not None:
         cli.check_folder(parser, options.save_nifti)
-    if options.compression == "blosc" and not hdf5.has_blosc():
+    if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
 
@@ -211,7 +200,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         iso_suv=options.iso_suv,
         dtype=options.dtype,
     )
-    with stage.exclusive(options.output, force=options.force):
+    with stage.exclusive(options.output, force=options.force, lock=options.lock):
         archived = archive.read_directory(options.zip)
         if not archived:
             raise StageError(
@@ -221,14 +210,16 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         if options.save_nifti is not None:
             options.save_nifti.mkdir(parents=True, exist_ok=True)
         studies = plan(archived, recipe, options)
-        parameters = asdict(recipe)
         outcomes = stage.run_stage(
             options.output,
             studies,
             finished_studies(options),
             preprocess_study,
-            lambda path, sources: hdf5.assemble(path, sources, parameters, cli.SOFTWARE),
+            functools.partial(
+                hdf5_assembly.assemble, parameters=asdict(recipe), software=cli.SOFTWARE
+            ),
             options.jobs,
+            failures_of="preprocessing",
         )
         if options.measures is not None:
             write_measures(options.measures, options.output)
@@ -255,8 +246,18 @@ def plan(
             options.profile,
         )
         beside = nifti_paths(options.save_nifti, study_hash).values() if options.save_nifti else ()
-        studies.append(stage.Study(study_hash, digest, payload, tuple(beside)))
+        studies.append(stage.Study(study_hash, digest, payload, tuple(beside), memory_bytes(study)))
     return studies
+
+
+def memory_bytes(study: archive.ArchivedStudy) -> int:
+    """Return what preprocessing a study takes at most, roughly [bytes]."""
+    try:
+        n_voxels = sum(math.prod(shape) for shape in study.record["shapes"].values())
+    except (KeyError, AttributeError, TypeError):
+        # A zip of another make: images of gzipped CT and PET take about two bytes a voxel.
+        n_voxels = sum(member.size for member in study.members.values()) // 2
+    return MEMORY_BASE + MEMORY_PER_VOXEL * n_voxels
 
 
 def nifti_paths(folder: Path, study_hash: str) -> dict[str, Path]:
@@ -285,132 +286,43 @@ def finished_studies(options: argparse.Namespace) -> dict[str, str]:
 def preprocess_study(task: stage.PartTask) -> Sequence[str]:
     """Bring one study onto the target grid and write its part; return its warnings."""
     work: ZippedStudy = task.payload
-    recipe, record, laps = work.recipe, work.study.record, Laps()
-    if work.study.missing:
-        raise IncompleteStudy("no " + ", no ".join(work.study.missing))
-
-    original_ct = archive.read_image(work.zip_path, work.study, "ct")
-    laps.end("reading")
-    ct = place_ct(original_ct, recipe)
-    del original_ct
-    laps.end("resampling")
-    pet = archive.read_image(work.zip_path, work.study, "petsuv")
-    lesions = number_lesions(archive.read_image(work.zip_path, work.study, "mask"))
-    laps.end("reading")
-    suv = place_pet(pet, ct, recipe)
-    placed = place_lesions(lesions, ct, recipe)
-    laps.end("resampling")
-    mask, mask_iso = outline(suv, placed, recipe)
-    laps.end("isocontour")
-    warnings = losses(pet, lesions, ct, suv, placed, recipe)
-    found = measures(pet, lesions, record.get("suv", {}).get("weight_kg"), recipe)
-    laps.end("measures")
-
+    laps = Laps()
+    placed = place_study(work.zip_path, work.study, work.recipe, laps)
     with stage.writing_part(task.part) as temporary:
-        with hdf5.create_file(temporary, asdict(recipe), cli.SOFTWARE) as file:
-            arrays = {
-                "image": training_image(suv, ct, recipe),
-                "mask": mask[None],
-                "mask_iso": mask_iso[None],
-            }
-            for group, attributes in attributes_of(work, ct, found, warnings).items():
-                hdf5.write_dataset(
-                    file, group, task.hash, arrays[group], attributes, work.compression
-                )
+        write_study(
+            temporary,
+            work.study,
+            placed,
+            work.recipe,
+            work.compression,
+            work.fingerprint,
+            cli.SOFTWARE,
+        )
         if work.nifti_folder is not None:
-            volumes = {"ct": ct.data, "petsuv": suv.data, "mask": mask, "mask_iso": mask_iso}
             for name, path in nifti_paths(work.nifti_folder, task.hash).items():
-                write_nifti_file(path, Image(volumes[name], ct.grid.affine))
+                with stage.writing_beside(path) as nifti:
+                    write_nifti_file(nifti, placed.images[name])
     laps.end("writing")
-    paths = ["axis by axis" if v.axis_by_axis else "by nilearn" for v in (ct, suv, placed)]
-    logger.info("%s: CT, PET and mask resampled %s", task.hash, ", ".join(paths))
+    logger.info("%s: resampled %s", task.hash, placed.ways)
     if work.profile:
         logger.log(PROGRESS, "%s: %s", task.hash, laps)
-    return warnings
-
-
-def attributes_of(
-    work: ZippedStudy, ct: Volume, found: Mapping[str, Any], warnings: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Return the attributes of each group's dataset."""
-    recipe, record = work.recipe, work.study.record
-    provenance = record.get("suv", {})
-    shared = {
-        "affine": ct.grid.affine,
-        "project": work.study.project,
-        "spacing": np.array(recipe.spacing),
-        "orientation": recipe.orientation,
-    }
-    of_image = {
-        "channels": ["PET", "CT"],
-        "ct_range": np.array(recipe.ct_range),
-        "suv_range": np.array(recipe.suv_range),
-        "suv_type": provenance.get("suv_type", "unknown"),
-        "suv": json.dumps(provenance, sort_keys=True),
-        "measures": json.dumps(found, sort_keys=True),
-        "warnings": json.dumps([*record.get("warnings", []), *warnings]),
-        "fingerprint": work.fingerprint,
-    }
-    of_iso = {"connectivity": 26, "iso_threshold": recipe.iso_threshold}
-    if recipe.iso_suv is not None:
-        of_iso = {"connectivity": 26, "iso_suv": recipe.iso_suv}
-    return {"image": shared | of_image, "mask": shared, "mask_iso": shared | of_iso}
-
-
-class Laps:
-    """Seconds spent in the named steps of one study."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def end(self, step: str) -> None:
-        """Add the time since the last call to `step`."""
-        now = time.perf_counter()
-        self._seconds[step] = self._seconds.get(step, 0.0) + now - self._last
-        self._last = now
-
-    def __str__(self) -> str:
-        return ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self._seconds.items())
+    return placed.warnings
 
 
 # --- measures --------------------------------------------------------------------------------
 
-LESION_COLUMNS = (
-    "mtv_ml", "iso_mtv_ml", "suv_max", "suv_mean", "iso_suv_mean", "suv_peak", "tlg_g",
-    "iso_tlg_g", "x_mm", "y_mm", "z_mm",
-)  # fmt: skip
-STUDY_COLUMNS = ("lesion_count", "tmtv_ml", "iso_tmtv_ml", "dmax_mm", "dose_fraction")
-
 
 def write_measures(path: Path, studies_file: Path) -> None:
-    """Write the measures kept in an HDF5 file as CSV: a row a lesion, a total row a study."""
-    text = io.StringIO(newline="")
-    columns = ("hash", "project", "lesion", *LESION_COLUMNS, *STUDY_COLUMNS, "warnings")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
+    """Write the measures kept in an HDF5 file as CSV."""
     keys = hdf5.read_keys(studies_file)
-    attributes = {
-        name: hdf5.read_attributes(studies_file, keys, name)
+    projects, measures, warnings = (
+        hdf5.read_attributes(studies_file, keys, name)
         for name in ("project", "measures", "warnings")
-    }
-    for key in keys:
-        found = json.loads(attributes["measures"][key])
-        shared = {"hash": key, "project": attributes["project"][key]}
-        for lesion in found["lesions"]:
-            place = dict(zip(("x_mm", "y_mm", "z_mm"), lesion["centroid_mm"], strict=True))
-            values = {column: lesion[column] for column in LESION_COLUMNS if column in lesion}
-            writer.writerow({**shared, "lesion": lesion["label"], **values, **place})
-        study = found["study"]
-        warnings = " | ".join(json.loads(attributes["warnings"][key]))
-        sums = {"mtv_ml": "tmtv_ml", "iso_mtv_ml": "iso_tmtv_ml", "tlg_g": "tlg_g"}
-        totals = {column: study[name] for column, name in sums.items()}
-        totals["iso_tlg_g"] = study["iso_tlg_g"]
-        writer.writerow(
-            {**shared, "lesion": "total", **totals, "warnings": warnings}
-            | {column: study[column] for column in STUDY_COLUMNS}
-        )
-    stage.write_beside(path, text.getvalue())
+    )
+    table = lesion_table(
+        (key, projects[key], json.loads(measures[key]), json.loads(warnings[key])) for key in keys
+    )
+    stage.write_beside(path, table)
 
 
 if __name__ == "__main__":

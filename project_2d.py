@@ -8,6 +8,7 @@ a CSV of the same name lists them.
 
 import argparse
 import csv
+import functools
 import io
 import logging
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from common import cli, hdf5, pictures, stage
+from common import cli, hdf5, hdf5_assembly, hdf5_chunks, pictures, stage
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.parallel import Outcome
@@ -85,9 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     projecting.add_argument(
         "--compression",
-        choices=hdf5.COMPRESSIONS,
-        default="lzf",
-        help="of the HDF5 file (default: lzf, read by every h5py; blosc needs hdf5plugin)",
+        choices=hdf5_chunks.COMPRESSIONS,
+        default="gzip",
+        help="of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in "
+        "patches, needs hdf5plugin)",
     )
     pictures_group = parser.add_argument_group("pictures")
     pictures_group.add_argument(
@@ -109,7 +111,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for folder in (options.gif, options.png):
         if folder is not None:
             cli.check_folder(parser, folder)
-    if options.compression == "blosc" and not hdf5.has_blosc():
+    if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
 
@@ -123,7 +125,7 @@ def csv_path(output: Path) -> Path:
 
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
-    with stage.exclusive(options.output, force=options.force):
+    with stage.exclusive(options.output, force=options.force, lock=options.lock):
         source = hdf5.read_parameters(options.input)
         if "angles" in source:
             raise StageError(f"{options.input}: holds projections already: give a 3D file")
@@ -137,22 +139,31 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             for study in studies
             for angle in options.all_angles
         }
-        assemble = hdf5.assemble_stack if options.stack else hdf5.assemble
-
-        def assemble_keys(path: Path, sources: Mapping[str, Path]) -> None:
-            of_keys = {key: sources[study] for key, study in by_key.items() if study in sources}
-            assemble(path, of_keys, parameters, cli.SOFTWARE)
-            write_list(options, of_keys)
-
         return stage.run_stage(
             options.output,
             studies,
             finished_studies(options),
             project_study,
-            assemble_keys,
+            functools.partial(
+                assemble_projections, by_key=by_key, parameters=parameters, stack=options.stack
+            ),
             options.jobs,
-            rewrite=not csv_path(options.output).exists(),
+            lambda path, outcomes: write_list(options, by_key, outcomes),
+            failures_of="project_2d",
         )
+
+
+def assemble_projections(
+    path: Path,
+    sources: Mapping[str, Path],
+    by_key: Mapping[str, str],
+    parameters: Mapping[str, Any],
+    stack: bool,
+) -> None:
+    """Write the 2D file from files that hold the projections of a study."""
+    of_keys = {key: sources[study] for key, study in by_key.items() if study in sources}
+    assemble = hdf5_assembly.assemble_stack if stack else hdf5_assembly.assemble
+    assemble(path, of_keys, parameters, cli.SOFTWARE)
 
 
 def two_d_key(study_hash: str, angle: float) -> str:
@@ -169,7 +180,7 @@ def plan(options: argparse.Namespace, parameters: Mapping[str, Any]) -> list[sta
         raise StageError(f"{options.input}: volumes of several widths can't be stacked")
     slab = max(shape[3] for shape in shapes.values()) if options.stack else None
     keys = [key for key in shapes if cli.in_shard(key, options.shard)]
-    digests = hdf5.read_digests(dict.fromkeys(keys, options.input))
+    digests = hdf5_assembly.read_digests(dict.fromkeys(keys, options.input))
     studies = []
     for key in keys:
         made_from = [cli.SOFTWARE, digests[key], parameters, slab, options.compression]
@@ -194,15 +205,18 @@ def finished_studies(options: argparse.Namespace) -> dict[str, str]:
     if options.force or not options.output.exists():
         return {}
     try:
-        return hdf5.read_projected(options.output)
+        return hdf5_assembly.read_projected(options.output)
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
         return {}
 
 
-def write_list(options: argparse.Namespace, sources: Mapping[str, Path]) -> None:
+def write_list(
+    options: argparse.Namespace, by_key: Mapping[str, str], outcomes: Sequence[Outcome]
+) -> None:
     """Write the CSV that lists the projections in the order of their keys."""
-    keys = sorted(sources)
+    held = {outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")}
+    keys = sorted(key for key, study in by_key.items() if study in held)
     studies = sorted({key.rpartition("_")[0] for key in keys})
     projects = hdf5.read_attributes(options.input, studies, "project")
     text = io.StringIO(newline="")
@@ -269,9 +283,11 @@ def write_pictures(
         orientation=attributes["orientation"],
     )
     if work.png is not None:
-        pictures.write_png(work.png / f"{work.key}.png", frames[0])
+        with stage.writing_beside(work.png / f"{work.key}.png") as path:
+            pictures.write_png(path, frames[0])
     if work.gif is not None:
-        pictures.write_gif(work.gif / f"{work.key}.gif", frames, work.angles)
+        with stage.writing_beside(work.gif / f"{work.key}.gif") as path:
+            pictures.write_gif(path, frames, work.angles)
 
 
 if __name__ == "__main__":

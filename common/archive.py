@@ -4,10 +4,13 @@ The only module that knows the layout. A part of one study is a project zip too,
 the parts of a run and keeping studies of an earlier output are one copy of stored members.
 """
 
+import errno
 import functools
 import json
+import lzma
 import re
 import shutil
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -31,6 +34,18 @@ _MEMBER = re.compile(
 _INDEX = "studies.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1 << 22
+
+_LARGEST_RECORD = 1 << 16
+"""What ``studies.json`` may hold a study [bytes]."""
+
+_LONGEST = 100
+"""Characters of a study's name."""
+
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
+    ValueError, OverflowError, struct.error,
+)  # fmt: skip
+"""What zipfile raises on bytes that are no zip."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +98,15 @@ def read_directory(path: Path) -> dict[str, ArchivedStudy]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            for entry in entries:
+                _check_member(path, entry)
             records = _read_records(archive)
-    except FileNotFoundError as error:
-        raise StageError(f"{path}: no such file") from error
-    except OSError as error:
-        raise StageError(f"{path}: cannot be read ({error.strerror})") from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (*_DAMAGED, OSError) as error:
+        # A seek to a damaged offset is an OSError too.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise StageError(f"{path}: cannot be read ({error.strerror}): check it") from error
         raise StageError(
-            f"{path}: not a zip file, or truncated: make it again with createproject.py"
+            f"{path}: not a zip file, or truncated or damaged: make it again with createproject.py"
         ) from error
     return _studies(path, entries, records)
 
@@ -101,13 +117,13 @@ def _studies(
     members: dict[str, dict[str, Member]] = {}
     projects: dict[str, str] = {}
     for entry in entries:
-        _check_member(path, entry)
         match = _MEMBER.fullmatch(entry.filename)
         if match is None:
             continue
         study_hash, role = match["hash"], match["role"]
         roles = members.setdefault(study_hash, {})
         project = match["project"] or path.stem
+        _check_name(path, study_hash)
         if role in roles or projects.setdefault(study_hash, project) != project:
             raise StageError(
                 f"{path}: holds study {study_hash} twice: make it again with createproject.py"
@@ -134,23 +150,49 @@ def _check_member(path: Path, entry: zipfile.ZipInfo) -> None:
         raise StageError(f"{path}: is encrypted: give a plain zip")
 
 
+def _check_name(path: Path, study_hash: str) -> None:
+    """Refuse what can't name files, datasets and lines of a log."""
+    if study_hash.startswith(".") or not study_hash.isprintable() or len(study_hash) > _LONGEST:
+        raise StageError(
+            f"{path}: holds a study whose name is hidden, not printable or longer than {_LONGEST} "
+            "characters: rename its folder and files"
+        )
+
+
 def _read_records(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """Return the entries of ``studies.json`` by hash; those of another form are foreign."""
+    entries = archive.infolist()
     records: dict[str, Any] = {}
-    for entry in archive.infolist():
-        if PurePosixPath(entry.filename).name != _INDEX or entry.file_size > 1 << 30:
+    for entry in entries:
+        if PurePosixPath(entry.filename).name != _INDEX:
             continue
+        if entry.file_size > (len(entries) + 1) * _LARGEST_RECORD:
+            raise zipfile.BadZipFile(f"{_INDEX} is implausibly large")
         try:
             found = json.loads(archive.read(entry))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict):
-            records.update({k: v for k, v in found.items() if isinstance(v, dict)})
+            records.update({k: v for k, v in found.items() if _is_record(v)})
     return records
 
 
-@functools.lru_cache(maxsize=1)
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("suv", {}), dict)
+        and isinstance(value.get("warnings", []), list)
+    )
+
+
 def _opened(path: Path) -> zipfile.ZipFile:
     """Return the zip, opened once a process however many studies it serves."""
+    status = path.stat()
+    return _opened_version(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened_version(path: Path, *version: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
@@ -164,18 +206,30 @@ def read_image(path: Path, study: ArchivedStudy, role: str) -> Image:
     """
     member, name = study.members[role], ROLE_NAMES[role]
     try:
-        with _opened(path).open(member.name) as stream:
+        archive = _opened(path)
+        entry = archive.getinfo(member.name)
+        if (entry.file_size, entry.CRC) != (member.size, member.crc):
+            raise KeyError(member.name)
+        with archive.open(entry) as stream:
             image = read_nifti(stream, member.size, name)  # type: ignore[arg-type]
             # The NIfTI may end before the member does: read on, so that zip checks its CRC.
             while stream.read(_CHUNK):
                 pass
             return image
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise StudyError(
-            f"the {name} is damaged in the zip (checksum): make the zip again"
-        ) from error
+    except KeyError as error:
+        raise StudyError("the zip has been made anew since this run began: run again") from error
     except OSError as error:
-        raise StudyError(f"cannot read the {name} from the zip ({error.strerror})") from error
+        if error.errno is None:
+            raise _damaged(name) from error
+        raise StudyError(
+            f"the {name} cannot be read from the zip ({error.strerror}): check the disk"
+        ) from error
+    except _DAMAGED as error:
+        raise _damaged(name) from error
+
+
+def _damaged(name: str) -> StudyError:
+    return StudyError(f"the {name} is damaged in the zip (checksum): make the zip again")
 
 
 def write_part(
@@ -193,10 +247,15 @@ def write_part(
         archive.writestr(_entry(f"{project}/{_INDEX}"), _records_text({study_hash: record}))
 
 
-def assemble(path: Path, project: str, sources: Mapping[str, Path]) -> None:
+def assemble(path: Path, sources: Mapping[str, Path], project: str) -> None:
     """Write the project zip of the studies in `sources` (hash to a zip that holds it).
 
     Members are copied as they are, in order of name; the result depends on the studies alone.
+
+    Raises
+    ------
+    StageError
+        A source is damaged.
     """
     records: dict[str, Any] = {}
     uses = Counter(sources.values())
@@ -223,8 +282,14 @@ def _copy_study(
     for member in sorted(study.members.values(), key=lambda member: member.name):
         entry = _entry(member.name)
         entry.file_size = member.size
-        with source.open(member.name) as reader, target.open(entry, "w") as writer:
-            shutil.copyfileobj(reader, writer, _CHUNK)
+        try:
+            with source.open(member.name) as reader, target.open(entry, "w") as writer:
+                shutil.copyfileobj(reader, writer, _CHUNK)
+        except _DAMAGED as error:
+            raise StageError(
+                f"{source.filename}: study {study.hash} is damaged (checksum): "
+                "run again with --force"
+            ) from error
     return study.record
 
 

@@ -1,26 +1,33 @@
 """What the four scripts share: options, logging, exit status and the closing line."""
 
 import argparse
+import difflib
+import errno
 import logging
 import os
 import signal
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import tqdm
 
 from common.errors import StageError
 from common.hashing import fingerprint
-from common.parallel import PROGRESS, Outcome, available_cpus
+from common.machine import available_cpus
+from common.parallel import PROGRESS, Outcome
 
 VERSION = "1.0.0"
 SOFTWARE = f"tumorvolume {VERSION}"
 
 DONE = 0
 FATAL = 1
+WRONG_ARGUMENTS = 2
 SOME_FAILED = 3
 INTERRUPTED = 130
 TERMINATED = 143
@@ -33,12 +40,28 @@ logger = logging.getLogger("tumorvolume")
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser whose help is the script's docstring with examples at its end."""
-    return argparse.ArgumentParser(
+    return _Parser(
         description=description,
         epilog=f"examples:\n{examples.strip()}",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option where one is mistyped, before anything else is complained of."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in sys.argv[1:] if args is None else args:
+            option = word.partition("=")[0]
+            if option == "--":
+                break
+            if option.startswith("--") and option not in known:
+                nearest = difflib.get_close_matches(option, known, n=1)
+                hint = f": did you mean {nearest[0]}?" if nearest else ": see --help"
+                self.error(f"unknown option {option}{hint}")
+        return super().parse_args(args, namespace)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -56,9 +79,9 @@ def add_run_options(target: argparse.ArgumentParser, *, parallel: bool = True) -
             "-j",
             "--jobs",
             type=positive_int,
-            default=available_cpus(),
             metavar="N",
-            help="worker processes (default: the CPUs this process may use, %(default)s here)",
+            help="worker processes (default: the CPUs this process may use, "
+            f"{available_cpus()} here, fewer where memory would not suffice)",
         )
         run.add_argument(
             "--shard",
@@ -68,6 +91,12 @@ def add_run_options(target: argparse.ArgumentParser, *, parallel: bool = True) -
             help="do only the I-th of N disjoint parts of the studies, for job arrays",
         )
     run.add_argument("--force", action="store_true", help="start afresh: reuse nothing")
+    run.add_argument(
+        "--no-lock",
+        dest="lock",
+        action="store_false",
+        help="for file systems without locks: you see to it that no other run writes the output",
+    )
     run.add_argument("-v", "--verbose", action="count", default=0, help="say more; -vv still more")
     run.add_argument("-q", "--quiet", action="store_true", help="errors only")
     run.add_argument(
@@ -122,8 +151,10 @@ def check_paths(target: argparse.ArgumentParser, inputs: Sequence[Path], output:
             target.error(f"output {output} is an input: choose another name")
     if output.is_dir():
         target.error(f"output {output} is a folder: give a file name")
-    if not output.parent.is_dir():
-        target.error(f"folder {output.parent} of the output does not exist: make it first")
+    if not output.resolve().parent.is_dir():
+        target.error(
+            f"folder {output.resolve().parent} of the output does not exist: make it first"
+        )
 
 
 def check_side_output(target: argparse.ArgumentParser, path: Path, output: Path) -> None:
@@ -156,37 +187,52 @@ def run(
     closing: Closing | None = None,
 ) -> int:
     """Run a stage, print its closing line (`closing_line` by default), return the exit status."""
-    _set_up_logging(options)
-    _set_up_signals()
+    _open_standard_streams()
     try:
-        outcomes = stage()
-    except StageError as error:
-        logger.error("%s", error, exc_info=options.debug)
-        return FATAL
-    except KeyboardInterrupt:
-        logger.error("interrupted: finished studies are kept, the same command goes on from there")
-        return INTERRUPTED
-    except _Terminated:
-        logger.error("terminated: finished studies are kept, the same command goes on from there")
-        return TERMINATED
-    except (OSError, MemoryError) as error:
-        logger.error("%s", _explain(error), exc_info=options.debug)
-        return FATAL
-    except Exception as error:
-        logger.error(
-            "unexpected %s: run again with --debug and report it",
-            type(error).__name__,
-            exc_info=options.debug,
-        )
-        return FATAL
-    print((closing or closing_line)(outcomes, options.output), flush=True)
+        _set_up_logging(options)
+    except OSError as error:
+        print(f"error: --log-file {options.log_file}: {error.strerror}", file=sys.stderr)
+        return WRONG_ARGUMENTS
+    with _interruptible(), warnings.catch_warnings():
+        # What libraries warn of may quote the values of headers.
+        warnings.simplefilter("ignore")
+        try:
+            outcomes = stage()
+        except KeyboardInterrupt:
+            logger.error("interrupted: %s", _RESUMABLE)
+            return INTERRUPTED
+        except _Terminated:
+            logger.error("terminated: %s", _RESUMABLE)
+            return TERMINATED
+        except Exception as error:
+            logger.error("%s", _explain(error), exc_info=options.debug)
+            return FATAL
+        say((closing or closing_line)(outcomes, options.output))
     return SOME_FAILED if any(o.status == "failed" for o in outcomes) else DONE
 
 
-def _explain(error: OSError | MemoryError) -> str:
+_RESUMABLE = "finished studies are kept, the same command goes on from there"
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, StageError):
+        return str(error)
     if isinstance(error, MemoryError):
         return "not enough memory: use fewer --jobs"
-    return f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'a file'}"
+    return f"unexpected {type(error).__name__}: run again with --debug and report it"
+
+
+def say(line: str) -> None:
+    """Print a line to stdout; a reader that has closed it (``| head``) has seen enough."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        # Else the interpreter tries once more at its end, and complains.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
@@ -198,21 +244,42 @@ def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
     return f"{len(outcomes)} studies: {listed} -> {output}"
 
 
-def _set_up_signals() -> None:
-    """Make SIGTERM an exception here; workers, which inherit it for a moment, just end."""
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make the first SIGINT or SIGTERM an exception, here and not in a worker just forked.
+
+    Further ones find the run ending already, and must not keep it from tidying up.
+    """
     parent = os.getpid()
 
-    def terminate(number: int, frame: FrameType | None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() != parent:
             os._exit(TERMINATED)
-        raise _Terminated
+        for each in previous:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == parent:
-            raise KeyboardInterrupt
+    previous: dict[signal.Signals, Any] = {
+        each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    for each, handler in previous.items():
+        # A shell has background jobs ignore Ctrl-C.
+        if handler is not signal.SIG_IGN:
+            signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
-    signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, interrupt)
+
+def _open_standard_streams() -> None:
+    """Open those that the shell has closed: a file opened in their place would get their text."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _set_up_logging(options: argparse.Namespace) -> None:
@@ -221,27 +288,37 @@ def _set_up_logging(options: argparse.Namespace) -> None:
         level = logging.ERROR
     if options.debug:
         level = logging.DEBUG
+    # A log that can't be written, on a full disk say, is no reason to stop or to print a traceback.
+    logging.raiseExceptions = False
+    # What libraries log may quote the values of headers, too.
+    logging.lastResort = None
+    logging.getLogger("nibabel.global").handlers.clear()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
     console = _BarFriendlyHandler()
     console.setFormatter(_LineFormatter())
     console.setLevel(level)
     logger.addHandler(console)
     if options.log_file is not None:
+        if options.log_file.resolve() == options.output.resolve():
+            raise OSError(errno.EEXIST, "is the output too: choose another name")
         file = logging.FileHandler(options.log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         file.setLevel(min(level, logging.INFO))
         logger.addHandler(file)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
 
 
 class _BarFriendlyHandler(logging.Handler):
     """Writes lines to stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.tqdm.write(self.format(record), file=sys.stderr)
+        except (OSError, ValueError):
+            self.handleError(record)
 
 
 class _LineFormatter(logging.Formatter):

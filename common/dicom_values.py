@@ -3,19 +3,29 @@
 Knows pydicom. Messages quote no value, as a misplaced one may be a name.
 """
 
+import functools
+import logging
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from typing import Any
 
 import numpy as np
+import pydicom.config
+from numpy.typing import NDArray
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.valuerep import PersonName
 
-from common.dicom import tag_of
 from common.errors import StudyError
+
+# pydicom's remarks on odd values quote them, and values may be names: they go nowhere.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module=r"pydicom\b")
 
 UNKNOWN_CODE = "UNKNOWN"
 """Stands for a code that DICOM does not define for the attribute."""
@@ -35,6 +45,13 @@ class PrivateTag:
     group: int
     element: int
     creator: str
+
+
+@functools.cache
+def tag_of(keyword: str) -> str:
+    """Return ``Keyword (gggg,eeee)``."""
+    tag = _tag(keyword)
+    return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
 
 def text(header: Dataset, keyword: str) -> str | None:
@@ -59,6 +76,19 @@ def texts(header: Dataset, keyword: str) -> list[str]:
     return _texts(header, _tag(keyword), tag_of(keyword))
 
 
+def joined_text(header: Dataset, keyword: str) -> str:
+    """Return all values of an attribute as one text, empty where it is absent.
+
+    For identifiers and descriptions, where a stray backslash must not matter.
+
+    Raises
+    ------
+    StudyError
+        Unreadable.
+    """
+    return "\\".join(texts(header, keyword)).strip()
+
+
 def code(header: Dataset, keyword: str, known: frozenset[str]) -> str | None:
     """Return a code string in capitals, `UNKNOWN_CODE` if it is none of the `known`."""
     value = text(header, keyword)
@@ -79,6 +109,41 @@ def number(header: Dataset, keyword: str) -> float | None:
     return None if value is None else _parse_number(value, tag_of(keyword))
 
 
+def required_number(header: Dataset, keyword: str) -> float:
+    """Return a single finite number; see `required_numbers`."""
+    return float(required_numbers(header, keyword, 1)[0])
+
+
+def whole_number(header: Dataset, keyword: str) -> int:
+    """Return a single whole number.
+
+    Raises
+    ------
+    StudyError
+        Absent or anything else.
+    """
+    value = required_number(header, keyword)
+    if not value.is_integer():
+        raise _malformed(tag_of(keyword), "a whole number")
+    return int(value)
+
+
+def required_numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.float64]:
+    """Return `count` finite numbers.
+
+    Raises
+    ------
+    StudyError
+        Absent, of another multiplicity, or not numbers.
+    """
+    label = tag_of(keyword)
+    values = texts(header, keyword)
+    if len(values) != count:
+        expected = "a number" if count == 1 else f"{count} numbers"
+        raise _malformed(label, expected)
+    return np.array([_parse_number(value, label) for value in values])
+
+
 def items(header: Dataset, keyword: str) -> list[Dataset]:
     """Return the items of a sequence; none where it is absent.
 
@@ -93,6 +158,14 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
     if not isinstance(value, Sequence):
         raise _malformed(tag_of(keyword), "a sequence")
     return list(value)
+
+
+def functional_group(header: Dataset, frame: Dataset, keyword: str) -> Dataset | None:
+    """Return a functional group of a multi-frame object: the frame's own, else the shared one."""
+    for groups in (frame, *items(header, "SharedFunctionalGroupsSequence")):
+        for item in items(groups, keyword):
+            return item
+    return None
 
 
 def utc_offset(header: Dataset) -> timezone | None:
@@ -147,6 +220,7 @@ def private_date_time(
         return None
 
 
+@functools.cache
 def _tag(keyword: str) -> int:
     tag = tag_for_keyword(keyword)
     if tag is None:
@@ -178,6 +252,8 @@ def _texts(header: Dataset, tag: int, label: str) -> list[str]:
         raise _malformed(label, "a plain value")
     if isinstance(value, bytes):  # VR UN
         value = value.decode("latin-1")
+    elif isinstance(value, PersonName):  # iterates over its characters
+        value = str(value)
     parts = value.split("\\") if isinstance(value, str) else value
     return [str(part).strip(" \0") for part in (parts if np.iterable(parts) else [parts])]
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.lesions import label_lesions
-from common.resampling import Grid
+from common.resampling import Grid, separable
 
 LEAST_UPTAKE_SUV = 0.5
 """PET voxels below this count as air: their lying outside the CT is no loss."""
@@ -28,55 +28,75 @@ def lesion_losses(
     resampled_ids : array
         The same on the target grid, by nearest neighbour.
     """
+    voxels, ids = _labelled(lesion_ids)
+    inside = _within(voxels, source, target)
+    kept_voxels, kept_ids = _labelled(resampled_ids)
     return [
-        *_outside(lesion_ids, source, target),
-        *_vanished(lesion_ids, source, resampled_ids),
-        *_merged(resampled_ids, target),
+        *_outside(ids[~inside], source),
+        *_vanished(ids, ids[inside], kept_ids, source),
+        *_merged(kept_voxels, kept_ids, resampled_ids, target),
     ]
 
 
-def _outside(ids: NDArray[np.integer], source: Grid, target: Grid) -> Iterator[str]:
-    voxels = np.argwhere(ids)
-    if not len(voxels):
-        return
-    to_target = np.linalg.inv(target.affine) @ source.affine
-    there = voxels @ to_target[:3, :3].T + to_target[:3, 3]
-    outside = ((there < -0.5) | (there > np.array(target.shape) - 0.5)).any(axis=1)
-    if outside.any():
-        lesions = len(np.unique(ids[tuple(voxels[outside].T)]))
+def _labelled(ids: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
+    """Voxels of lesions (N, 3), and the number of each one's lesion (N,)."""
+    footprint = np.any(ids, axis=2)
+    profiles = (footprint.any(axis=1), footprint.any(axis=0), np.any(ids, axis=(0, 1)))
+    occupied = [np.flatnonzero(profile) for profile in profiles]
+    if not occupied[0].size:
+        return np.empty((0, 3), np.intp), np.empty(0, ids.dtype)
+    box = ids[tuple(slice(indices[0], indices[-1] + 1) for indices in occupied)]
+    voxels = np.argwhere(box)
+    return voxels + [indices[0] for indices in occupied], box[tuple(voxels.T)]
+
+
+def _within(voxels: NDArray[np.intp], grid: Grid, other: Grid) -> NDArray[np.bool_]:
+    """Which voxels (N, 3) of a grid have their centre in a voxel of the other."""
+    to_other = np.linalg.inv(other.affine) @ grid.affine
+    there = voxels @ to_other[:3, :3].T + to_other[:3, 3]
+    inside = (there >= -0.5) & (there <= np.array(other.shape) - 0.5)
+    return np.asarray(inside.all(axis=1))
+
+
+def _outside(lost_ids: NDArray[np.integer], source: Grid) -> Iterator[str]:
+    if lost_ids.size:
         yield (
-            f"{outside.sum() * source.voxel_ml:.2f} ml of {lesions} lesion(s) lie outside the "
-            "target grid: give a larger --shape"
+            f"{lost_ids.size * source.voxel_ml:.2f} ml of {len(np.unique(lost_ids))} lesion(s) "
+            "lie outside the target grid: give a larger --shape"
         )
 
 
 def _vanished(
-    ids: NDArray[np.integer], source: Grid, resampled_ids: NDArray[np.integer]
+    ids: NDArray[np.integer],
+    inside_ids: NDArray[np.integer],
+    kept_ids: NDArray[np.integer],
+    source: Grid,
 ) -> Iterator[str]:
-    sizes = np.bincount(ids.ravel(order="K"))
-    present = np.zeros(len(sizes), bool)
-    present[np.unique(resampled_ids)] = True
-    lost = np.flatnonzero((sizes > 0) & ~present)
-    lost = lost[lost > 0]
-    if not len(lost):
-        return
-    volume_ml = sizes[lost].sum() * source.voxel_ml
-    yield f"{len(lost)} lesion(s) of {volume_ml:.2f} ml vanish by resampling: use a finer --spacing"
-    if len(lost) == np.count_nonzero(sizes[1:]):
-        yield f"the mask of {volume_ml:.2f} ml becomes empty by resampling"
+    vanished = ids[np.isin(ids, np.setdiff1d(inside_ids, kept_ids))]
+    if vanished.size:
+        yield (
+            f"{len(np.unique(vanished))} lesion(s) of {vanished.size * source.voxel_ml:.2f} ml "
+            "vanish by resampling: use a finer --spacing"
+        )
+    if ids.size and not kept_ids.size:
+        yield f"the mask of {ids.size * source.voxel_ml:.2f} ml becomes empty"
 
 
-def _merged(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[str]:
-    components, count = label_lesions(resampled_ids > 0)
-    inside = components > 0
-    pairs = np.unique(np.stack([components[inside], resampled_ids[inside]]), axis=1)
-    per_component = np.bincount(pairs[0], minlength=count + 1)
-    merged = np.flatnonzero(per_component > 1)
-    if len(merged):
+def _merged(
+    voxels: NDArray[np.intp],
+    ids: NDArray[np.integer],
+    resampled_ids: NDArray[np.integer],
+    target: Grid,
+) -> Iterator[str]:
+    components = label_lesions(resampled_ids)[0][tuple(voxels.T)]
+    pairs = np.unique(np.stack([components, ids]), axis=1)
+    merged = np.flatnonzero(np.bincount(pairs[0]) > 1)
+    if merged.size:
+        n_lesions = np.isin(pairs[0], merged).sum()
         volume_ml = np.isin(components, merged).sum() * target.voxel_ml
         yield (
-            f"{per_component[merged].sum()} lesions of {volume_ml:.2f} ml merge into "
-            f"{len(merged)} by resampling: use a finer --spacing"
+            f"{n_lesions} lesions of {volume_ml:.2f} ml merge into {len(merged)} by resampling: "
+            "use a finer --spacing"
         )
 
 
@@ -84,7 +104,8 @@ def clipped_uptake(
     suv: NDArray[np.floating], mask: NDArray[np.integer], brightest: float, grid: Grid
 ) -> list[str]:
     """Say how much of the labelled tumour is brighter than `brightest` and will be clipped."""
-    values = suv[mask > 0]
+    voxels, _ = _labelled(mask)
+    values = suv[tuple(voxels.T)]
     clipped = values > brightest
     if not clipped.any():
         return []
@@ -96,18 +117,36 @@ def clipped_uptake(
 
 def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[str]:
     """Say how much uptake lies where the CT does not reach."""
-    to_ct = np.linalg.inv(ct.affine) @ pet.affine
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in pet.shape], indexing="ij")).reshape(3, -1)
-    there = to_ct[:3, :3] @ corners + to_ct[:3, 3:]
-    tops = np.array(ct.shape)[:, None] - 0.5
-    if (there >= -0.5).all() and (there <= tops).all():
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in pet.shape], indexing="ij"))
+    if _within(corners.reshape(3, -1).T, pet, ct).all():
         return []
-    voxels = np.argwhere(suv >= LEAST_UPTAKE_SUV)
-    there = to_ct[:3, :3] @ voxels.T + to_ct[:3, 3:]
-    outside = ((there < -0.5) | (there > tops)).any(axis=0)
-    if not outside.any():
+    uncovered = _uncovered_voxels(suv >= LEAST_UPTAKE_SUV, pet, ct)
+    if not uncovered:
         return []
     return [
-        f"{outside.sum() * pet.voxel_ml:.1f} ml of PET with uptake (SUV >= {LEAST_UPTAKE_SUV:g}) "
+        f"{uncovered * pet.voxel_ml:.1f} ml of PET with uptake (SUV >= {LEAST_UPTAKE_SUV:g}) "
         "are not covered by the CT: there the CT is filled with air"
     ]
+
+
+def _uncovered_voxels(bright: NDArray[np.bool_], pet: Grid, ct: Grid) -> int:
+    if separable(pet, ct):
+        return int(np.count_nonzero(bright) - np.count_nonzero(bright[_covered_box(pet, ct)]))
+    uncovered = 0
+    for z in range(pet.shape[2]):
+        x, y = np.nonzero(bright[..., z])
+        voxels = np.stack([x, y, np.full_like(x, z)], axis=1)
+        uncovered += int(np.count_nonzero(~_within(voxels, pet, ct)))
+    return uncovered
+
+
+def _covered_box(pet: Grid, ct: Grid) -> tuple[slice, ...]:
+    """Voxels of a PET whose centres lie in a CT of parallel axes."""
+    to_ct = np.linalg.inv(ct.affine) @ pet.affine
+    box = []
+    for axis, n in enumerate(pet.shape):
+        ct_axis = np.abs(to_ct[:3, axis]).argmax()
+        there = to_ct[ct_axis, axis] * np.arange(n) + to_ct[ct_axis, 3]
+        covered = np.flatnonzero((there >= -0.5) & (there <= ct.shape[ct_axis] - 0.5))
+        box.append(slice(covered[0], covered[-1] + 1) if covered.size else slice(0))
+    return tuple(box)

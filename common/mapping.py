@@ -20,6 +20,8 @@ class Row:
         Names of folders: these identify.
     hash, status, reason : str
         The pseudonym; "written", "skipped" or "failed"; why.
+    found : str
+        Names and descriptions of the files and series in question.
     input, output : str
         Digests by which a later run sees that the study is unchanged.
     """
@@ -30,42 +32,75 @@ class Row:
     hash: str
     status: str
     reason: str
-    input: str
-    output: str
+    found: str = ""
+    input: str = ""
+    output: str = ""
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+_FIRST_COLUMNS = ",".join(COLUMNS[:6])
+"""How every mapping begins, whatever columns of its own a version adds."""
 
 
-def read(path: Path) -> dict[str, Row]:
-    """Return the rows of a mapping by hash; none where it is absent or of another form."""
+def read(path: Path) -> list[Row]:
+    """Return the rows of a mapping; none where it is absent, empty, damaged or of other columns.
+
+    Raises
+    ------
+    StageError
+        It may not be read, or is something else, which must not be replaced.
+    """
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                return {}
-            return {row["hash"]: Row(**row) for row in reader if None not in row.values()}
+        content = path.read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError:
-        return {}
-    except (OSError, csv.Error, TypeError) as error:
-        raise StageError(f"{path}: the mapping cannot be read: check it") from error
+        return []
+    except OSError as error:
+        raise StageError(
+            f"{path}: the mapping cannot be read ({error.strerror}): check it and its permissions"
+        ) from error
+    if content and not content.startswith(_FIRST_COLUMNS):
+        raise StageError(
+            f"{path}: is no mapping of this program, or was saved by another one: move it away, "
+            "or name another file by --mapping"
+        )
+    table = csv.DictReader(io.StringIO(content, newline=""))
+    try:
+        if tuple(table.fieldnames or ()) != COLUMNS:
+            return []
+        return [Row(**row) for row in table if None not in row and None not in row.values()]
+    except csv.Error:
+        return []
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Replace the mapping; the file is private from its first byte. Nothing changed, nothing
-    is written."""
+    """Replace the mapping; the file is private from its first byte.
+
+    Where nothing changed, nothing is written.
+
+    Raises
+    ------
+    StageError
+        It cannot be written.
+    """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    # With the line ends of RFC 4180 csv quotes both of their characters, which names may have.
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\r\n")
+    table.writeheader()
+    table.writerows(asdict(row) for row in rows)
     content = text.getvalue().encode("utf-8", "surrogateescape")
-    if path.exists() and path.read_bytes() == content:
-        return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
+        if path.exists() and path.read_bytes() == content:
+            path.chmod(0o600)
+            return
+        temporary.unlink(missing_ok=True)
         create_private(temporary, content)
         temporary.replace(path)
+    except OSError as error:
+        raise StageError(
+            f"{path}: the mapping cannot be written ({error.strerror}): check the folder, or name "
+            "another file by --mapping"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,10 +1,13 @@
 """Fan-out of studies over a multiprocessing.Pool, with progress and without a way to hang.
 
 A worker function is module-level, takes one study's task and returns its warnings; all that it
-makes it writes itself. What a Pool alone does not do is added here: a worker that is killed is
-noticed, its study fails with that reason, and the others go on.
+makes it writes itself. It always runs in a worker process, for one job too: a decoder that
+crashes, or the kernel out of memory, takes one study along and not the run. What a Pool alone
+does not do is added here: a worker that is killed is noticed, its study fails with that reason,
+and the others go on.
 """
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -13,8 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.pool import Pool
@@ -25,6 +28,7 @@ import threadpoolctl
 import tqdm
 
 from common.errors import IncompleteStudy, StageError, StudyError
+from common.machine import default_jobs
 
 logger = logging.getLogger("tumorvolume")
 
@@ -33,10 +37,22 @@ PROGRESS = logging.WARNING - 5
 
 Status = Literal["written", "unchanged", "skipped", "failed"]
 Worker = Callable[[Any], Sequence[str]]
+Line = tuple[int, str]
+"""Level and text of a log line that a worker leaves to its parent to write."""
 
-_POLL_S = 0.2
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+"""Pinned, since Python's default varies. A fork starts in milliseconds, for one study too and
+where a dead worker is replaced; forkserver and spawn start a fresh interpreter, which imports
+for a second and looks for modules in the current folder first. Forking is safe on Linux, where
+the parent computes nothing; libraries of macOS do not bear it."""
+
+_CONTEXT = multiprocessing.get_context(START_METHOD)
+
+_POLL_S = 0.05
+_LOOK_S = 0.2
+_PATIENCE_S = 3.0
 _PROGRESS_EVERY_S = 60.0
-_MOST_IDLE_DEATHS = 10
+_MOST_BREAKDOWNS = 5
 
 
 @dataclass(frozen=True)
@@ -69,21 +85,16 @@ class Task:
     payload: Any
 
 
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_studies(
     worker: Worker,
     tasks: Sequence[Task],
-    jobs: int,
+    jobs: int | None = None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Run `worker` on the payload of every task and return the outcomes in task order.
 
     A `StudyError`, any other exception, and the death of a worker process each fail one study.
-    `on_outcome` is called with each outcome as it comes.
+    `on_outcome` is called with each outcome as it comes. `jobs` defaults to the CPUs.
 
     Raises
     ------
@@ -91,13 +102,35 @@ def run_studies(
         Raised by a worker for all (a full disk), or workers that keep dying without work.
     """
     outcomes: dict[int, Outcome] = {}
-    with _progress(len(tasks)) as advance:
-        runner = _run_here if jobs == 1 or len(tasks) <= 1 else _run_in_pool
-        for index, outcome in runner(worker, tasks, jobs):
+    with (
+        _progress(len(tasks)) as advance,
+        closing(_run_in_pool(worker, tasks, jobs or default_jobs(0))) as results,
+    ):
+        for index, outcome in results:
             outcomes[index] = outcome
             on_outcome(outcome)
             advance(outcome)
     return [outcomes[index] for index in range(len(tasks))]
+
+
+def run_apart(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a worker process of its own, so that its crash is an error here.
+
+    Raises
+    ------
+    StageError
+        Raised by the function, or it failed otherwise, or its process was killed.
+    """
+    with closing(_run_in_pool(_apply, [Task("", (function, arguments))], 1)) as results:
+        for _, outcome in results:
+            if outcome.status != "written":
+                raise StageError(outcome.reason)
+
+
+def _apply(call: tuple[Callable[..., None], Sequence[Any]]) -> Sequence[str]:
+    function, arguments = call
+    function(*arguments)
+    return ()
 
 
 def _attempt(worker: Worker, task: Task) -> Outcome:
@@ -127,17 +160,12 @@ def _identity_free_traceback(error: Exception) -> str:
     return f"{type(error).__name__} at " + " > ".join(places)
 
 
-def _run_here(worker: Worker, tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Outcome]]:
-    with threadpoolctl.threadpool_limits(1):
-        for index, task in enumerate(tasks):
-            yield index, _attempt(worker, task)
-
-
-# --- the pool --------------------------------------------------------------------------------
+# --- in a worker process ---------------------------------------------------------------------
 
 _worker: Worker
 _running: Any
 """Shared array: the process that runs each task, 0 before and -1 after."""
+_lines: list[Line] = []
 
 
 def _initialise(worker: Worker, running: Any) -> None:
@@ -145,77 +173,154 @@ def _initialise(worker: Worker, running: Any) -> None:
     _worker, _running = worker, running
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_with_parent()
+    _say_nothing()
     threadpoolctl.threadpool_limits(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone; elsewhere a thread watches."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def _watch_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
 
-def _attempt_in_worker(numbered: tuple[int, Task]) -> tuple[int, Outcome | StageError]:
+def _say_nothing() -> None:
+    """Leave log lines to the parent, and silence libraries, which may quote header values.
+
+    The parent writes them with the outcome; a worker that is killed while it writes would leave
+    half a line, or a lock held.
+    """
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
+    logger.handlers = [_KeepingHandler()]
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+
+
+class _KeepingHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _lines.append((record.levelno, record.getMessage()))
+
+
+def _attempt_in_worker(
+    numbered: tuple[int, Task],
+) -> tuple[int, Outcome | StageError, list[Line]]:
     index, task = numbered
+    _lines.clear()
     _running[index] = os.getpid()
+    outcome: Outcome | StageError
     try:
-        return index, _attempt(_worker, task)
+        outcome = _attempt(_worker, task)
     except StageError as error:
-        return index, error
-    finally:
-        _running[index] = -1
+        outcome = error
+    # Not in a `finally`: a worker that exits in the middle has not ended its task.
+    _running[index] = -1
+    return index, outcome, list(_lines)
 
 
-def _run_in_pool(worker: Worker, tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Outcome]]:
+# --- the pool, in the parent -----------------------------------------------------------------
+
+
+def _run_in_pool(
+    worker: Worker, tasks: Sequence[Task], jobs: int
+) -> Generator[tuple[int, Outcome]]:
+    """Yield the number of each task and its outcome, with a new pool where one broke down."""
     todo = dict(enumerate(tasks))
-    idle_deaths = 0
+    breakdowns = 0
     while todo:
-        running = multiprocessing.RawArray("l", len(tasks))
-        with _pool(worker, running, min(jobs, len(todo))) as (pool, processes):
-            results = pool.imap_unordered(_attempt_in_worker, list(todo.items()))
-            dead: list[BaseProcess] = []
-            while todo and not dead:
-                try:
-                    index, outcome = results.next(timeout=_POLL_S)
-                except multiprocessing.TimeoutError:
-                    dead = [process for process in processes if process.exitcode is not None]
-                    continue
-                if isinstance(outcome, StageError):
-                    raise outcome
+        n_before = len(todo)
+        patience_s = _PATIENCE_S * 2**breakdowns
+        with closing(_until_breakdown(worker, dict(todo), jobs, patience_s)) as results:
+            for index, outcome in results:
                 del todo[index]
                 yield index, outcome
-        victims = [i for i in todo if running[i] in {process.pid for process in dead}]
-        for index in victims:
-            yield index, _killed(todo.pop(index), dead)
-        if dead and not victims:
-            idle_deaths += 1
-            if idle_deaths > _MOST_IDLE_DEATHS:
-                raise StageError("worker processes keep being killed: check the machine's memory")
+        breakdowns = breakdowns + 1 if len(todo) == n_before else 0
+        if breakdowns > _MOST_BREAKDOWNS:
+            raise StageError("worker processes die before they begin: check the machine's memory")
 
 
-def _killed(task: Task, dead: Sequence[BaseProcess]) -> Outcome:
-    signals = sorted({-code for process in dead if (code := process.exitcode or 0) < 0})
-    cause = f"signal {signals[0]}" if signals else "it ended by itself"
-    hint = ", probably for want of memory: use fewer --jobs" if 9 in signals else ": report it"
-    return Outcome(task.hash, "failed", f"the worker process was killed ({cause}){hint}")
+def _until_breakdown(
+    worker: Worker, todo: Mapping[int, Task], jobs: int, patience_s: float
+) -> Generator[tuple[int, Outcome]]:
+    """Yield outcomes until all are there, or none runs and none comes for `patience_s`.
+
+    A worker that dies in its task holds none of the pool's locks: the study failed, the pool
+    puts another worker in its place. One that dies between tasks may have taken a task, a result
+    or a lock along: then nothing moves any more, and what is left needs a new pool.
+    """
+    left = dict(todo)
+    with _pool(worker, max(left) + 1, min(jobs, len(left))) as (pool, running):
+        results = pool.imap_unordered(_attempt_in_worker, list(left.items()))
+        processes = {p.pid: p for p in multiprocessing.active_children()}
+        suspects: set[int] = set()
+        last_look = last_movement = time.monotonic()
+        while left:
+            with suppress(multiprocessing.TimeoutError):
+                index, outcome, lines = results.next(timeout=_POLL_S)
+                for level, line in lines:
+                    logger.log(level, "%s", line)
+                if isinstance(outcome, StageError):
+                    raise outcome
+                last_movement = time.monotonic()
+                if left.pop(index, None) is not None:
+                    yield index, outcome
+            alive = {p.pid: p for p in multiprocessing.active_children()}
+            processes |= alive
+            if time.monotonic() - last_look < _LOOK_S:
+                continue
+            last_look = time.monotonic()
+            busy = {index for index in left if running[index] > 0}
+            orphans = {index for index in busy if running[index] not in alive}
+            # Seen twice: in between, one that had just begun or ended its task is told apart.
+            for index in sorted(orphans & suspects):
+                yield index, _killed(left.pop(index), processes.get(running[index]))
+            suspects = orphans
+            if busy:
+                last_movement = last_look
+            elif last_look - last_movement > patience_s:
+                return
+
+
+def _killed(task: Task, process: BaseProcess | None) -> Outcome:
+    # One that was born and died between two looks is not known.
+    code = process.exitcode if process is not None else None
+    cause = "" if code is None else f" (signal {-code})" if code < 0 else " (it ended by itself)"
+    hint = ", probably for want of memory: use fewer --jobs" if code == -9 else ": report it"
+    return Outcome(task.hash, "failed", f"the worker process was killed{cause}{hint}")
 
 
 @contextmanager
-def _pool(worker: Worker, running: Any, n_workers: int) -> Iterator[tuple[Pool, list[BaseProcess]]]:
+def _pool(worker: Worker, n_tasks: int, n_workers: int) -> Iterator[tuple[Pool, Any]]:
+    """Yield a pool and the array that its workers mark the tasks in, and end both."""
     others = set(multiprocessing.active_children())
-    pool = multiprocessing.Pool(n_workers, _initialise, (worker, running))
-    processes = [p for p in multiprocessing.active_children() if p not in others]
     try:
-        yield pool, processes
+        running = _CONTEXT.RawArray("l", n_tasks)
+        pool = _CONTEXT.Pool(n_workers, _initialise, (worker, running))
+    except OSError as error:
+        raise StageError(
+            f"worker processes cannot be started ({error.strerror}): make room in /dev/shm and "
+            "the folder for temporary files, or raise the limits (ulimit -a)"
+        ) from error
+    try:
+        yield pool, running
     finally:
         # A killed worker may have held one of the pool's locks: then terminate() never returns.
         ending = threading.Thread(target=pool.terminate, daemon=True)
         ending.start()
-        ending.join(timeout=2)
+        ending.join(timeout=1)
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
-        ending.join(timeout=2)
+        ending.join(timeout=0.5)
 
 
 # --- progress --------------------------------------------------------------------------------
@@ -224,7 +329,7 @@ def _pool(worker: Worker, running: Any, n_workers: int) -> Iterator[tuple[Pool, 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Outcome], None]]:
     """Yield what to call with each outcome: a bar on a terminal, sparse plain lines elsewhere."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         tqdm.tqdm.monitor_interval = 0
         with tqdm.tqdm(total=total, unit="study", disable=total == 0) as bar:
             yield lambda outcome: bar.update()

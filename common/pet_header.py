@@ -10,7 +10,6 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from common.dicom import tag_of
 from common.dicom_values import (
     PrivateTag,
     clock_time,
@@ -21,6 +20,7 @@ from common.dicom_values import (
     number,
     private_date_time,
     private_number,
+    tag_of,
     text,
     texts,
     utc_offset,

@@ -5,24 +5,51 @@ Brings the formats together: DICOM and NIfTI go in, `Image`s with their SUV prov
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common import dicom, dicom_masks
-from common.dicom import DicomFile, Series, Stack, tag_of, text
+from common.dicom import DicomFile, Series
+from common.dicom_masks import frame_of_reference, referenced_images, referenced_series
+from common.dicom_pixels import read_ct, read_pet
+from common.dicom_rtstruct import read_rtstruct
+from common.dicom_seg import read_seg
+from common.dicom_stack import Stack, stack_slices
+from common.dicom_values import items, joined_text, required_number, required_numbers, tag_of
 from common.errors import StudyError
 from common.image import Image
 from common.nifti import read_nifti_file
 from common.pet_header import read_pet_series
-from common.raw_project import NiftiFile, Roles
-from common.suv import SuvConversion, already_suv, suv_factors
+from common.pet_series import PetSeries
+from common.raw_project import ROLE_NAMES, NiftiFile, Roles, modality_of
+from common.suv import SuvConversion, already_suv, spread_factors, suv_factors
+
+FloatArray = NDArray[np.float64]
 
 ON_GRID_VOXELS = 0.1
 """Distance of a header's slice from a slice of the NIfTI PET that still counts as the same."""
+
+PLAUSIBLE_LARGEST_SUV = (0.1, 1000.0)
+"""What the largest SUV of a PET lies between, unless its values have another unit than believed."""
+
+SAME_FACTOR = 1e-9
+"""Relative difference up to which two factors to SUV are one."""
+
+WHOLE_LABEL = 1e-3
+"""Distance from a whole number that a label may have, for the rounding of a NIfTI's scaling."""
+
+
+_OTHER_PATIENT = "give each patient a study folder, or --trust-geometry if it is one patient"
+_REMEDIES = {
+    "PatientID": _OTHER_PATIENT,
+    "PatientBirthDate": _OTHER_PATIENT,
+    "FrameOfReferenceUID": "register them, or give --trust-geometry if they lie in one space",
+    "SeriesInstanceUID": "give a header of this PET, or none, as the series has its own",
+}
+"""What to do where an attribute differs that has to be the same."""
 
 
 @dataclass(frozen=True)
@@ -81,49 +108,135 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
         Any file that cannot be read, any refusal of the SUV rules, images that do not belong
         together.
     """
-    _check_identity(roles, conversion)
-    ct, ct_stack = _read_ct(roles.ct)
-    pet, pet_stack, suv = _read_pet(roles, conversion)
-    mask, mask_warnings = _read_mask(
-        roles, conversion, _grids_by_series(roles, ct, ct_stack, pet, pet_stack)
+    plan = plan_study(roles, conversion)
+    ct = _read_ct(plan.ct)
+    pet = _read_pet(plan, conversion)
+    _check_overlap(ct, pet)
+    mask, mask_warnings = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
+    warnings = (*plan.warnings, *mask_warnings, *_implausible(pet))
+    warnings += _check_mask(mask, pet, conversion)
+    return StudyImages(ct, pet, mask, plan.suv.provenance, warnings)
+
+
+# --- what headers say ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a study will be converted, by its headers.
+
+    Attributes
+    ----------
+    ct, pet : NiftiFile or Stack
+    mask : NiftiFile or DicomFile
+    drawn_on : "ct", "pet" or None
+        The image that an RTSTRUCT was drawn on.
+    header : Series, Stack or None
+        Of a NIfTI PET; a Stack where it is one multi-frame object.
+    suv : SuvConversion
+        A factor for each slice of a DICOM PET; for each header of a NIfTI PET.
+    warnings : tuple of str
+    """
+
+    ct: NiftiFile | Stack
+    pet: NiftiFile | Stack
+    mask: NiftiFile | DicomFile
+    drawn_on: str | None
+    header: Series | Stack | None
+    suv: SuvConversion
+    warnings: tuple[str, ...]
+
+    @property
+    def suv_rule(self) -> str:
+        """What the PET's values are, and the rule that makes them SUV."""
+        units, rule = self.suv.provenance["units"], self.suv.provenance["rule"]
+        return f"{units}, rule {rule}" if units else rule
+
+
+def plan_study(roles: Roles, conversion: Conversion) -> Plan:
+    """Find by the headers alone how a study will be converted.
+
+    Raises
+    ------
+    StudyError
+        As `read_study`, but for what only voxels tell.
+    """
+    warnings = [*roles.warnings, *_check_identity(roles, conversion)]
+    ct, pet = (
+        stack_slices(image) if isinstance(image, Series) else image
+        for image in (roles.ct, roles.pet)
     )
-    _check_overlap(ct, pet, "the PET and the CT")
-    _check_mask(mask, pet, conversion)
-    warnings = [*suv.provenance.get("warnings", []), *mask_warnings]
-    return StudyImages(ct, pet, mask, suv.provenance, tuple(warnings))
+    header: Series | Stack | None = None if isinstance(pet, Stack) else roles.header
+    if isinstance(header, Series) and items(
+        header.files[0].header, "PerFrameFunctionalGroupsSequence"
+    ):
+        header = stack_slices(header)
+    suv = _suv(pet if isinstance(pet, Stack) else header, conversion)
+    for stack in (ct, pet):
+        warnings += stack.warnings if isinstance(stack, Stack) else ()
+    warnings += [*suv.provenance["reinterpretations"], *suv.provenance["warnings"]]
+    return Plan(ct, pet, roles.mask, _role_drawn_on(roles), header, suv, tuple(warnings))
 
 
-def plan_study(roles: Roles, conversion: Conversion) -> str:
-    """Return one line on what a study is made of and which SUV rule would apply."""
-    _check_identity(roles, conversion)
-    if isinstance(roles.pet, Series):
-        suv = _conversion_of(dicom.stack_slices(roles.pet), conversion)
-    else:
-        suv = _conversion_for_nifti(roles.header, conversion)
-    kinds = ", ".join(
-        f"{name} {_kind(source)}"
-        for name, source in (("CT", roles.ct), ("PET", roles.pet), ("mask", roles.mask))
+def _suv(source: Series | Stack | None, conversion: Conversion) -> SuvConversion:
+    """Return the factors to SUV of each slice, or of each header."""
+    if conversion.pet_units == "suv":
+        n_slices = len(source.slices) if isinstance(source, Stack) else 1
+        return already_suv(n_slices, conversion.suv_type, _series_if_readable(source, conversion))
+    series = _pet_series(source, conversion)
+    if conversion.pet_units == "bqml":
+        series = dataclasses.replace(series, units="BQML")
+    return suv_factors(series, conversion.suv_type, conversion.strict)
+
+
+def _series_if_readable(source: Series | Stack | None, conversion: Conversion) -> PetSeries | None:
+    # The user vouches for the values, so headers tell no more than the patient's weight.
+    try:
+        return _pet_series(source, conversion)
+    except StudyError:
+        return None
+
+
+def _pet_series(source: Series | Stack | None, conversion: Conversion) -> PetSeries:
+    if isinstance(source, Stack):
+        several_frames = len(source.headers) < len(source.slices)
+        frames = [each.frame for each in source.slices] if several_frames else None
+        return read_pet_series(source.headers, conversion.tracer, frames)
+    headers = [file.header for file in source.files] if source else []
+    return read_pet_series(headers, conversion.tracer)
+
+
+def _role_drawn_on(roles: Roles) -> str | None:
+    """Return the role, "ct" or "pet", of the series that an RTSTRUCT was drawn on."""
+    if isinstance(roles.mask, NiftiFile) or modality_of(roles.mask) != "RTSTRUCT":
+        return None
+    role_of = {
+        joined_text(file.header, keyword): role
+        for role, source in (("ct", roles.ct), ("pet", roles.pet), ("pet", roles.header))
+        if isinstance(source, Series)
+        for file in source.files
+        for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
+    }
+    for uid in (
+        *referenced_series(roles.mask.header),
+        *referenced_images(roles.mask.header),
+    ):
+        if uid in role_of:
+            return role_of[uid]
+    raise StudyError(
+        "the RTSTRUCT was drawn on a series that is neither the CT nor the PET of the study "
+        f"({tag_of('RTReferencedSeriesSequence')}): add that series or choose it with --ct or "
+        "--pet, or convert the mask to NIfTI"
     )
-    units = suv.provenance.get("units") or "SUV"
-    return f"{kinds}; {units}, SUV rule {suv.provenance['rule'] or '6'}"
-
-
-def _kind(source: NiftiFile | Series | DicomFile) -> str:
-    if isinstance(source, NiftiFile):
-        return "NIfTI"
-    if isinstance(source, Series):
-        return f"DICOM x {source.n_images}"
-    return text(source.header, "Modality")
 
 
 # --- CT and PET ------------------------------------------------------------------------------
 
 
-def _read_ct(source: NiftiFile | Series) -> tuple[Image, Stack | None]:
-    if isinstance(source, Series):
-        stack = dicom.stack_slices(source)
-        return dicom.read_ct(stack), stack
-    return compact_ct(read_nifti_file(source.path, "CT")), None
+def _read_ct(source: NiftiFile | Stack) -> Image:
+    if isinstance(source, Stack):
+        return read_ct(source)
+    return compact_ct(read_nifti_file(source.path, "CT"))
 
 
 def compact_ct(ct: Image) -> Image:
@@ -136,85 +249,102 @@ def compact_ct(ct: Image) -> Image:
     return Image(ct.data.astype(np.float32, copy=False), ct.affine)
 
 
-def _read_pet(roles: Roles, conversion: Conversion) -> tuple[Image, Stack | None, SuvConversion]:
-    if isinstance(roles.pet, Series):
-        stack = dicom.stack_slices(roles.pet)
-        suv = _conversion_of(stack, conversion)
-        return dicom.read_pet(stack, suv.factors), stack, suv
-    image = read_nifti_file(roles.pet.path, "PET")
-    suv = _conversion_for_nifti(roles.header, conversion)
-    places = _slices_of_headers(roles.header, image, conversion) if roles.header else None
-    factors = _factors_on(image, suv.factors, places).astype(np.float32)
-    return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), None, suv
+def _read_pet(plan: Plan, conversion: Conversion) -> Image:
+    if isinstance(plan.pet, Stack):
+        return read_pet(plan.pet, plan.suv.factors)
+    image = read_nifti_file(plan.pet.path, "PET")
+    planes = _planes_of_headers(plan.header) if plan.header else None
+    if planes is not None and not conversion.trust_geometry:
+        _require_planes_of(image, planes)
+    factors = _factors_on(image, plan.suv, planes).astype(np.float32)
+    return Image(image.data.astype(np.float32, copy=False) * factors, image.affine)
 
 
-def _conversion_of(stack: Stack, conversion: Conversion) -> SuvConversion:
-    headers = stack.headers
-    order = [item.frame for item in stack.slices] if len(headers) < len(stack.slices) else None
-    if conversion.pet_units == "suv":
-        return already_suv(len(stack.slices), conversion.suv_type)
-    return _converted(headers, order, conversion)
+def _implausible(pet: Image) -> tuple[str, ...]:
+    """Warn where PET values can hardly be SUV."""
+    least, most = PLAUSIBLE_LARGEST_SUV
+    largest = float(pet.data.max())
+    if least <= largest <= most:
+        return ()
+    return (
+        f"the largest SUV of the PET is {largest:.3g}: check the unit of its values (--pet-units)",
+    )
 
 
-def _conversion_for_nifti(header: Series | None, conversion: Conversion) -> SuvConversion:
-    if header is None:
-        return already_suv(1, conversion.suv_type)
-    return _converted([file.header for file in header.files], None, conversion)
+# --- the header of a NIfTI PET ---------------------------------------------------------------
 
 
-def _converted(
-    headers: Sequence[Any], order: Sequence[int] | None, conversion: Conversion
-) -> SuvConversion:
-    series = read_pet_series(headers, conversion.tracer, order)
-    if conversion.pet_units == "bqml":
-        series = dataclasses.replace(series, units="BQML")
-    return suv_factors(series, conversion.suv_type, conversion.strict)
+class _Planes(NamedTuple):
+    """Where the slices of n headers lie [LPS], as DICOM has it."""
+
+    position_mm: FloatArray  # (n, 3)
+    orientation: FloatArray  # (n, 6)
+    spacing_mm: FloatArray  # (n, 2), from row to row, from column to column
+    matrix: FloatArray  # (n, 2), columns and rows
+
+    def first_and_last_pixel_in(self, image: Image) -> FloatArray:
+        """Voxel indices of both in an image, (2, n, 3)."""
+        columns_mm, rows_mm = ((self.matrix - 1) * self.spacing_mm[:, ::-1]).T[..., np.newaxis]
+        diagonal_mm = columns_mm * self.orientation[:, :3] + rows_mm * self.orientation[:, 3:]
+        corners_mm = np.stack([self.position_mm, self.position_mm + diagonal_mm]) * (-1, -1, 1)
+        to_voxel = np.linalg.inv(image.affine)
+        return np.asarray(corners_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3])
 
 
-def _slices_of_headers(
-    header: Series, image: Image, conversion: Conversion
-) -> NDArray[np.float64] | None:
-    """Return the voxel index of each header's first pixel in a NIfTI PET, (n_headers, 3).
-
-    None where the headers say nothing of their place, or the user vouches for it.
-
-    Raises
-    ------
-    StudyError
-        They lie elsewhere: the header belongs to another series.
-    """
-    if conversion.trust_geometry or "ImagePositionPatient" not in header.files[0].header:
+def _planes_of_headers(header: Series | Stack) -> _Planes | None:
+    """Return where slices lie, if all headers tell."""
+    if isinstance(header, Stack):
+        planes = [
+            (each.position_mm, each.orientation, each.pixel_spacing_mm, each.matrix)
+            for each in header.slices
+        ]
+        return _Planes(*map(np.array, zip(*planes, strict=True)))
+    headers = [file.header for file in header.files]
+    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    if not all(joined_text(each, keyword) for each in headers for keyword in counts):
         return None
-    positions = [dicom.numbers(f.header, "ImagePositionPatient", 3) for f in header.files]
-    ras = np.array(positions) * (-1, -1, 1)
-    to_voxel = np.linalg.inv(image.affine)
-    places: NDArray[np.float64] = ras @ to_voxel[:3, :3].T + to_voxel[:3, 3]
-    last = np.array(image.data.shape) - 1
-    on_grid = np.abs(places - places.round()).max() <= ON_GRID_VOXELS
-    inside = (places > -ON_GRID_VOXELS).all() and (places < last + ON_GRID_VOXELS).all()
-    matrix = {int(dicom.number(header.files[0].header, k)) for k in ("Rows", "Columns")}
-    if not (on_grid and inside and matrix <= set(image.data.shape)):
+    position_mm, orientation, spacing_mm = (
+        np.array([required_numbers(each, keyword, count) for each in headers])
+        for keyword, count in counts.items()
+    )
+    matrix = [[required_number(each, k) for k in ("Columns", "Rows")] for each in headers]
+    return _Planes(position_mm, orientation, spacing_mm, np.array(matrix))
+
+
+def _require_planes_of(image: Image, planes: _Planes) -> None:
+    """Refuse headers whose slices are none of a NIfTI PET: they belong to another series."""
+    corners = planes.first_and_last_pixel_in(image)
+    voxels = first, last = np.rint(corners)
+    on_voxels = np.abs(corners[0] - first).max() <= ON_GRID_VOXELS
+    end = np.array(image.data.shape) - 1
+    inside = np.array_equal(voxels, np.clip(voxels, 0, end))
+    extents = np.sort(np.abs(last - first))
+    of_matrix = np.sort(np.insert(planes.matrix - 1, 0, 0, axis=1))
+    of_slice = [np.sort(np.where(np.arange(3) == axis, 0, end)) for axis in range(3)]
+    whole_slices = (extents == of_matrix).all() and any((extents == s).all() for s in of_slice)
+    if not (on_voxels and inside and whole_slices):
         raise StudyError(
-            f"the header belongs to another series than the PET (its {tag_of('Rows')}, "
-            f"{tag_of('Columns')} or {tag_of('ImagePositionPatient')} does not fit): give a header "
-            "of this PET, or --trust-geometry if the PET was cropped or resampled"
+            f"the header belongs to another series than the PET ({tag_of('Rows')}, "
+            f"{tag_of('Columns')}, {tag_of('PixelSpacing')}, {tag_of('ImagePositionPatient')} or "
+            f"{tag_of('ImageOrientationPatient')} does not fit): give a header of this PET, or "
+            "--trust-geometry if the PET was cropped or resampled"
         )
-    return places
 
 
-def _factors_on(
-    image: Image, factors: NDArray[np.float64], places: NDArray[np.float64] | None
-) -> NDArray[np.float64]:
-    """Return factors that broadcast over a NIfTI PET."""
-    if np.ptp(factors) <= 1e-9 * factors.max():
-        return factors[:1].reshape(1, 1, 1)
-    if places is not None:
-        axis = int(np.ptp(places, axis=0).argmax())
-        indices = places[:, axis].round().astype(int)
-        if sorted(indices) == list(range(image.data.shape[axis])):
-            shape = [1, 1, 1]
-            shape[axis] = len(indices)
+def _factors_on(image: Image, suv: SuvConversion, planes: _Planes | None) -> FloatArray:
+    """Return factors that broadcast over a NIfTI PET, each on the slice of its header."""
+    factors = suv.factors
+    if planes is not None:
+        first, _ = planes.first_and_last_pixel_in(image)
+        axis = int(np.ptp(first, axis=0).argmax())
+        n_slices = image.data.shape[axis]
+        indices = np.rint(first[:, axis]).astype(int)
+        if sorted(indices) == list(range(n_slices)):
+            shape = np.where(np.arange(3) == axis, n_slices, 1)
             return factors[np.argsort(indices)].reshape(shape)
+    if np.ptp(factors) <= SAME_FACTOR * factors.max():
+        one = dataclasses.replace(suv, factors=factors[:1])
+        return spread_factors(one, image.data.shape[2])[:1].reshape(1, 1, 1)
     raise StudyError(
         "the factor to SUV differs by slice, but the headers do not cover the slices of the PET: "
         "give the header of every slice, or the DICOM series itself"
@@ -224,52 +354,31 @@ def _factors_on(
 # --- the mask --------------------------------------------------------------------------------
 
 
-def _grids_by_series(
-    roles: Roles, ct: Image, ct_stack: Stack | None, pet: Image, pet_stack: Stack | None
-) -> dict[str, Image]:
-    """Return the images that contours may refer to, by SeriesInstanceUID and SOPInstanceUID."""
-    grids: dict[str, Image] = {}
-    for source, image in ((roles.ct, ct), (roles.pet, pet), (roles.header, pet)):
-        if isinstance(source, Series):
-            for file in source.files:
-                grids[text(file.header, "SeriesInstanceUID")] = image
-                grids[text(file.header, "SOPInstanceUID")] = image
-    return grids
-
-
 def _read_mask(
-    roles: Roles, conversion: Conversion, grids: dict[str, Image]
+    plan: Plan, conversion: Conversion, images: Mapping[str, Image]
 ) -> tuple[Image, tuple[str, ...]]:
-    source = roles.mask
+    source = plan.mask
     roi = re.compile(conversion.roi, re.IGNORECASE) if conversion.roi else None
     if isinstance(source, NiftiFile):
         return _labels(read_nifti_file(source.path, "mask")), ()
-    if text(source.header, "Modality") == "SEG":
-        mask = dicom_masks.read_seg(source.path, roi)
+    if plan.drawn_on is None:
+        mask = read_seg(source.path, roi)
     else:
-        grid = _referenced_grid(source, grids)
-        mask = dicom_masks.read_rtstruct(source.header, grid.data.shape, grid.affine, roi)
+        grid = images[plan.drawn_on]
+        mask = read_rtstruct(source.header, grid.data.shape, grid.affine, roi)
     return Image(mask.labels, mask.affine), mask.warnings
-
-
-def _referenced_grid(rtstruct: DicomFile, grids: dict[str, Image]) -> Image:
-    for uid in (
-        *dicom_masks.referenced_series(rtstruct.header),
-        *dicom_masks.referenced_images(rtstruct.header),
-    ):
-        if uid in grids:
-            return grids[uid]
-    raise StudyError(
-        "the RTSTRUCT was drawn on a series that is not in the study "
-        f"({tag_of('RTReferencedSeriesSequence')}): add that series, or convert the mask to NIfTI"
-    )
 
 
 def _labels(mask: Image) -> Image:
     """Return a NIfTI mask as uint8 or uint16 labels."""
     labels = mask.data
-    if labels.dtype.kind == "f" and not np.array_equal(labels, np.rint(labels)):
-        raise StudyError("the mask has values that are not whole numbers: give labels, not weights")
+    if labels.dtype.kind == "f":
+        whole = np.rint(labels)
+        if np.abs(labels - whole).max() > WHOLE_LABEL:
+            raise StudyError(
+                "the mask has values that are not whole numbers: give labels, not weights"
+            )
+        labels = whole
     if labels.min() < 0 or labels.max() > np.iinfo(np.uint16).max:
         raise StudyError(
             f"the mask has labels from {labels.min():g} to {labels.max():g}: give labels from 0 to "
@@ -282,60 +391,89 @@ def _labels(mask: Image) -> Image:
 # --- checks ----------------------------------------------------------------------------------
 
 
-def _check_identity(roles: Roles, conversion: Conversion) -> None:
-    """Refuse DICOM files of several patients, or in several frames of reference."""
+def _check_identity(roles: Roles, conversion: Conversion) -> list[str]:
+    """Refuse DICOM files of several patients, frames of reference or PET series.
+
+    With --trust-geometry what differs is returned as warnings.
+    """
     headers = {
-        name: source.files[0].header if isinstance(source, Series) else source.header
-        for name, source in (
-            ("CT", roles.ct),
-            ("PET", roles.pet),
-            ("mask", roles.mask),
-            ("PET header", roles.header),
-        )
-        if isinstance(source, Series | DicomFile)
+        ROLE_NAMES[role]: source.files[0].header if isinstance(source, Series) else source.header
+        for role in ROLE_NAMES
+        if isinstance(source := getattr(roles, role), Series | DicomFile)
     }
-    keywords = ["PatientID", "PatientBirthDate"]
-    if not conversion.trust_geometry:
-        keywords.append("FrameOfReferenceUID")
-    for keyword in keywords:
-        values = {name: text(header, keyword) for name, header in headers.items()}
-        values = {name: value for name, value in values.items() if value}
-        if len(set(values.values())) > 1:
-            raise StudyError(
-                f"{' and '.join(values)} do not belong together ({tag_of(keyword)} differs): "
-                + (
-                    "register them, or give --trust-geometry if they lie in one space"
-                    if keyword == "FrameOfReferenceUID"
-                    else "put each patient's files into a study of its own"
-                )
-            )
+    keywords = ("PatientID", "PatientBirthDate")
+    stated = {k: {name: joined_text(each, k) for name, each in headers.items()} for k in keywords}
+    stated["FrameOfReferenceUID"] = {
+        name: frame_of_reference(each) or "" for name, each in headers.items()
+    }
+    if isinstance(roles.pet, Series):
+        stated["SeriesInstanceUID"] = {
+            name: joined_text(headers[name], "SeriesInstanceUID")
+            for name in (ROLE_NAMES["pet"], ROLE_NAMES["header"])
+            if name in headers
+        }
+    warnings = []
+    for keyword, by_name in stated.items():
+        by_value: dict[str, list[str]] = {}
+        for name, value in by_name.items():
+            by_value.setdefault(value, []).append(name)
+        by_value.pop("", None)
+        if len(by_value) > 1:
+            sides = " versus ".join(" and ".join(names) for names in by_value.values())
+            trouble = f"{sides} do not belong together ({tag_of(keyword)} differs)"
+            if not conversion.trust_geometry:
+                raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
+            warnings.append(f"{trouble}: trusted")
+    return warnings
 
 
-def _check_overlap(one: Image, other: Image, names: str) -> None:
-    """Refuse images whose boxes do not overlap in space."""
-    shape = np.array(other.data.shape)
-    corners = np.array(np.meshgrid(*((-0.5, n - 0.5) for n in shape), indexing="ij")).reshape(3, -1)
+def _check_overlap(ct: Image, pet: Image) -> None:
+    """Refuse a CT and a PET whose boxes do not overlap in space."""
+    if _are_apart(ct, pet) or _are_apart(pet, ct):
+        raise StudyError(
+            "the PET and the CT do not overlap in space: check that they are of one examination"
+        )
+
+
+def _are_apart(one: Image, other: Image) -> bool:
+    """Tell whether one image's box lies beside that of another along an axis of the first."""
+    ends = [(-0.5, n - 0.5) for n in other.data.shape]
+    corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
     to_one = np.linalg.inv(one.affine) @ other.affine
     there = to_one[:3, :3] @ corners + to_one[:3, 3:]
-    if (there.max(axis=1) <= -0.5).any() or (
-        there.min(axis=1) >= np.array(one.data.shape) - 0.5
-    ).any():
-        raise StudyError(
-            f"{names} do not overlap in space: check that they belong to one examination"
-        )
+    upper = np.array(one.data.shape) - 0.5
+    return bool((there.max(axis=1) <= -0.5).any() or (there.min(axis=1) >= upper).any())
 
 
-def _check_mask(mask: Image, pet: Image, conversion: Conversion) -> None:
-    occupied = [np.flatnonzero(mask.data.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    if not occupied[0].size:
+def _check_mask(mask: Image, pet: Image, conversion: Conversion) -> tuple[str, ...]:
+    """Refuse a mask without a label on the PET; warn of labels beside it."""
+    n_labelled, n_on_pet = _count_labelled(mask, pet)
+    if not n_labelled:
         if conversion.allow_empty_mask:
-            return
+            return ()
         raise StudyError(
             "the mask is empty: give a mask with labelled voxels, or --allow-empty-mask if the "
             "study is negative"
         )
-    box = tuple(slice(int(line[0]), int(line[-1]) + 1) for line in occupied)
-    corner = np.array([axis.start for axis in box])
-    affine = mask.affine.copy()
-    affine[:3, 3] += mask.affine[:3, :3] @ corner
-    _check_overlap(pet, Image(mask.data[box], affine), "the mask's labelled voxels and the PET")
+    if not n_on_pet:
+        raise StudyError(
+            "the mask's labelled voxels and the PET do not overlap in space: check that they are "
+            "of one examination"
+        )
+    if n_on_pet == n_labelled:
+        return ()
+    beside_ml = (n_labelled - n_on_pet) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    return (f"{beside_ml:.3g} ml of the mask lie outside the PET",)
+
+
+def _count_labelled(mask: Image, pet: Image) -> tuple[int, int]:
+    """Return the number of labelled voxels, and of those whose centre lies in the PET's box."""
+    to_pet = np.linalg.inv(pet.affine) @ mask.affine
+    upper = np.array(pet.data.shape)[:, None] - 0.5
+    n_labelled = n_on_pet = 0
+    for k in range(mask.data.shape[2]):
+        i, j = np.nonzero(mask.data[:, :, k])
+        places = to_pet[:3, :2] @ (i, j) + (to_pet[:3, 2] * k + to_pet[:3, 3])[:, None]
+        n_labelled += len(i)
+        n_on_pet += int(((places >= -0.5) & (places <= upper)).all(axis=0).sum())
+    return n_labelled, n_on_pet

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     EnhancedPETImageStorage,
@@ -238,6 +241,13 @@ def enhanced_pet_header(
         for index in range(n_frames)
     ]
     return header
+
+
+def put_raw(dataset: Dataset, keyword: str, value: bytes, vr: str | None = None) -> None:
+    """Put a value as it comes from a file, not yet converted: it may be malformed."""
+    tag = Tag(keyword)
+    vr = vr or dictionary_VR(tag)
+    dataset[tag] = RawDataElement(tag, vr, len(value), value, 0, False, True)
 
 
 def _patient_and_tracer() -> dict[str, Any]:

@@ -10,22 +10,29 @@ SCRIPTS = ("createproject", "preprocessing", "mergeh5", "project_2d")
 
 # From the top down: a module imports from its own level and those below.
 LEVELS = {
-    "running": ("cli", "stage", "parallel"),
-    "whole": ("study",),
+    "running": ("cli", "stage", "parallel", "machine"),
+    "whole": ("study", "training_study"),
     "boundary": (
         "archive",
         "dicom",
+        "dicom_masks",
+        "dicom_pixels",
         "dicom_rtstruct",
         "dicom_seg",
+        "dicom_stack",
         "dicom_values",
         "hdf5",
         "hdf5_assembly",
+        "hdf5_check",
+        "hdf5_chunks",
+        "lesion_table",
         "mapping",
         "nifti",
         "pet_header",
         "pictures",
         "raw_project",
         "report",
+        "steady_file",
     ),
     "pure": (
         "body_mass",
@@ -57,10 +64,13 @@ PURE_MAY_IMPORT = {
     "typing", "unicodedata", "warnings", "numbers", "operator", "re",
 }  # fmt: skip
 FORMAT_LIBRARY = {
-    "h5py": {"hdf5", "hdf5_assembly"},
-    "hdf5plugin": {"hdf5", "hdf5_assembly"},
-    "pydicom": {"dicom", "dicom_rtstruct", "dicom_seg", "dicom_values", "pet_header"},
-    "isal": {"nifti"},
+    "h5py": {"hdf5", "hdf5_assembly", "hdf5_check", "hdf5_chunks"},
+    "hdf5plugin": {"hdf5_chunks"},
+    "pydicom": {
+        *("dicom", "dicom_masks", "dicom_pixels", "dicom_rtstruct", "dicom_seg", "dicom_stack"),
+        *("dicom_values", "pet_header"),
+    },
+    "isal": {"hdf5_chunks", "nifti"},
     "zipfile": {"archive"},
     "PIL": {"pictures"},
     "jinja2": {"report"},

@@ -25,13 +25,9 @@ from mask_builders import (
 from pydicom.data import get_testdata_file
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
-from common.dicom_masks import (
-    frame_of_reference,
-    read_rtstruct,
-    read_seg,
-    referenced_images,
-    referenced_series,
-)
+from common.dicom_masks import frame_of_reference, referenced_images, referenced_series
+from common.dicom_rtstruct import read_rtstruct
+from common.dicom_seg import read_seg
 from common.errors import StudyError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -1,0 +1,750 @@
+"""Killed, interrupted, out of disk, two at once: the output is absent, old or complete.
+
+Every stage runs in a forked process of its own group, is killed at seeded random moments, and run
+again. TUMORVOLUME_STRESS multiplies the number of kills.
+"""
+
+import csv
+import errno
+import fcntl
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+
+import createproject
+import mergeh5
+import preprocessing
+import project_2d
+
+STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
+KILLS = 25 * STRESS
+INTERRUPTIONS = 5 * STRESS
+PATIENCE_S = 60
+N_STUDIES = 5
+NO_STATUS = 99
+PAGE = resource.getpagesize()
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills by /proc, mounts tmpfs")
+
+
+# --- a stage, its input, its uninterrupted output ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One script with the command line that is interrupted; paths are relative to a folder."""
+
+    main: Callable[[Sequence[str]], int]
+    inputs: tuple[str, ...]
+    output: str
+    options: tuple[str, ...]
+    other_options: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    jobs: tuple[str, ...] = ("-j", "2")
+
+    @property
+    def name(self) -> str:
+        return self.main.__module__
+
+    def command(self, *more: str) -> list[str]:
+        return [*self.inputs, "-o", self.output, *self.options, *self.jobs, *more]
+
+
+SMALL = ("--spacing", "4", "4", "5", "--shape", "10", "10")
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            createproject.main,
+            ("raw",),
+            "out/p.zip",
+            ("--pet-units", "suv"),
+            ("--pet-units", "suv", "--name", "other"),
+            ("p_mapping.csv",),
+        ),
+        Stage(
+            preprocessing.main,
+            ("p.zip",),
+            "out/p.h5",
+            (*SMALL, "--measures", "out/m.csv", "--save-nifti", "out/nii"),
+            (*SMALL, "--iso-threshold", "50"),
+            ("m.csv", "nii"),
+        ),
+        Stage(
+            mergeh5.main,
+            ("a.h5", "b.h5"),
+            "out/all.h5",
+            ("--splits", "2", "--splits-dir", "out/folds"),
+            ("--link",),
+            ("folds",),
+            (),
+        ),
+        Stage(
+            project_2d.main,
+            ("a.h5",),
+            "out/mips.h5",
+            ("--angles", "0", "180", "60", "--png", "out/png"),
+            ("--angles", "0", "180", "90"),
+            ("mips.csv", "png"),
+        ),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with the input of every stage: tiny NIfTI studies, a zip, two 3D files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(7)
+    affine = np.diag([4.0, 4.0, 5.0, 1.0])
+    mask = np.zeros((10, 10, 8), np.uint8)
+    mask[3:6, 3:6, 3:6] = 1
+    for number in range(N_STUDIES):
+        study = folder / "raw" / f"patient{number // 2}" / f"study{number}"
+        study.mkdir(parents=True)
+        for role, volume in (
+            ("ct", rng.integers(-1000, 1000, mask.shape, np.int16)),
+            ("pet", rng.random(mask.shape, np.float32) * 8),
+            ("mask", mask),
+        ):
+            nibabel.save(nibabel.Nifti1Image(volume, affine), study / f"{role}.nii.gz")
+    chain = (
+        (createproject.main, "raw -o p.zip --pet-units suv"),
+        (preprocessing.main, "p.zip -o a.h5 --shard 1/2 " + " ".join(SMALL)),
+        (preprocessing.main, "p.zip -o b.h5 --shard 2/2 " + " ".join(SMALL)),
+    )
+    for main, command in chain:
+        assert finished(start(main, command.split(), folder)).status == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs) -> dict[str, tuple[dict[str, bytes], dict[str, bytes], float]]:
+    """What each stage leaves when nothing happens, old options and new, and its duration [s]."""
+    found = {}
+    for name, stage in STAGES.items():
+        folder = prepared(inputs, inputs.parent / f"whole_{name}")
+        old = finished(start(stage.main, with_other_options(stage), folder))
+        left_by_old = contents(folder / "out")
+        began = time.monotonic()
+        new = finished(start(stage.main, stage.command(), folder))
+        duration_s = time.monotonic() - began
+        assert (old.status, new.status) == (0, 0), old.stderr + new.stderr
+        found[name] = (left_by_old, contents(folder / "out"), duration_s)
+    return found
+
+
+def with_other_options(stage: Stage) -> list[str]:
+    return [*stage.inputs, "-o", stage.output, *stage.other_options, *stage.jobs]
+
+
+def prepared(inputs: Path, folder: Path, old: dict[str, bytes] | None = None) -> Path:
+    """Make a folder that a stage can run in, with links to the inputs, and an old output."""
+    (folder / "out").mkdir(parents=True)
+    for path in inputs.iterdir():
+        (folder / path.name).symlink_to(path)
+    restore(old or {}, folder / "out")
+    return folder
+
+
+def restore(files: dict[str, bytes], folder: Path) -> None:
+    """Make a folder hold these files and nothing else."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- running and killing ----------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A script under way, or how it ended."""
+
+    pid: int
+    folder: Path
+    status: int | None = None
+    stdout: str = ""
+    stderr: str = ""
+    seconds: float = field(default_factory=time.monotonic)
+
+
+def start(
+    main: Callable[[Sequence[str]], int],
+    command: Sequence[str],
+    folder: Path,
+    prepare: Callable[[], None] = lambda: None,
+) -> Run:
+    """Run a script in a forked process, the leader of its own group, with output to files."""
+    texts = folder / "log"
+    texts.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid:
+        return Run(pid, folder)
+    status = NO_STATUS
+    try:
+        os.setsid()
+        os.chdir(folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"log/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        prepare()
+        status = main(command)
+        sys.stderr.flush()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        # Whatever happens, the child must not go on as a second pytest.
+        os._exit(status)
+
+
+def finished(run: Run, patience_s: float = PATIENCE_S) -> Run:
+    """Wait for a run's end; negative status: the signal that ended it."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        pid, status = os.waitpid(run.pid, os.WNOHANG)
+        if pid:
+            break
+        if time.monotonic() > deadline:
+            os.killpg(run.pid, signal.SIGKILL)
+            os.waitpid(run.pid, 0)
+            pytest.fail(f"no end in {patience_s} s\n" + (run.folder / "log/stderr").read_text())
+        time.sleep(0.002)
+    run.status = os.waitstatus_to_exitcode(status)
+    run.seconds = time.monotonic() - run.seconds
+    run.stdout = (run.folder / "log/stdout").read_text()
+    run.stderr = (run.folder / "log/stderr").read_text()
+    assert "Traceback" not in run.stderr, run.stderr
+    return run
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a group, workers after their parent."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_for_orphans(group: int) -> None:
+    deadline = time.monotonic() + 5
+    while members(group):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.01)
+
+
+def n_to_compute(stderr: str) -> int:
+    return int(re.search(r"(\d+) to compute", stderr)[1])
+
+
+def finished_parts(folder: Path, stage: Stage) -> set[str]:
+    parts = folder / f"{stage.output}.parts"
+    return {p.name for p in parts.glob("*") if ".tmp" not in p.name} if parts.is_dir() else set()
+
+
+# --- kill -9 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.timeout(PATIENCE_S * 4)
+def test_killed_at_a_random_moment(name, number, inputs, uninterrupted, tmp_path):
+    stage = STAGES[name]
+    old, new, duration_s = uninterrupted[name]
+    rng = random.Random(f"{name} {number}")
+    victim = rng.choice(["parent", "worker", "group"])
+    before = rng.choice([{}, old])
+    folder = prepared(inputs, tmp_path / "run", before)
+    output = Path(stage.output).name
+
+    run = start(stage.main, stage.command(), folder)
+    time.sleep(rng.uniform(0, duration_s))
+    workers = members(run.pid)[1:]
+    if victim == "parent":
+        os.kill(run.pid, signal.SIGKILL)
+    elif victim == "group":
+        os.killpg(run.pid, signal.SIGKILL)
+    elif workers:
+        with suppress(ProcessLookupError):
+            os.kill(rng.choice(workers), signal.SIGKILL)
+    finished(run)
+    found = contents(folder / "out")
+
+    if victim == "worker":
+        assert run.status in (0, 1, 3), run.stderr
+        assert ("was killed" in run.stderr) == (run.status != 0), run.stderr
+        if run.status == 1:
+            assert found.get(output) == before.get(output)
+        failed = run.stderr.count("the worker process was killed")
+        listed = found.get(f"{Path(output).stem}_failed.csv", b"").decode()
+        if run.status == 3 and name != "createproject":
+            assert listed.count("the worker process was killed") == failed == 1
+    else:
+        assert found.get(output) in (before.get(output), new[output])
+
+    done = finished_parts(folder, stage)
+    again = finished(start(stage.main, stage.command("-v"), folder))
+    assert again.status == 0, again.stderr
+    wait_for_orphans(run.pid)
+    assert contents(folder / "out") == {**before_only(before, new), **new}
+    if name != "mergeh5":
+        done_before = N_STUDIES if found.get(output) == new[output] else len(done)
+        assert n_to_compute(again.stderr) <= n_studies(stage, inputs) - min(
+            done_before, n_studies(stage, inputs)
+        )
+
+
+def before_only(before: dict[str, bytes], new: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in before.items() if name not in new}
+
+
+def n_studies(stage: Stage, inputs: Path) -> int:
+    if stage.name == "project_2d":
+        with h5py.File(inputs / "a.h5") as file:
+            return len(file["image"])
+    return N_STUDIES
+
+
+def test_a_rerun_computes_only_what_an_interrupted_one_had_not_finished(inputs, tmp_path):
+    stage = STAGES["preprocessing"]
+    folder = prepared(inputs, tmp_path / "run")
+    run = start(stage.main, stage.command("-j", "1"), folder)
+    deadline = time.monotonic() + PATIENCE_S
+    while len(finished_parts(folder, stage)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.killpg(run.pid, signal.SIGKILL)
+    finished(run)
+    n_parts = len(finished_parts(folder, stage))
+    assert 2 <= n_parts < N_STUDIES
+    again = finished(start(stage.main, stage.command("-v"), folder))
+    assert n_to_compute(again.stderr) == N_STUDIES - n_parts
+    assert f"resuming: {n_parts} studies are finished already" in again.stderr
+
+
+def test_parts_of_other_options_are_not_trusted_and_are_removed(inputs, uninterrupted, tmp_path):
+    stage = STAGES["preprocessing"]
+    folder = prepared(inputs, tmp_path / "run")
+    run = start(stage.main, with_other_options(stage), folder)
+    deadline = time.monotonic() + PATIENCE_S
+    while not finished_parts(folder, stage) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.killpg(run.pid, signal.SIGKILL)
+    finished(run)
+    assert finished_parts(folder, stage)
+    again = finished(start(stage.main, stage.command("-v"), folder))
+    assert n_to_compute(again.stderr) == N_STUDIES
+    assert contents(folder / "out") == uninterrupted["preprocessing"][1]
+
+
+# --- SIGINT and SIGTERM -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(INTERRUPTIONS))
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.timeout(PATIENCE_S * 4)
+def test_interrupted_or_terminated_at_a_random_moment(
+    name, number, inputs, uninterrupted, tmp_path
+):
+    stage = STAGES[name]
+    _, new, duration_s = uninterrupted[name]
+    rng = random.Random(f"signal {name} {number}")
+    sent = rng.choice([signal.SIGINT, signal.SIGTERM])
+    send = rng.choice([os.kill, os.killpg])
+    folder = prepared(inputs, tmp_path / "run")
+    ready = tmp_path / "ready"
+    run = start(stage.main, stage.command(), folder, ready.touch)
+    while not ready.exists():
+        time.sleep(0.001)
+    time.sleep(0.02 + rng.uniform(0, duration_s))
+    with suppress(ProcessLookupError):
+        send(run.pid, sent)
+    sent_at = time.monotonic()
+    finished(run)
+    assert time.monotonic() - sent_at < 5  # 2 s, and patience with a busy machine
+    assert run.status in (0, {signal.SIGINT: 130, signal.SIGTERM: 143}[sent])
+    if run.status:
+        assert run.stdout == ""
+        word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[sent]
+        assert run.stderr.splitlines()[-1] == (
+            f"error: {word}: finished studies are kept, the same command goes on from there"
+        )
+    wait_for_orphans(run.pid)
+    again = finished(start(stage.main, stage.command(), folder))
+    assert again.status == 0, again.stderr
+    assert contents(folder / "out") == new
+
+
+def test_an_impatient_second_signal_is_no_traceback(inputs, tmp_path):
+    stage = STAGES["preprocessing"]
+    for number in range(5):
+        folder = prepared(inputs, tmp_path / str(number))
+        run = start(stage.main, stage.command(), folder)
+        time.sleep(0.15)
+        for _ in range(20):
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGINT)
+            time.sleep(0.002)
+        assert finished(run).status in (0, 130)
+
+
+# --- no room ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """Mount a small file system on a folder; yield what mounts it anew with other options."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs takes root")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {made.stderr.strip()}")
+    try:
+        yield lambda options: subprocess.run(
+            ["mount", "-o", f"remount,{options}", str(folder)], check=True
+        )
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def one_clear_line(run: Run, reason: str) -> None:
+    """The run said why it could not go on, in one line, and nothing else."""
+    assert run.status == 1
+    assert run.stdout == ""
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert reason in last
+    assert sum(line.startswith("error: ") for line in run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.timeout(PATIENCE_S * 4)
+def test_full_disk(name, inputs, uninterrupted, tmp_path):
+    stage = STAGES[name]
+    old, new, _ = uninterrupted[name]
+    output = Path(stage.output).name
+    folder = prepared(inputs, tmp_path / "run")
+    rng = random.Random(f"disk {name}")
+    enough = 2 * sum(map(len, new.values())) + PAGE * len(new)
+    n_refused = 0
+    with mounted(folder / "out", "16m"):
+        for _ in range(4 * STRESS):
+            restore(old, folder / "out")
+            filler = folder / "out" / "filler"
+            space = os.statvfs(folder / "out")
+            filler.write_bytes(bytes(space.f_bavail * PAGE - rng.randrange(0, enough)))
+            run = finished(start(stage.main, stage.command(), folder))
+            filler.unlink()
+            found = contents(folder / "out")
+            if run.status == 0:
+                assert found[output] == new[output]
+                continue
+            n_refused += 1
+            one_clear_line(run, "cannot be written: the disk is full: make room, and run again")
+            assert found[output] == old[output]
+            assert all(p in {**old, **new} or p.startswith(f"{output}.parts/") for p in found)
+            assert finished(start(stage.main, stage.command(), folder)).status == 0
+            assert contents(folder / "out") == {**before_only(old, new), **new}
+    assert n_refused
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.timeout(PATIENCE_S * 4)
+def test_file_size_limit(name, inputs, uninterrupted, tmp_path):
+    stage = STAGES[name]
+    _, new, _ = uninterrupted[name]
+    output = Path(stage.output).name
+    folder = prepared(inputs, tmp_path / "run")
+    size = len(new[output])
+    for limit in (0, 100, size // (2 * N_STUDIES), size // 2, size - 1):
+        run = start(
+            stage.main,
+            stage.command(),
+            folder,
+            lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        finished(run)
+        if limit < PAGE:
+            # The limit is on the log too, and on what worker processes share.
+            assert run.status == 1
+        else:
+            one_clear_line(run, "cannot be written: the file-size limit is reached: raise it")
+        assert output not in contents(folder / "out")
+    assert finished(start(stage.main, stage.command(), folder)).status == 0
+    assert contents(folder / "out") == new
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_read_only_folder(name, inputs, uninterrupted, tmp_path):
+    stage = STAGES[name]
+    _, new, _ = uninterrupted[name]
+    folder = prepared(inputs, tmp_path / "run")
+    with mounted(folder / "out", "16m") as remount:
+        restore(new, folder / "out")
+        remount("ro")
+        one_clear_line(finished(start(stage.main, stage.command(), folder)), "Read-only file")
+        one_clear_line(
+            finished(start(stage.main, stage.command("--no-lock", "--force"), folder)),
+            "the file system is read-only",
+        )
+        assert contents(folder / "out") == new
+
+
+# --- two at once ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_second_run_stops_at_once_and_says_who_is_first(name, inputs, uninterrupted, tmp_path):
+    stage = STAGES[name]
+    folder = prepared(inputs, tmp_path / "run")
+    lock = folder / f"{stage.output}.lock"
+    first = start(stage.main, stage.command(), folder)
+    deadline = time.monotonic() + PATIENCE_S
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.killpg(first.pid, signal.SIGSTOP)
+    shutil.copytree(folder / "log", folder / "log_of_first")
+    second = finished(start(stage.main, stage.command("--force"), folder), patience_s=10)
+    one_clear_line(second, f"another run writes this output (process {first.pid} on ")
+    os.killpg(first.pid, signal.SIGCONT)
+    assert finished(first).status == 0
+    assert contents(folder / "out") == uninterrupted[name][1]
+
+
+def test_a_stale_lock_file_is_no_lock(inputs, uninterrupted, tmp_path):
+    stage = STAGES["mergeh5"]
+    folder = prepared(inputs, tmp_path / "run")
+    for text in ("", "process 1 on elsewhere\n", f"process {os.getpid()} on here\n", "\0\xff"):
+        (folder / f"{stage.output}.lock").write_text(text)
+        assert finished(start(stage.main, stage.command("--force"), folder)).status == 0
+    assert contents(folder / "out") == uninterrupted["mergeh5"][1]
+
+
+def test_a_reader_of_the_old_output_goes_on_reading_it(inputs, uninterrupted, tmp_path):
+    stage = STAGES["project_2d"]
+    old, new, _ = uninterrupted["project_2d"]
+    folder = prepared(inputs, tmp_path / "run", old)
+    with h5py.File(folder / stage.output) as reader:
+        keys = sorted(reader["image"])
+        first = reader["image"][keys[0]][()]
+        assert finished(start(stage.main, stage.command(), folder)).status == 0
+        assert sorted(reader["image"]) == keys
+        np.testing.assert_array_equal(reader["image"][keys[0]][()], first)
+        assert all(np.isfinite(reader["image"][key][()]).all() for key in keys)
+    assert (folder / stage.output).read_bytes() == new["mips.h5"]
+
+
+def test_an_output_that_is_open_for_writing_elsewhere_can_be_read(inputs, uninterrupted, tmp_path):
+    stage = STAGES["project_2d"]
+    folder = prepared(inputs, tmp_path / "run", uninterrupted["project_2d"][1])
+    code = f"import h5py; f = h5py.File({stage.output!r}, 'r+'); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as notebook:
+        notebook.stdout.readline()
+        run = finished(start(stage.main, stage.command(), folder))
+        notebook.communicate(b"\n")
+    assert (run.status, run.stderr) == (0, "")
+    assert ": 0 written, " in run.stdout
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(number, inputs, uninterrupted, tmp_path):
+    stage = STAGES["mergeh5"]
+    folder = prepared(inputs, tmp_path / "run")
+
+    def take_locks_away():
+        def flock(descriptor, operation):
+            raise OSError(number, os.strerror(number))
+
+        fcntl.flock = flock
+
+    run = finished(start(stage.main, stage.command(), folder, take_locks_away))
+    one_clear_line(run, "the file system has no locks")
+    assert "--no-lock" in run.stderr
+    assert contents(folder / "out") == {}
+    run = finished(start(stage.main, stage.command("--no-lock"), folder, take_locks_away))
+    assert run.status == 0
+    assert contents(folder / "out") == uninterrupted["mergeh5"][1]
+
+
+# --- night after night ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_rerun_with_nothing_new_prints_one_line_and_touches_nothing(
+    name, inputs, uninterrupted, tmp_path
+):
+    stage = STAGES[name]
+    folder = prepared(inputs, tmp_path / "run", uninterrupted[name][1])
+    before = {path: path.stat() for path in sorted((folder / "out").rglob("*"))}
+    (folder / "out").chmod(0o755)
+    run = finished(start(stage.main, stage.command(), folder))
+    assert (run.status, run.stderr) == (0, "")
+    assert re.fullmatch(
+        rf"\d studies: 0 written, \d unchanged, 0 skipped, 0 failed -> {stage.output}\n", run.stdout
+    )
+    after = {path: path.stat() for path in sorted((folder / "out").rglob("*"))}
+    assert after.keys() == before.keys()
+    for path, status in before.items():
+        if path.is_file():
+            assert (after[path].st_ino, after[path].st_mtime_ns) == (
+                status.st_ino,
+                status.st_mtime_ns,
+            ), path
+
+
+def test_a_new_a_changed_and_a_vanished_study(inputs, tmp_path):
+    stage = STAGES["createproject"]
+    folder = prepared(inputs, tmp_path / "run")
+    (folder / "raw").unlink()
+    shutil.copytree(inputs / "raw", folder / "raw")
+
+    def closing_line() -> str:
+        run = finished(start(stage.main, stage.command(), folder))
+        return run.stdout + run.stderr
+
+    end = "0 skipped, 0 failed -> out/p.zip\n"
+    assert closing_line() == f"5 studies: 5 written, 0 unchanged, {end}"
+    shutil.copytree(folder / "raw/patient0", folder / "raw/patient9")
+    shutil.rmtree(folder / "raw/patient9/study1")
+    assert closing_line() == f"6 studies: 1 written, 5 unchanged, {end}"
+    os.utime(folder / "raw/patient9/study0/ct.nii.gz", ns=(1, 1))
+    assert closing_line() == f"6 studies: 1 written, 5 unchanged, {end}"
+    shutil.rmtree(folder / "raw/patient9")
+    said = closing_line()
+    assert said.startswith(f"5 studies: 0 written, 5 unchanged, {end}")
+    assert "1 studies of the old output are no longer in the input and stay out" in said
+    assert closing_line() == f"5 studies: 0 written, 5 unchanged, {end}"
+
+
+def test_an_incomplete_study_is_told_of_once(inputs, tmp_path):
+    stage = STAGES["createproject"]
+    folder = prepared(inputs, tmp_path / "run")
+    (folder / "raw").unlink()
+    shutil.copytree(inputs / "raw", folder / "raw")
+    (folder / "raw/patient0/study0/mask.nii.gz").unlink()
+    first = finished(start(stage.main, stage.command(), folder))
+    assert "skipped, no mask" in first.stderr
+    second = finished(start(stage.main, stage.command(), folder))
+    assert (second.status, second.stderr) == (0, "")
+    assert second.stdout == "5 studies: 0 written, 4 unchanged, 1 skipped, 0 failed -> out/p.zip\n"
+
+
+def test_an_option_of_value_recomputes_all_and_force_starts_afresh(inputs, uninterrupted, tmp_path):
+    stage = STAGES["preprocessing"]
+    old, new, _ = uninterrupted["preprocessing"]
+    folder = prepared(inputs, tmp_path / "run", old)
+    for more in ((), ("--force",)):
+        run = finished(start(stage.main, stage.command("-v", *more), folder))
+        assert n_to_compute(run.stderr) == N_STUDIES
+        assert contents(folder / "out") == new
+
+
+def test_failed_studies_are_listed_until_they_are_mended(inputs, tmp_path):
+    stage = STAGES["preprocessing"]
+    folder = prepared(inputs, tmp_path / "run")
+    (folder / "p.zip").unlink()
+    whole = (inputs / "p.zip").read_bytes()
+    at = whole.index(b"_ct.nii.gz") + 200
+    (folder / "p.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for _ in range(2):
+        run = finished(start(stage.main, stage.command(), folder))
+        assert run.status == 3
+        with open(folder / "out/p_failed.csv", newline="") as stream:
+            [row] = csv.DictReader(stream)
+        assert row["stage"] == "preprocessing"
+        assert f"error: {row['hash']}: {row['reason']}\n" in run.stderr
+    (folder / "p.zip").write_bytes(whole)
+    assert finished(start(stage.main, stage.command(), folder)).status == 0
+    assert not (folder / "out/p_failed.csv").exists()
+
+
+# --- the same bytes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["createproject", "preprocessing", "project_2d"])
+def test_any_number_of_jobs_gives_the_same_bytes(name, inputs, uninterrupted, tmp_path):
+    stage = STAGES[name]
+    for jobs in ("1", "4"):
+        folder = prepared(inputs, tmp_path / jobs)
+        assert finished(start(stage.main, stage.command("-j", jobs), folder)).status == 0
+        assert contents(folder / "out") == uninterrupted[name][1]
+
+
+@pytest.mark.parametrize("name", ["preprocessing", "project_2d"])
+def test_shards_are_disjoint_complete_and_merge_to_the_same_bytes(
+    name, inputs, uninterrupted, tmp_path
+):
+    stage = STAGES[name]
+    folder = prepared(inputs, tmp_path / "run")
+    whole = folder / stage.output
+    assert finished(start(stage.main, stage.command(), folder)).status == 0
+    n_shards = 3
+    shards, keys = [], []
+    for number in range(1, n_shards + 1):
+        shards.append(f"out/shard{number}.h5")
+        command = [*stage.command("--shard", f"{number}/{n_shards}"), "-o", shards[-1]]
+        assert finished(start(stage.main, command, folder)).status == 0
+        with h5py.File(folder / shards[-1]) as file:
+            keys += sorted(file["image"])
+    with h5py.File(whole) as file:
+        assert sorted(keys) == sorted(file["image"])
+    for order in (shards, shards[::-1], [shards[1], shards[2], shards[0]]):
+        run = finished(start(mergeh5.main, [*order, "-o", "out/merged.h5", "--force"], folder))
+        assert run.status == 0, run.stderr
+        assert (folder / "out/merged.h5").read_bytes() == whole.read_bytes()
+
+
+def test_hash_seed_locale_time_zone_and_folder_change_no_byte(inputs, uninterrupted, tmp_path):
+    """The scripts as they are run from a shell, one environment after the other."""
+    environments = (
+        {"PYTHONHASHSEED": "1", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Kathmandu"},
+        {"PYTHONHASHSEED": "2", "LC_ALL": "C", "TZ": "America/St_Johns", "LANG": "C"},
+    )
+    for number, (name, stage) in enumerate(STAGES.items()):
+        folder = prepared(inputs, tmp_path / name)
+        run = subprocess.run(
+            [sys.executable, Path(sys.modules[name].__file__), *stage.command()],
+            cwd=folder,
+            env={**os.environ, **environments[number % 2]},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (run.returncode, run.stderr) == (0, "")
+        assert contents(folder / "out") == uninterrupted[name][1]

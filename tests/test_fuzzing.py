@@ -1,0 +1,229 @@
+"""Seeded damage to every kind of file ends in a plausible result or in a named refusal.
+
+No surprise, no hang of 30 s, no memory beyond 2 GB, no damaged volume accepted where a checksum
+could have told. TUMORVOLUME_STRESS multiplies the number of damaged files of each kind.
+"""
+
+import gzip
+import os
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+from confined import Ending, endings, is_clear
+from mutations import damaged
+
+import createproject
+import mergeh5
+import preprocessing
+import project_2d
+from common import hdf5, parallel
+from common.errors import StageError, StudyError
+from examples import phantom
+
+CASES = 20 * int(os.environ.get("TUMORVOLUME_STRESS", "1"))
+GRID = ["--shape", "24", "24", "--spacing", "20", "20", "6", "-j", "1"]
+ANGLES = ["--angles", "0", "180", "60", "-j", "1"]
+LESION = phantom.Lesion((0.0, 10.0, 78.0), (45.0, 45.0, 15.0), 8.0)
+DEMO = {"rtstruct": 0, "seg": 2, "nifti": 3}
+
+Volumes = dict[str, dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """raw/<mask or nifti>/1, project.zip, 3d.h5 and 2d.h5 of three tiny studies."""
+    folder = tmp_path_factory.mktemp("sound")
+    for name, number in DEMO.items():
+        study = replace(phantom.DEMO_STUDIES[number], patient=name, study="1", lesions=(LESION,))
+        grids = phantom.ct_grid(24, 14), phantom.pet_grid(24, 14)
+        phantom.write_study(folder / "raw", study, *grids)
+    for script, *arguments in (
+        (createproject, folder / "raw", "-o", folder / "project.zip", "-j", "1"),
+        (preprocessing, folder / "project.zip", "-o", folder / "3d.h5", *GRID),
+        (project_2d, folder / "3d.h5", "-o", folder / "2d.h5", *ANGLES),
+    ):
+        assert script.main(list(map(str, arguments))) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_one_process(monkeypatch):
+    """Have scripts start no workers: every batch of cases has a process of its own."""
+
+    def run_here(worker, tasks, jobs=None, on_outcome=lambda outcome: None):
+        outcomes = [parallel._attempt(worker, task) for task in tasks]
+        for outcome in outcomes:
+            on_outcome(outcome)
+        return outcomes
+
+    monkeypatch.setattr("common.stage.run_studies", run_here)
+    monkeypatch.setattr("common.stage.run_apart", lambda function, *arguments: function(*arguments))
+
+
+# --- what is damaged -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A file to be damaged, and the script that reads it."""
+
+    kind: str
+    pattern: str
+    script: str
+
+
+SUBJECTS = {
+    "CT": Subject("dicom", "raw/rtstruct/1/CT/*", "createproject"),
+    "PET": Subject("dicom", "raw/rtstruct/1/PET/*", "createproject"),
+    "SEG": Subject("dicom", "raw/seg/1/MASK/*", "createproject"),
+    "RTSTRUCT": Subject("dicom", "raw/rtstruct/1/MASK/*", "createproject"),
+    "PET header": Subject("dicom", "raw/nifti/1/PET_header.dcm", "createproject"),
+    "NIfTI CT": Subject("nifti", "raw/nifti/1/CT.nii.gz", "createproject"),
+    "NIfTI PET": Subject("nifti", "raw/nifti/1/PET.nii.gz", "createproject"),
+    "NIfTI mask": Subject("nifti", "raw/nifti/1/MASK.nii.gz", "createproject"),
+    "zip": Subject("zip", "project.zip", "preprocessing"),
+    "3D file merged": Subject("hdf5", "3d.h5", "mergeh5"),
+    "3D file projected": Subject("hdf5", "3d.h5", "project_2d"),
+}
+
+
+def case(sound: Path, work: Path, subject: Subject, seed: int) -> tuple[int, str]:
+    """Damage one file, run the script, and tell what is wrong with the result, if anything."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    path = sorted(sound.glob(subject.pattern))[0]
+    content, blind = damaged(subject.kind, path.read_bytes(), seed)
+    match subject.script:
+        case "createproject":
+            study = path.relative_to(sound).parents[-3]
+            shutil.copytree(sound / study, work / study, copy_function=os.link)
+            (work / path.relative_to(sound)).unlink()
+            (work / path.relative_to(sound)).write_bytes(content)
+            status = createproject.main([str(work / "raw"), "-o", str(work / "out"), "-j", "1"])
+            found, expected = zip_volumes, zip_volumes(sound / "project.zip")
+        case "preprocessing":
+            (work / "in").write_bytes(content)
+            status = preprocessing.main([str(work / "in"), "-o", str(work / "out"), *GRID])
+            found, expected = hdf5_volumes, hdf5_volumes(sound / "3d.h5")
+        case "mergeh5":
+            (work / "in").write_bytes(content)
+            status = mergeh5.main([str(work / "in"), "-o", str(work / "out")])
+            found, expected = verified_volumes, hdf5_volumes(sound / "3d.h5")
+        case "project_2d":
+            (work / "in").write_bytes(content)
+            pictures = ["--gif", str(work / "gif"), "--png", str(work / "png")]
+            arguments = [str(work / "in"), "-o", str(work / "out"), *ANGLES, *pictures]
+            status = project_2d.main(arguments)
+            found, expected = hdf5_volumes, hdf5_volumes(sound / "2d.h5")
+    if status not in (0, 3):
+        return status, "output written" if (work / "out").exists() else ""
+    checksummed = blind and subject.kind != "dicom"
+    return status, fault(found, work / "out", expected if checksummed else None)
+
+
+# --- what is wrong with the result -----------------------------------------------------------
+
+
+def fault(read: Callable[[Path], Volumes], path: Path, expected: Volumes | None) -> str:
+    """Return what is wrong with an output: not plausible, or not as from the sound file."""
+    for key, study in read(path).items():
+        for name, array in study.items():
+            if not np.isfinite(array).all():
+                return f"{name} is not finite"
+            if name.endswith("affine"):
+                if not 1e-6 < abs(np.linalg.det(array)) < 1e12:
+                    return f"{name} is implausible"
+            elif name.startswith("image") and not (array.min() >= 0 and array.max() <= 1):
+                return f"{name} leaves [0, 1]"
+            elif "mask" in name and array.dtype.kind not in "iu":
+                return f"{name} holds no labels"
+            if expected is not None and key not in expected:
+                return f"a study named {key!r} has come up"
+            if expected is not None and not np.array_equal(array, expected[key][name]):
+                return f"{name} differs: damage was accepted silently"
+    return ""
+
+
+def zip_volumes(path: Path) -> Volumes:
+    """Values and affines by hash and role, read by nibabel."""
+    volumes: Volumes = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in (name for name in archive.namelist() if name.endswith(".nii.gz")):
+            image = nibabel.Nifti1Image.from_bytes(gzip.decompress(archive.read(name)))
+            key, role = Path(name).name.removesuffix(".nii.gz").rsplit("_", 1)
+            study = volumes.setdefault(key, {})
+            study[role], study[f"{role} affine"] = np.asanyarray(image.dataobj), image.affine
+    return volumes
+
+
+def hdf5_volumes(path: Path) -> Volumes:
+    """Arrays by key and group, read by h5py."""
+    with h5py.File(path) as file:
+        return {key: {group: file[group][key][()] for group in file} for key in file["image"]}
+
+
+def verified_volumes(path: Path) -> Volumes:
+    """As `hdf5_volumes`, but without what `read_dataset` refuses: chunks are merged unread."""
+    volumes: Volumes = {}
+    for key in hdf5.read_keys(path):
+        try:
+            arrays = {group: hdf5.read_dataset(path, group, key)[0] for group in hdf5.GROUPS}
+        except (StudyError, StageError):
+            continue
+        volumes[key] = arrays
+    return volumes
+
+
+# --- the laws --------------------------------------------------------------------------------
+
+
+def complaint(ending: Ending) -> str:
+    """Return what is wrong with how a case ended; empty where all is well."""
+    if ending.status not in (0, 1, 3):
+        return f"status {ending.status}"
+    if "Traceback" in ending.said or "Warning" in ending.said:
+        return "a traceback or a library's warning"
+    if not all(map(is_clear, ending.errors)):
+        return "an error line that is not clear"
+    if (ending.status != 0) != bool(ending.errors):
+        return "status and error lines disagree"
+    return ending.verdict or ""
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_damage_ends_in_a_plausible_result_or_in_a_named_refusal(
+    sound, tmp_path, name, record_property
+):
+    subject = SUBJECTS[name]
+    cases = [
+        lambda seed=seed: case(sound, tmp_path / f"{seed}", subject, seed) for seed in range(CASES)
+    ]
+    found = list(endings(cases))
+    assert len(found) == CASES
+    how = Counter({0: "success", 1: "refused", 3: "study failed"}.get(e.status, "?") for e in found)
+    record_property("endings", dict(how))
+    print(f"{name}: {CASES} damaged, {dict(how)}")
+    complaints = [
+        f"seed {seed}: {what}: {ending.said[-600:]}"
+        for seed, ending in enumerate(found)
+        if (what := complaint(ending))
+    ]
+    if complaints:
+        pytest.fail("\n".join(complaints))
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_the_same_seed_does_the_same_damage(sound, name):
+    content = sorted(sound.glob(SUBJECTS[name].pattern))[0].read_bytes()
+    kind = SUBJECTS[name].kind
+    once = [damaged(kind, content, seed) for seed in range(10)]
+    assert [damaged(kind, content, seed) for seed in range(10)] == once
+    assert sum(found != content for found, _ in once) >= 8

@@ -1,0 +1,110 @@
+"""The README is true: its options exist, its snippet runs, its first command does what it says."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import createproject
+import mergeh5
+import preprocessing
+import project_2d
+from examples import phantom
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SCRIPTS = (createproject, preprocessing, mergeh5, project_2d)
+
+
+def options_of(script):
+    actions = script.build_parser()._actions
+    return {name for action in actions for name in action.option_strings if name.startswith("--")}
+
+
+@pytest.fixture(scope="module")
+def raw_project(tmp_path_factory):
+    """Two of the demo's studies: one complete, one without a mask."""
+    folder = tmp_path_factory.mktemp("readme") / "raw"
+    ct, pet = phantom.ct_grid(64, 60), phantom.pet_grid(64, 60)
+    for study in (phantom.DEMO_STUDIES[3], phantom.DEMO_STUDIES[5]):
+        phantom.write_study(folder, study, ct, pet)
+    return folder
+
+
+def test_every_option_in_the_readme_exists():
+    known = set().union(*map(options_of, SCRIPTS))
+    code = "\n".join(re.findall(r"`[^`]*`|```.*?```", README, flags=re.DOTALL))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= known
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_option_is_in_the_readme(script):
+    told = set(re.findall(r"--[a-z0-9][a-z0-9-]*", README))
+    assert options_of(script) - {"--help", "--version", "--debug"} <= told
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_examples_in_the_help_are_accepted_by_the_parser(script):
+    parser = script.build_parser()
+    examples = re.findall(r"^  python \w+\.py (.+)$", script.EXAMPLES, flags=re.MULTILINE)
+    assert len(examples) >= 3
+    for line in examples:
+        words = [word.strip("'") for word in line.split()]
+        parser.parse_args(words)
+
+
+def test_the_pipeline_runs_from_any_folder_and_reruns_with_nothing_to_do(raw_project, tmp_path):
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("the pipeline would set up .venv: run the tests by tests/run.sh")
+    command = ["bash", str(ROOT / "examples/pipeline.sh"), str(raw_project), "results"]
+    for written, unchanged in ((1, 0), (0, 1)):
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert f"2 studies: {written} written, {unchanged} unchanged, 1 skipped" in run.stdout
+    assert (tmp_path / "results/all_2d.csv").exists()
+    assert len(list((tmp_path / "results/gif").glob("*.gif"))) == 1
+
+
+def test_the_pipeline_passes_status_3_on(raw_project, tmp_path):
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("the pipeline would set up .venv: run the tests by tests/run.sh")
+    broken = tmp_path / "raw"
+    shutil.copytree(raw_project, broken)
+    study = next(broken.glob("*/2024-03-11_PETCT"))
+    shutil.copytree(study, study.with_name("truncated"))
+    ct = study.with_name("truncated") / "CT.nii.gz"
+    ct.write_bytes(ct.read_bytes()[:1000])
+    command = ["bash", str(ROOT / "examples/pipeline.sh"), str(broken), str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 3, run.stderr
+    assert "3 studies: 1 written, 0 unchanged, 1 skipped, 1 failed" in run.stdout
+
+
+def test_the_training_snippet_reads_patches_of_the_file(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is optional")
+    path = tmp_path / "a_3d.h5"
+    with h5py.File(path, "w") as file:
+        file["image/0123456789"] = np.zeros((2, 120, 110, 40), np.float16)
+        file["mask/0123456789"] = np.ones((1, 120, 110, 40), np.uint8)
+    snippet = re.search(r"```python\n(import h5py.*?)```", README, flags=re.DOTALL)[1]
+    names: dict = {}
+    exec(snippet, names)
+    loader = torch.utils.data.DataLoader(names["Patches"](path, ["0123456789"]), num_workers=0)
+    image, mask = next(iter(loader))
+    assert image.shape == (1, 2, 96, 96, 40)
+    assert mask.shape == (1, 1, 96, 96, 40)
+    assert image.dtype == torch.float32
+
+
+def test_shell_scripts_have_no_syntax_error():
+    for script in (ROOT / ".ci/run", *ROOT.glob("*/*.sh")):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_python_is_new_enough():
+    assert sys.version_info >= (3, 11)
