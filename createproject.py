@@ -181,13 +181,12 @@ def regex(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
+    inputs = [options.raw_project, *([options.key_file] if options.key_file else [])]
+    cli.check_paths(parser, inputs, options.output)
     options.mapping = options.mapping or options.output.with_name(
         f"{options.output.stem}_mapping.csv"
     )
-    inputs = [options.raw_project, *([options.key_file] if options.key_file else [])]
-    for path in (options.output, options.mapping):
-        cli.check_paths(parser, inputs, path)
-    cli.check_side_output(parser, options.mapping, options.output)
+    check_mapping(parser, options.mapping, [*inputs, options.output])
     if not options.raw_project.is_dir():
         parser.error(f"{options.raw_project} is not a folder")
     if max(options.hash_length) > LONGEST_DIGEST:
@@ -196,6 +195,14 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if not options.name.isprintable() or not re.fullmatch(r"(?!\.\.?$)[^/\\:]+", options.name):
         parser.error(f"--name {options.name!r} can't be a folder's name: choose another by --name")
     options.key = read_key(parser, options.key_file) if options.key_file else None
+
+
+def check_mapping(parser: argparse.ArgumentParser, path: Path, others: Sequence[Path]) -> None:
+    """End with status 2 where the mapping can't be written, or would replace another file."""
+    if path.is_dir() or not path.parent.is_dir():
+        parser.error(f"--mapping {path} is a folder, or in none: name a file in a folder there is")
+    if path.resolve() in [other.resolve() for other in others]:
+        parser.error(f"--mapping {path} is another file of this run: choose another name")
 
 
 def read_key(parser: argparse.ArgumentParser, path: Path) -> bytes:
@@ -357,7 +364,7 @@ def write_mapping(
 ) -> None:
     """Write the private table that links hashes to patients, readable by its owner alone.
 
-    Rows of other projects are kept.
+    Rows of other projects and of other shards are kept.
     """
     inputs = {study.hash: study.fingerprint for study in studies}
     archived = archive.read_directory(zip_path)
@@ -365,7 +372,8 @@ def write_mapping(
     rows = [
         row
         for row in mapping.read(options.mapping)
-        if row.project != options.name and row.hash not in folders
+        if row.hash not in folders
+        and (row.project != options.name or not cli.in_shard(row.hash, options.shard))
     ]
     for study_hash, folder in folders.items():
         outcome = by_hash[study_hash]
@@ -383,6 +391,7 @@ def write_mapping(
                 output=held.content if held is not None else "",
             )
         )
+    rows.sort(key=lambda row: (row.project, row.patient, row.study))
     mapping.write(options.mapping, rows)
 
 
@@ -417,7 +426,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(padded).rstrip())
+        cli.say("  ".join(padded).rstrip())
 
 
 def dry_closing_line(outcomes: Sequence[Outcome], output: Path) -> str:

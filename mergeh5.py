@@ -153,7 +153,7 @@ def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]
     """Return which file each key is taken from."""
     sources: dict[str, Path] = {}
     for path in inputs:
-        for key in hdf5.read_keys(path):
+        for key in hdf5.read_shapes(path):
             if key not in sources or hdf5_assembly.same_content(key, sources[key], path):
                 sources.setdefault(key, path)
             elif on_duplicate == "error":

@@ -11,6 +11,7 @@ import csv
 import functools
 import io
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ EXAMPLES = """
 """
 
 logger = logging.getLogger("tumorvolume")
+
+MEMORY_BASE, MEMORY_PER_VALUE = 100_000_000, 8
+"""What a worker takes, and takes besides for each value of an image, at most [bytes]."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,8 @@ def plan(options: argparse.Namespace, parameters: Mapping[str, Any]) -> list[sta
             options.png,
         )
         beside = [f / f"{key}.{kind}" for kind in ("gif", "png") if (f := getattr(options, kind))]
-        studies.append(stage.Study(key, payload.fingerprint, payload, tuple(beside)))
+        memory_bytes = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(shapes[key])
+        studies.append(stage.Study(key, payload.fingerprint, payload, tuple(beside), memory_bytes))
     return studies
 
 

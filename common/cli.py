@@ -20,7 +20,7 @@ import tqdm
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.machine import available_cpus
-from common.parallel import PROGRESS, Outcome
+from common.parallel import PROGRESS, Outcome, traceback_without_text
 
 VERSION = "1.0.0"
 SOFTWARE = f"tumorvolume {VERSION}"
@@ -205,7 +205,9 @@ def run(
             logger.error("terminated: %s", _RESUMABLE)
             return TERMINATED
         except Exception as error:
-            logger.error("%s", _explain(error), exc_info=options.debug)
+            logger.error("%s", _explain(error))
+            if options.debug:
+                logger.debug("%s", traceback_without_text(error))
             return FATAL
         say((closing or closing_line)(outcomes, options.output))
     return SOME_FAILED if any(o.status == "failed" for o in outcomes) else DONE

@@ -32,7 +32,7 @@ from common.image import Image
 
 _UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 _PIXEL_DATA = (0x7FE0, 0x0010)
-_MOST_STORED, _LARGEST = 2.0**32, float(np.finfo(np.float32).max)
+_IMPLAUSIBLE_SCALE = 1e20  # times 32 bits still far within float32
 
 Plane = NDArray[Any]
 PlaneReader = Callable[[int], Plane]
@@ -109,7 +109,8 @@ def _rescaled_planes(
     for k, item, stored in _stored_planes(stack):
         slope, intercept = item.slope * factors[k], item.intercept * factors[k]
         # Some scanners give a slope of 0 to empty slices, which does no harm.
-        if (slope == 0 and stored.any()) or not slope * _MOST_STORED + abs(intercept) < _LARGEST:
+        is_lost = slope == 0 and stored.any()
+        if is_lost or max(slope, abs(intercept)) > _IMPLAUSIBLE_SCALE:
             raise StudyError(
                 f"{tag_of('RescaleSlope')} or {tag_of('RescaleIntercept')} is implausible: "
                 "export the series again",
@@ -211,8 +212,9 @@ def _uncompressed_plane(
     stream: BinaryIO, start: int, length: int, layout: _Layout, frame: int
 ) -> Plane:
     size = layout.rows * layout.columns * layout.dtype.itemsize
-    if length < size * (frame + 1):
-        raise ValueError("fewer pixels than rows times columns")
+    # Twice as many are pixels of more bits than the header says, or compressed ones.
+    if not 1 <= length / (size * layout.n_frames) < 2:
+        raise ValueError("not as many pixels as rows times columns")
     stream.seek(start + size * frame)
     plane = np.frombuffer(stream.read(size), layout.dtype).reshape(layout.rows, layout.columns)
     above = layout.bits_allocated - 1 - layout.high_bit

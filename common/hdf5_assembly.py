@@ -108,13 +108,13 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
     for path in sorted(set(sources.values())):
         with open_studies(path) as file:
             for key in (key for key, source in sources.items() if source == path):
-                fingerprint = file["image"][key].attrs.get("fingerprint")
+                fingerprint = str(file["image"][key].attrs.get("fingerprint"))
                 digests[key] = [fingerprint, *(_digest(file[group][key]) for group in GROUPS)]
     return digests
 
 
 def _digest(dataset: h5py.Dataset) -> str:
-    return dataset.attrs.get("sha256") or array_digest(dataset[()])
+    return str(dataset.attrs.get("sha256") or array_digest(dataset[()]))
 
 
 def read_projected(path: Path) -> dict[str, str]:

@@ -145,7 +145,7 @@ def _attempt(worker: Worker, task: Task) -> Outcome:
     except MemoryError:
         return Outcome(task.hash, "failed", "not enough memory: use fewer --jobs")
     except Exception as error:
-        logger.debug("%s: %s", task.hash, _identity_free_traceback(error))
+        logger.debug("%s: %s", task.hash, traceback_without_text(error))
         return Outcome(
             task.hash,
             "failed",
@@ -153,11 +153,12 @@ def _attempt(worker: Worker, task: Task) -> Outcome:
         )
 
 
-def _identity_free_traceback(error: Exception) -> str:
-    """Return where an error arose, without its message, which may quote a header or a path."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}" for f in frames]
-    return f"{type(error).__name__} at " + " > ".join(places)
+def traceback_without_text(error: BaseException) -> str:
+    """Return where an error and what led to it arose; their texts may quote a header or a path."""
+    cause = error.__cause__ or error.__context__
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    here = f"Traceback (most recent call last):\n{frames}{type(error).__name__}"
+    return here if cause is None else f"{traceback_without_text(cause)}, which led to:\n{here}"
 
 
 # --- in a worker process ---------------------------------------------------------------------

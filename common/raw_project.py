@@ -175,13 +175,31 @@ def _studies_of(patient: str, path: str) -> list[StudyFolder]:
 
 def _subfolders(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
     """Return names and paths of subfolders in order; links that lead nowhere are among them."""
+    above = _folders_above(folder)
     with os.scandir(folder) as entries:
         return sorted(
             (entry.name, entry.path)
             for entry in entries
             if _is_visible(entry.name)
-            and (os.path.isdir(entry.path) or not os.path.exists(entry.path))
+            and (
+                not os.path.exists(entry.path)
+                or (os.path.isdir(entry.path) and _identity(entry.path) not in above)
+            )
         )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _folders_above(folder: str | os.PathLike[str]) -> frozenset[tuple[int, int]]:
+    """Return a folder and those above it, by the path it has and by the path without links.
+
+    A link to one of them leads round in a circle, and to the files of other patients.
+    """
+    paths = [Path(os.path.abspath(folder)), Path(os.path.realpath(folder))]
+    return frozenset(_identity(each) for path in paths for each in (path, *path.parents))
 
 
 def _is_visible(name: str) -> bool:
@@ -209,22 +227,21 @@ def list_files(folder: StudyFolder) -> list[RawFile]:
 
 
 def _files_below(folder: str) -> list[RawFile]:
-    return sorted(_walk(folder, "", frozenset()), key=lambda file: file.name)
+    try:
+        above = _folders_above(folder) - {_identity(folder)}
+    except OSError as error:
+        raise _unreadable(error, "") from error
+    return sorted(_walk(folder, "", above), key=lambda file: file.name)
 
 
 def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[RawFile]:
     try:
-        here = os.stat(folder)
+        here = _identity(folder)
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if _is_visible(entry.name)]
     except OSError as error:
-        raise StudyError(
-            f"a folder cannot be read ({error.strerror}): check its permissions, or the link "
-            "that leads there",
-            prefix,
-        ) from error
-    identity = (here.st_dev, here.st_ino)
-    if identity in above:
+        raise _unreadable(error, prefix) from error
+    if here in above:
         return
     for entry in visible:
         name = prefix + entry.name
@@ -234,9 +251,17 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             yield RawFile(name, None)
             continue
         if stat.S_ISDIR(status.st_mode):
-            yield from _walk(entry.path, name + "/", above | {identity})
+            yield from _walk(entry.path, name + "/", above | {here})
         elif stat.S_ISREG(status.st_mode):
             yield RawFile(name, status.st_size, status.st_mtime_ns)
+
+
+def _unreadable(error: OSError, name: str) -> StudyError:
+    return StudyError(
+        f"a folder cannot be read ({error.strerror}): check its permissions, or the link that "
+        "leads there",
+        name,
+    )
 
 
 # --- what fits each role ---------------------------------------------------------------------

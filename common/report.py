@@ -6,6 +6,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +94,24 @@ def failed_card(key: str, status: str, reason: str) -> str:
     return _template("failed").render(key=key, status=status, reason=reason)
 
 
-def write_page(stream: BinaryIO, title: str, cards: Iterable[bytes]) -> None:
-    """Write the page around the cards, which are not held in memory."""
-    page = _template("page").render(title=title, mask_rgb=MASK_RGB, contour_rgb=CONTOUR_RGB)
+def mark_of(path: Path) -> str | None:
+    """Return the mark of a page, None where there is none."""
+    try:
+        with open(path, "rb") as stream:
+            found = re.search(rb'<meta name="made-from" content="(\w+)">', stream.read(1000))
+    except OSError:
+        return None
+    return found[1].decode() if found else None
+
+
+def write_page(stream: BinaryIO, title: str, mark: str, cards: Iterable[bytes]) -> None:
+    """Write the page around the cards, which are not held in memory.
+
+    `mark` is a digest of what the page is made from, see `mark_of`.
+    """
+    page = _template("page").render(
+        title=title, mark=mark, mask_rgb=MASK_RGB, contour_rgb=CONTOUR_RGB
+    )
     head, tail = page.split("<!-- cards -->")
     stream.write(head.encode())
     for card in cards:

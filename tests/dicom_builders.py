@@ -7,7 +7,6 @@ import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import gdcm
 import numpy as np
 import pydicom
 from pydicom import uid
@@ -35,8 +34,8 @@ PYDICOM_ENCODERS = {
     uid.JPEG2000Lossless: "pylibjpeg",
 }
 GDCM_ENCODERS = {
-    uid.JPEGLossless: gdcm.TransferSyntax.JPEGLosslessProcess14,
-    uid.JPEGLosslessSV1: gdcm.TransferSyntax.JPEGLosslessProcess14_1,
+    uid.JPEGLossless: "JPEGLosslessProcess14",
+    uid.JPEGLosslessSV1: "JPEGLosslessProcess14_1",
 }
 AXIAL = ORIENTATIONS["axial, head first, supine"]
 
@@ -229,8 +228,10 @@ def write_bare_file(path: Path, dataset: Dataset, *, implicit: bool = True) -> N
     pydicom.dcmwrite(path, dataset, implicit_vr=implicit, little_endian=True)
 
 
-def _compressed_by_gdcm(path: Path, syntax: int) -> bytes:
+def _compressed_by_gdcm(path: Path, syntax: str) -> bytes:
     """Return the encapsulated pixels alone: gdcm writes places of frames of its own."""
+    import gdcm  # not before zlib, whose functions it replaces by its own, and all breaks down
+
     reader, change, writer = (
         gdcm.ImageReader(),
         gdcm.ImageChangeTransferSyntax(),
@@ -238,7 +239,7 @@ def _compressed_by_gdcm(path: Path, syntax: int) -> bytes:
     )
     reader.SetFileName(str(path))
     assert reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(syntax))
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
     change.SetInput(reader.GetImage())
     assert change.Change()
     writer.SetFileName(str(path))

@@ -55,7 +55,8 @@ def image(
     affine = np.eye(4)
     affine[:3, :3] = directions * spacing_mm
     affine[:3, 3] = 3 - affine[:3, :3] @ ((np.array(data.shape) - 1) / 2)
-    return nibabel.Nifti1Image(data, affine)
+    # NIfTI stores single precision: rounded here, what is stored is what is meant.
+    return nibabel.Nifti1Image(data, affine.astype(np.float32))
 
 
 def rotation(degrees: float, axis: int) -> NDArray[np.float64]:

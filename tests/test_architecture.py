@@ -59,7 +59,7 @@ ORDER = list(LEVELS)
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 
 PURE_MAY_IMPORT = {
-    "collections", "common", "dataclasses", "datetime", "enum", "fractions", "functools",
+    "__future__", "collections", "common", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools",
     "hashlib", "hmac", "itertools", "json", "math", "nibabel", "nilearn", "numpy", "scipy",
     "typing", "unicodedata", "warnings", "numbers", "operator", "re",
 }  # fmt: skip
@@ -72,7 +72,7 @@ FORMAT_LIBRARY = {
     },
     "isal": {"hdf5_chunks", "nifti"},
     "zipfile": {"archive"},
-    "PIL": {"pictures"},
+    "PIL": {"pictures", "report"},
     "jinja2": {"report"},
     "multiprocessing": {"parallel"},
     "tqdm": {"parallel", "cli"},

@@ -1,4 +1,4 @@
-"""The project zip: what goes in comes out, the same studies give the same bytes, hostile zips end."""
+"""The project zip: what goes in comes out, the same bytes every time; hostile zips are refused."""
 
 import gzip
 import io
@@ -172,7 +172,7 @@ def test_a_foreign_zip_is_read_whatever_its_folders_and_compression(folder, meth
         b'{"abc": {"warnings": "one"}}',
         b'{"other": {"suv": {}}}',
         b"[" * 100_000,
-        b'{"abc":' * 50_000,
+        b'{"abc":' * 20_000,
     ],
 )
 def test_a_studies_json_of_another_form_is_as_none(text, tmp_path):
@@ -272,12 +272,12 @@ def test_a_studies_json_that_inflates_without_end_is_refused(tmp_path):
 
 
 def test_a_bomb_is_stopped_by_what_its_header_promises(tmp_path):
-    """One member inflates to a gigabyte behind a header of a few voxels."""
+    """One member inflates to 300 MB behind a header of a few voxels."""
     header = gzip.decompress(encode_nifti(IMAGES["ct"]))
     squeezer = zlib.compressobj(9, zlib.DEFLATED, 31)
     bomb = squeezer.compress(header)
-    bomb += b"".join(squeezer.compress(bytes(1 << 24)) for _ in range(64)) + squeezer.flush()
-    assert len(bomb) < 2 << 20
+    bomb += b"".join(squeezer.compress(bytes(1 << 24)) for _ in range(20)) + squeezer.flush()
+    assert len(bomb) < 1 << 20
     path = zip_of(tmp_path / "a.zip", {member(): bomb})
     study = archive.read_directory(path)["abc"]
     code = (
@@ -296,7 +296,7 @@ def test_a_bomb_is_stopped_by_what_its_header_promises(tmp_path):
         check=True,
     ).stdout.splitlines()
     assert said.startswith("the CT holds more data than its header promises")
-    assert int(grown_kb) < 200_000
+    assert int(grown_kb) < 100_000
     assert study.members["ct"].size == len(bomb)
 
 

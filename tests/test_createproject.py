@@ -409,7 +409,7 @@ def test_the_option_that_is_named_helps(run, tmp_path):
         (["--name", "a\nb"], "can't be a folder's name"),
         (["--mapping", "nowhere/m.csv"], "nowhere"),
         (["--mapping", "."], "folder"),
-        (["--mapping", "project.zip"], "output"),
+        (["--mapping", "project.zip"], "another file of this run"),
         (["--shard", "3/2"], "I/N"),
         (["--jobs", "0"], "at least 1"),
     ],
@@ -682,9 +682,11 @@ def test_shards_are_disjoint_and_make_up_the_whole(run, made, tmp_path):
     whole, _ = read_zip(tmp_path / "project.zip")
     parts = []
     for number in (1, 2):
-        run("--shard", f"{number}/2", output=tmp_path / f"{number}.zip")
-        parts += read_zip(tmp_path / f"{number}.zip")[0]
+        output = tmp_path / f"{number}.zip"
+        run("--shard", f"{number}/2", "--mapping", tmp_path / "m.csv", output=output)
+        parts += read_zip(output)[0]
     assert sorted(parts) == sorted(whole)
+    assert {row["hash"] for row in mapping_of(tmp_path / "m.csv").values()} == set(whole)
 
 
 # --- the dry run -----------------------------------------------------------------------------

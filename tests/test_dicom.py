@@ -41,7 +41,7 @@ class NotOneCandidate(Exception):
     """A folder holds no candidate, or several."""
 
 
-def read_image(folder, modality="CT", factor=1.0):
+def read_image(folder, modality="CT", factors=1.0):
     """Return the only candidate of a folder as an image."""
     series = read_series(folder, modality)
     if len(series) != 1:
@@ -49,7 +49,7 @@ def read_image(folder, modality="CT", factor=1.0):
     stack = stack_slices(*series)
     if modality == "CT":
         return read_ct(stack)
-    return read_pet(stack, np.full(stack.shape[2], factor))
+    return read_pet(stack, np.broadcast_to(factors, stack.shape[2]))
 
 
 def refusal(folder, modality="CT"):
@@ -134,13 +134,9 @@ def test_every_pixel_format_comes_back_in_every_transfer_syntax(tmp_path, pixels
     slopes = np.geomspace(0.003, 7, ENCODABLE[2])
     pet = slices(stored, modality="PT", slopes=slopes, **bits)
     write_slices(tmp_path / "PET", pet, SYNTAXES[syntax])
-    written = [float(each.RescaleSlope) for each in pet]
-    assert_image_is(
-        read_image(tmp_path / "PET", "PT", factor=2.5e-4),
-        stored * np.array(written) * 2.5e-4,
-        affine_of(),
-        np.float32,
-    )
+    written, factors = [float(each.RescaleSlope) for each in pet], [2.5e-4, 2e-4, 3e-4]
+    image = read_image(tmp_path / "PET", "PT", factors)
+    assert_image_is(image, stored * np.multiply(written, factors), affine_of(), np.float32)
 
 
 @pytest.mark.parametrize("implicit", [True, False])
@@ -236,6 +232,14 @@ def test_voxels_stay_where_they_were_in_every_orientation(tmp_path, orientation,
     stored = noise(SHAPE)
     write_slices(tmp_path, slices(stored, affine))
     assert_image_is(read_image(tmp_path), stored, affine, np.int16)
+
+
+def test_rounded_cosines_do_not_change_the_size_of_a_voxel(tmp_path):
+    rounded = [0.707, 0, 0.707, 0, 1, 0]
+    as_written = {"ImageOrientationPatient": rounded, "PixelSpacing": [2, 2]}
+    write_slices(tmp_path, slices(affine=affine_of(rounded), **as_written))
+    image = read_image(tmp_path)
+    np.testing.assert_allclose(np.linalg.norm(image.affine[:3, :2], axis=0), 2, rtol=1e-12)
 
 
 def test_slices_that_descend_are_turned_upwards(tmp_path):
@@ -610,6 +614,56 @@ def test_a_transfer_syntax_without_decoder_is_refused(tmp_path):
     assert refusal(tmp_path) == DAMAGED_PIXELS
 
 
+def test_compressed_pixels_that_are_declared_plain_are_refused(tmp_path):
+    *_, last = write_slices(tmp_path, slices(noise((40, 40, 4))), uid.RLELossless)
+    content = last.read_bytes()
+    last.write_bytes(content.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
+    assert refusal(tmp_path) == DAMAGED_PIXELS
+
+
+def test_pixels_of_more_bits_than_declared_are_refused(tmp_path):
+    wide = slices(noise(SHAPE, 16, allocated=32), BitsAllocated=16, BitsStored=16, HighBit=15)
+    write_slices(tmp_path, wide)
+    assert refusal(tmp_path) == DAMAGED_PIXELS
+
+
+def with_elements(path, before, elements):
+    content = path.read_bytes()
+    place = content.index(before)
+    path.write_bytes(content[:place] + elements + content[place:])
+
+
+def test_sequences_nested_without_end_are_refused(tmp_path):
+    *_, last = write_slices(tmp_path, slices())
+    item = b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    sequence = b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff"
+    with_elements(last, b"\x10\x00\x10\x00PN", (sequence + item) * 3000)
+    assert refusal(tmp_path) == DAMAGED_HEADER
+
+
+@pytest.mark.parametrize("vr", ["LO", "UT", "UN", "FD"])
+def test_numbers_under_another_vr_are_read(tmp_path, vr):
+    stored = noise(SHAPE)
+    datasets = slices(stored, intercept=-1024)
+    for dataset in datasets:
+        dataset["RescaleIntercept"].VR = vr
+        value = {"FD": -1024.0, "UN": b"-1024 "}.get(vr, "-1024")
+        dataset["RescaleIntercept"].value = value
+    write_slices(tmp_path, datasets)
+    assert_image_is(read_image(tmp_path), stored.astype(float) - 1024, affine_of(), np.int16)
+
+
+@pytest.mark.parametrize("value", ["1,5", "CANARY", "nan", "inf", "1e999", "", "1\\2", "0x10"])
+def test_what_is_no_number_is_refused_and_not_shown(tmp_path, value):
+    datasets = slices()
+    datasets[1].add_new("RescaleSlope", "LO", value)
+    write_slices(tmp_path, datasets)
+    assert refusal(tmp_path) == (
+        "malformed header (RescaleSlope (0028,1053) is not a number): correct it, or export the "
+        "series anew"
+    )
+
+
 def test_headers_cut_short_are_refused_even_before_their_modality(tmp_path):
     write_slices(tmp_path, slices())
     path = tmp_path / "IM0003.dcm"
@@ -620,6 +674,7 @@ def test_headers_cut_short_are_refused_even_before_their_modality(tmp_path):
         assert refusal(tmp_path) == DAMAGED_HEADER
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 def test_altered_files_end_in_an_image_or_a_refusal(tmp_path):
     datasets = slices(noise((8, 8, 3), 12))
     paths = write_slices(tmp_path, datasets)
@@ -636,10 +691,7 @@ def test_altered_files_end_in_an_image_or_a_refusal(tmp_path):
 
 def test_remarks_of_pydicom_which_quote_headers_are_not_shown(tmp_path):
     (path,) = write_slices(tmp_path, slices(noise((4, 4, 1))))
-    content = path.read_bytes()
-    charset = b"\x08\x00\x05\x00CS\x06\x00CANARY"
-    sop_class = content.index(b"\x08\x00\x08\x00CS")
-    path.write_bytes(content[:sop_class] + charset + content[sop_class:])
+    with_elements(path, b"\x08\x00\x08\x00CS", b"\x08\x00\x05\x00CS\x06\x00CANARY")
     program = (
         "import sys; from common.dicom import read_dicom_file; "
         "from common.dicom_values import joined_text; "

@@ -6,6 +6,7 @@ extensions, gzip headers, names of folders and files. The chain runs with failur
 along the way, and all that it has written, said and left behind is searched, decompressed.
 """
 
+import base64
 import gzip
 import io
 import json
@@ -416,6 +417,9 @@ def contents(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
     elif content.startswith((b"\x89PNG", b"GIF8")):
         with PIL.Image.open(io.BytesIO(content)) as picture:
             yield name, repr(picture.info).encode() + picture.tobytes()
+    elif b"<html" in content[:1000]:
+        for picture in re.findall(rb";base64,([A-Za-z0-9+/=]+)", content):
+            yield from contents(f"{name}, a picture", base64.b64decode(picture))
 
 
 def of_hdf5(name: str, file: h5py.File) -> Iterator[tuple[str, bytes]]:
@@ -483,8 +487,14 @@ def written(tmp_path_factory: pytest.TempPathFactory, hospital: Path) -> Path:
     out = tmp_path_factory.mktemp("out")
     assert run(out, "createproject", hospital, "-o", "project.zip", "--dry-run").returncode == 3
     assert run(out, "createproject", hospital, "-o", "project.zip", "-j", 2).returncode == 3
-    more = ["--save-nifti", "nifti", "--measures", "measures.csv", *GRID, "-j", 2]
+    more = ["--save-nifti", "nifti", "--measures", "measures.csv", "--report", "report.html"]
+    more += [*GRID, "-j", 2]
     assert run(out, "preprocessing", "project.zip", "-o", "3d.h5", *more).returncode == 0
+    content = bytearray((out / "project.zip").read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / "damaged.zip").write_bytes(content)
+    assert run(out, "preprocessing", "damaged.zip", "-o", "damaged.h5", *GRID).returncode == 3
+    (out / "damaged.zip").unlink()
     merging = ["-o", "all.h5", "--splits", 2, "--splits-dir", "splits"]
     assert run(out, "mergeh5", "3d.h5", *merging).returncode == 0
     assert run(out, "mergeh5", "project.zip", *merging).returncode == 1
@@ -502,6 +512,7 @@ def test_planted_strings_are_found_where_they_were_planted(hospital, garden):
         for where, piece in [("", os.fsencode(path)), *contents_of(path)]
     )
     assert len(garden.values) > 5000
+    print(f"{len(garden.values)} strings planted")
     missing = [value for value in garden.values.values() if value.encode() not in raw]
     # Short fields hold only the beginning of a value.
     assert [value for value in missing if value.encode()[:10] not in raw] == []
@@ -531,6 +542,10 @@ def test_sound_studies_are_converted_and_each_failure_has_its_reason(written, ho
 
 def test_no_planted_string_is_in_anything_written_or_said(written):
     assert len(list(written.rglob("*"))) > 40
+    assert {path.suffix for path in written.rglob("*")} >= {
+        *(".zip", ".h5", ".csv", ".html", ".gz", ".txt", ".gif", ".png"),
+        *(".log", ".stdout", ".stderr"),
+    }
     assert leaks(written, but="_mapping.csv") == []
 
 

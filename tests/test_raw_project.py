@@ -116,12 +116,33 @@ def test_loops_of_links_end(tmp_path):
     study = tmp_path / "a" / "1"
     study.mkdir(parents=True)
     (study / "ct.nii").write_text("x")
-    (study / "up").symlink_to(tmp_path)
     (study / "self").symlink_to(study)
     (study / "x").symlink_to(study / "y")
     (study / "y").symlink_to(study / "x")
     files = {file.name: file.size for file in list_files(list_studies(tmp_path)[0])}
     assert files == {"ct.nii": 1, "x": None, "y": None}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_link_to_a_folder_above_never_leads_to_other_patients(tmp_path, linked):
+    # A study took the files of all others for its own, and the project itself was a patient.
+    raw = tmp_path / "raw"
+    for patient in ("a", "b"):
+        (raw / patient / "1").mkdir(parents=True)
+        (raw / patient / "1" / f"{patient}.nii").write_text("")
+    if linked:
+        (tmp_path / "archive").mkdir()
+        (tmp_path / "archive" / "other.nii").write_text("")
+        (raw / "a" / "1").rename(tmp_path / "archive" / "1")
+        (raw / "a" / "1").symlink_to(tmp_path / "archive" / "1")
+        (raw / "a" / "1" / "archive").symlink_to(tmp_path / "archive")
+    (raw / "a" / "1" / "up").symlink_to(raw)
+    (raw / "a" / "2").symlink_to(raw / "a")
+    (raw / "c").symlink_to(raw)
+    (raw / "d").symlink_to(tmp_path)
+    found = list_studies(raw)
+    assert [(each.patient, each.study) for each in found] == [("a", "1"), ("b", "1")]
+    assert [file.name for file in list_files(found[0])] == ["a.nii"]
 
 
 def test_files_have_what_tells_that_they_changed(tmp_path):

@@ -2,12 +2,15 @@
 
 import base64
 import io
+import re
 import shutil
 
 import numpy as np
+import project_zips
 import pytest
 from PIL import Image
 
+import preprocessing
 from common import report
 
 SHAPE = (24, 20, 30)
@@ -57,7 +60,7 @@ def a_card(key="0123456789", warnings=(), suv_max=8.0, tmtv_ml=12.0, mask=None):
 
 def a_page(cards):
     stream = io.BytesIO()
-    report.write_page(stream, "demo", [card.encode() for card in cards])
+    report.write_page(stream, "demo", "0f3a", [card.encode() for card in cards])
     return stream.getvalue().decode()
 
 
@@ -125,6 +128,33 @@ def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, colu
     assert pixels.shape[:2] == shape
     assert rows.mean() == pytest.approx(row, abs=2)
     assert columns.mean() == pytest.approx(column, abs=1)
+
+
+def test_the_page_tells_what_it_was_made_from(tmp_path):
+    path = tmp_path / "report.html"
+    assert report.mark_of(path) is None
+    path.write_text(a_page([]))
+    assert report.mark_of(path) == "0f3a"
+
+
+def test_the_script_shows_every_study_the_incomplete_one_too_and_rewrites_only_what_changed(
+    tmp_path,
+):
+    images = project_zips.study_images()
+    incomplete = {role: image for role, image in images.items() if role != "mask"}
+    studies = {"aaaaaaa001": images, "bbbbbbb002": incomplete}
+    archive = project_zips.write_zip(tmp_path / "p.zip", studies)
+    page = tmp_path / "page.html"
+    command = [str(archive), "-o", str(tmp_path / "p_3d.h5"), "--report", str(page)]
+    assert preprocessing.main(command) == 0
+    text = page.read_text()
+    assert re.findall(r'<article id="(\w+)"', text) == ["bbbbbbb002", "aaaaaaa001"]
+    assert "no mask" in text
+    assert text.count("<img data-src") == 3
+    written = page.stat().st_mtime_ns
+    assert preprocessing.main(command) == 0
+    assert page.stat().st_mtime_ns == written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.zip", "p_3d.h5", "page.html"]
 
 
 # --- in a browser ----------------------------------------------------------------------------
