@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from common import archive, cli, mapping, raw_project, stage
+from common import archive, cli, mapping, raw_project, roles, stage
+from common.candidates import ROLE_NAMES, Patterns
 from common.errors import IncompleteStudy, StageError, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint, pseudonym
 from common.parallel import Outcome, Status, Task, run_studies
-from common.raw_project import ROLE_NAMES, Patterns, StudyFolder
+from common.raw_project import StudyFolder
 from common.study import Conversion, plan_study, read_study
 from common.suv import SUV_UNITS
 
@@ -84,14 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.csv",
         help="private table of patient, study and hash (default: PROJECT_mapping.csv by the zip)",
     )
-    roles = parser.add_argument_group(
+    files = parser.add_argument_group(
         "which file is what",
         "glob on the path of a file or folder below the study, or on the SeriesDescription of a\n"
         "DICOM series; case counts",
     )
     for role, name in ROLE_NAMES.items():
-        roles.add_argument(f"--{role}", metavar="PATTERN", help=f"choose the {name}")
-    roles.add_argument(
+        files.add_argument(f"--{role}", metavar="PATTERN", help=f"choose the {name}")
+    files.add_argument(
         "--roi", type=regex, metavar="REGEX", help="only ROIs or segments whose name matches"
     )
     suv = parser.add_argument_group("SUV")
@@ -346,10 +347,8 @@ def finished_studies(options: argparse.Namespace, known: Sequence[mapping.Row]) 
 def convert_study(task: stage.PartTask) -> Sequence[str]:
     """Convert one study and write its part; return its warnings."""
     raw: RawStudy = task.payload
-    roles = raw_project.find_roles(
-        raw.folder, raw.patterns, header_needed=raw.conversion.needs_header
-    )
-    images = read_study(roles, raw.conversion)
+    found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
+    images = read_study(found, raw.conversion)
     with stage.writing_part(task.part) as temporary:
         archive.write_part(temporary, raw.project, task.hash, images.by_role, images.record)
     return images.warnings
@@ -412,13 +411,13 @@ def dry_run(options: argparse.Namespace) -> list[Outcome]:
 
 def describe_study(raw: RawStudy) -> Sequence[str]:
     """Return the cells of a study in the table of a dry run."""
-    found = raw_project.survey(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
-    roles = [found.summary(role) for role in ROLE_NAMES]
+    found = roles.survey(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
+    cells = [found.summary(role) for role in ROLE_NAMES]
     try:
-        planned = plan_study(raw_project.choose(found), raw.conversion)
+        planned = plan_study(roles.choose(found), raw.conversion)
     except StudyError as error:
-        return [status_of(error), *roles, "", str(error)]
-    return ["written", *roles, planned.suv_rule, "; ".join(planned.warnings)]
+        return [status_of(error), *cells, "", str(error)]
+    return ["written", *cells, planned.suv_rule, "; ".join(planned.warnings)]
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

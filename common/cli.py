@@ -9,16 +9,15 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import tqdm
 
 from common.errors import StageError
 from common.hashing import fingerprint
+from common.interruption import Interrupted, interruptible
 from common.machine import available_cpus
 from common.parallel import PROGRESS, Outcome, traceback_without_text
 
@@ -42,7 +41,7 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser whose help is the script's docstring with examples at its end."""
     return _Parser(
         description=description,
-        epilog=f"examples:\n{examples.strip()}",
+        epilog="examples:\n" + examples.strip("\n"),
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
@@ -174,10 +173,6 @@ def check_folder(target: argparse.ArgumentParser, path: Path) -> None:
 # --- running ---------------------------------------------------------------------------------
 
 
-class _Terminated(BaseException):
-    """SIGTERM has come."""
-
-
 Closing = Callable[[Sequence[Outcome], Path], str]
 
 
@@ -193,27 +188,32 @@ def run(
     except OSError as error:
         print(f"error: --log-file {options.log_file}: {error.strerror}", file=sys.stderr)
         return WRONG_ARGUMENTS
-    with _interruptible(), warnings.catch_warnings():
+    with interruptible(), warnings.catch_warnings():
         # What libraries warn of may quote the values of headers.
         warnings.simplefilter("ignore")
         try:
-            outcomes = stage()
-        except KeyboardInterrupt:
-            logger.error("interrupted: %s", _RESUMABLE)
-            return INTERRUPTED
-        except _Terminated:
-            logger.error("terminated: %s", _RESUMABLE)
-            return TERMINATED
-        except Exception as error:
-            logger.error("%s", _explain(error))
-            if options.debug:
-                logger.debug("%s", traceback_without_text(error))
-            return FATAL
-        say((closing or closing_line)(outcomes, options.output))
+            return _run(options, stage, closing or closing_line)
+        except Interrupted as error:
+            terminated = error.signal_number == signal.SIGTERM
+            logger.error(
+                "%s: finished studies are kept, the same command goes on from there",
+                "terminated" if terminated else "interrupted",
+            )
+            return TERMINATED if terminated else INTERRUPTED
+
+
+def _run(
+    options: argparse.Namespace, stage: Callable[[], Sequence[Outcome]], closing: Closing
+) -> int:
+    try:
+        outcomes = stage()
+    except Exception as error:
+        logger.error("%s", _explain(error))
+        if options.debug:
+            logger.debug("%s", traceback_without_text(error))
+        return FATAL
+    say(closing(outcomes, options.output))
     return SOME_FAILED if any(o.status == "failed" for o in outcomes) else DONE
-
-
-_RESUMABLE = "finished studies are kept, the same command goes on from there"
 
 
 def _explain(error: Exception) -> str:
@@ -244,35 +244,6 @@ def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
         f"{counts[status]} {status}" for status in ("written", "unchanged", "skipped", "failed")
     )
     return f"{len(outcomes)} studies: {listed} -> {output}"
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make the first SIGINT or SIGTERM an exception, here and not in a worker just forked.
-
-    Further ones find the run ending already, and must not keep it from tidying up.
-    """
-    parent = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != parent:
-            os._exit(TERMINATED)
-        for each in previous:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
-
-    previous: dict[signal.Signals, Any] = {
-        each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)
-    }
-    for each, handler in previous.items():
-        # A shell has background jobs ignore Ctrl-C.
-        if handler is not signal.SIG_IGN:
-            signal.signal(each, end)
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
 
 
 def _open_standard_streams() -> None:

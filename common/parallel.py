@@ -28,6 +28,7 @@ import threadpoolctl
 import tqdm
 
 from common.errors import IncompleteStudy, StageError, StudyError
+from common.interruption import uninterrupted
 from common.machine import default_jobs
 
 logger = logging.getLogger("tumorvolume")
@@ -260,12 +261,16 @@ def _until_breakdown(
     or a lock along: then nothing moves any more, and what is left needs a new pool.
     """
     left = dict(todo)
-    with _pool(worker, max(left) + 1, min(jobs, len(left))) as (pool, running):
+    with (
+        uninterrupted() as raise_interruption,
+        _pool(worker, max(left) + 1, min(jobs, len(left))) as (pool, running),
+    ):
         results = pool.imap_unordered(_attempt_in_worker, list(left.items()))
         processes = {p.pid: p for p in multiprocessing.active_children()}
         suspects: set[int] = set()
         last_look = last_movement = time.monotonic()
         while left:
+            raise_interruption()
             with suppress(multiprocessing.TimeoutError):
                 index, outcome, lines = results.next(timeout=_POLL_S)
                 for level, line in lines:

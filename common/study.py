@@ -7,49 +7,36 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.belonging import check_identity, check_mask, check_overlap
+from common.candidates import NiftiFile, modality_of
 from common.dicom import DicomFile, Series
-from common.dicom_masks import frame_of_reference, referenced_images, referenced_series
+from common.dicom_masks import referenced_images, referenced_series
 from common.dicom_pixels import read_ct, read_pet
 from common.dicom_rtstruct import read_rtstruct
 from common.dicom_seg import read_seg
 from common.dicom_stack import Stack, stack_slices
-from common.dicom_values import items, joined_text, required_number, required_numbers, tag_of
+from common.dicom_values import items, joined_text, tag_of
 from common.errors import StudyError
+from common.header_planes import factors_on, planes_of_headers, require_planes_of
 from common.image import Image
 from common.nifti import read_nifti_file
 from common.pet_header import read_pet_series
 from common.pet_series import PetSeries
-from common.raw_project import ROLE_NAMES, NiftiFile, Roles, modality_of
-from common.suv import SuvConversion, already_suv, spread_factors, suv_factors
+from common.roles import Roles
+from common.suv import SuvConversion, already_suv, suv_factors
 
 FloatArray = NDArray[np.float64]
-
-ON_GRID_VOXELS = 0.1
-"""Distance of a header's slice from a slice of the NIfTI PET that still counts as the same."""
 
 PLAUSIBLE_LARGEST_SUV = (0.1, 1000.0)
 """What the largest SUV of a PET lies between, unless its values have another unit than believed."""
 
-SAME_FACTOR = 1e-9
-"""Relative difference up to which two factors to SUV are one."""
-
 WHOLE_LABEL = 1e-3
 """Distance from a whole number that a label may have, for the rounding of a NIfTI's scaling."""
-
-
-_OTHER_PATIENT = "give each patient a study folder, or --trust-geometry if it is one patient"
-_REMEDIES = {
-    "PatientID": _OTHER_PATIENT,
-    "PatientBirthDate": _OTHER_PATIENT,
-    "FrameOfReferenceUID": "register them, or give --trust-geometry if they lie in one space",
-    "SeriesInstanceUID": "give a header of this PET, or none, as the series has its own",
-}
-"""What to do where an attribute differs that has to be the same."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +98,10 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
     plan = plan_study(roles, conversion)
     ct = _read_ct(plan.ct)
     pet = _read_pet(plan, conversion)
-    _check_overlap(ct, pet)
+    check_overlap(ct, pet)
     mask, mask_warnings = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
     warnings = (*plan.warnings, *mask_warnings, *_implausible(pet))
-    warnings += _check_mask(mask, pet, conversion)
+    warnings += check_mask(mask, pet, allow_empty=conversion.allow_empty_mask)
     return StudyImages(ct, pet, mask, plan.suv.provenance, warnings)
 
 
@@ -161,7 +148,7 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     StudyError
         As `read_study`, but for what only voxels tell.
     """
-    warnings = [*roles.warnings, *_check_identity(roles, conversion)]
+    warnings = [*roles.warnings, *check_identity(roles, trusted=conversion.trust_geometry)]
     ct, pet = (
         stack_slices(image) if isinstance(image, Series) else image
         for image in (roles.ct, roles.pet)
@@ -253,10 +240,10 @@ def _read_pet(plan: Plan, conversion: Conversion) -> Image:
     if isinstance(plan.pet, Stack):
         return read_pet(plan.pet, plan.suv.factors)
     image = read_nifti_file(plan.pet.path, "PET")
-    planes = _planes_of_headers(plan.header) if plan.header else None
+    planes = planes_of_headers(plan.header) if plan.header else None
     if planes is not None and not conversion.trust_geometry:
-        _require_planes_of(image, planes)
-    factors = _factors_on(image, plan.suv, planes).astype(np.float32)
+        require_planes_of(image, planes)
+    factors = factors_on(image, plan.suv, planes).astype(np.float32)
     return Image(image.data.astype(np.float32, copy=False) * factors, image.affine)
 
 
@@ -268,86 +255,6 @@ def _implausible(pet: Image) -> tuple[str, ...]:
         return ()
     return (
         f"the largest SUV of the PET is {largest:.3g}: check the unit of its values (--pet-units)",
-    )
-
-
-# --- the header of a NIfTI PET ---------------------------------------------------------------
-
-
-class _Planes(NamedTuple):
-    """Where the slices of n headers lie [LPS], as DICOM has it."""
-
-    position_mm: FloatArray  # (n, 3)
-    orientation: FloatArray  # (n, 6)
-    spacing_mm: FloatArray  # (n, 2), from row to row, from column to column
-    matrix: FloatArray  # (n, 2), columns and rows
-
-    def first_and_last_pixel_in(self, image: Image) -> FloatArray:
-        """Voxel indices of both in an image, (2, n, 3)."""
-        columns_mm, rows_mm = ((self.matrix - 1) * self.spacing_mm[:, ::-1]).T[..., np.newaxis]
-        diagonal_mm = columns_mm * self.orientation[:, :3] + rows_mm * self.orientation[:, 3:]
-        corners_mm = np.stack([self.position_mm, self.position_mm + diagonal_mm]) * (-1, -1, 1)
-        to_voxel = np.linalg.inv(image.affine)
-        return np.asarray(corners_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3])
-
-
-def _planes_of_headers(header: Series | Stack) -> _Planes | None:
-    """Return where slices lie, if all headers tell."""
-    if isinstance(header, Stack):
-        planes = [
-            (each.position_mm, each.orientation, each.pixel_spacing_mm, each.matrix)
-            for each in header.slices
-        ]
-        return _Planes(*map(np.array, zip(*planes, strict=True)))
-    headers = [file.header for file in header.files]
-    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
-    if not all(joined_text(each, keyword) for each in headers for keyword in counts):
-        return None
-    position_mm, orientation, spacing_mm = (
-        np.array([required_numbers(each, keyword, count) for each in headers])
-        for keyword, count in counts.items()
-    )
-    matrix = [[required_number(each, k) for k in ("Columns", "Rows")] for each in headers]
-    return _Planes(position_mm, orientation, spacing_mm, np.array(matrix))
-
-
-def _require_planes_of(image: Image, planes: _Planes) -> None:
-    """Refuse headers whose slices are none of a NIfTI PET: they belong to another series."""
-    corners = planes.first_and_last_pixel_in(image)
-    voxels = first, last = np.rint(corners)
-    on_voxels = np.abs(corners[0] - first).max() <= ON_GRID_VOXELS
-    end = np.array(image.data.shape) - 1
-    inside = np.array_equal(voxels, np.clip(voxels, 0, end))
-    extents = np.sort(np.abs(last - first))
-    of_matrix = np.sort(np.insert(planes.matrix - 1, 0, 0, axis=1))
-    of_slice = [np.sort(np.where(np.arange(3) == axis, 0, end)) for axis in range(3)]
-    whole_slices = (extents == of_matrix).all() and any((extents == s).all() for s in of_slice)
-    if not (on_voxels and inside and whole_slices):
-        raise StudyError(
-            f"the header belongs to another series than the PET ({tag_of('Rows')}, "
-            f"{tag_of('Columns')}, {tag_of('PixelSpacing')}, {tag_of('ImagePositionPatient')} or "
-            f"{tag_of('ImageOrientationPatient')} does not fit): give a header of this PET, or "
-            "--trust-geometry if the PET was cropped or resampled"
-        )
-
-
-def _factors_on(image: Image, suv: SuvConversion, planes: _Planes | None) -> FloatArray:
-    """Return factors that broadcast over a NIfTI PET, each on the slice of its header."""
-    factors = suv.factors
-    if planes is not None:
-        first, _ = planes.first_and_last_pixel_in(image)
-        axis = int(np.ptp(first, axis=0).argmax())
-        n_slices = image.data.shape[axis]
-        indices = np.rint(first[:, axis]).astype(int)
-        if sorted(indices) == list(range(n_slices)):
-            shape = np.where(np.arange(3) == axis, n_slices, 1)
-            return factors[np.argsort(indices)].reshape(shape)
-    if np.ptp(factors) <= SAME_FACTOR * factors.max():
-        one = dataclasses.replace(suv, factors=factors[:1])
-        return spread_factors(one, image.data.shape[2])[:1].reshape(1, 1, 1)
-    raise StudyError(
-        "the factor to SUV differs by slice, but the headers do not cover the slices of the PET: "
-        "give the header of every slice, or the DICOM series itself"
     )
 
 
@@ -386,94 +293,3 @@ def _labels(mask: Image) -> Image:
         )
     dtype = np.uint8 if labels.max() <= np.iinfo(np.uint8).max else np.uint16
     return Image(labels.astype(dtype), mask.affine)
-
-
-# --- checks ----------------------------------------------------------------------------------
-
-
-def _check_identity(roles: Roles, conversion: Conversion) -> list[str]:
-    """Refuse DICOM files of several patients, frames of reference or PET series.
-
-    With --trust-geometry what differs is returned as warnings.
-    """
-    headers = {
-        ROLE_NAMES[role]: source.files[0].header if isinstance(source, Series) else source.header
-        for role in ROLE_NAMES
-        if isinstance(source := getattr(roles, role), Series | DicomFile)
-    }
-    keywords = ("PatientID", "PatientBirthDate")
-    stated = {k: {name: joined_text(each, k) for name, each in headers.items()} for k in keywords}
-    stated["FrameOfReferenceUID"] = {
-        name: frame_of_reference(each) or "" for name, each in headers.items()
-    }
-    if isinstance(roles.pet, Series):
-        stated["SeriesInstanceUID"] = {
-            name: joined_text(headers[name], "SeriesInstanceUID")
-            for name in (ROLE_NAMES["pet"], ROLE_NAMES["header"])
-            if name in headers
-        }
-    warnings = []
-    for keyword, by_name in stated.items():
-        by_value: dict[str, list[str]] = {}
-        for name, value in by_name.items():
-            by_value.setdefault(value, []).append(name)
-        by_value.pop("", None)
-        if len(by_value) > 1:
-            sides = " versus ".join(" and ".join(names) for names in by_value.values())
-            trouble = f"{sides} do not belong together ({tag_of(keyword)} differs)"
-            if not conversion.trust_geometry:
-                raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
-            warnings.append(f"{trouble}: trusted")
-    return warnings
-
-
-def _check_overlap(ct: Image, pet: Image) -> None:
-    """Refuse a CT and a PET whose boxes do not overlap in space."""
-    if _are_apart(ct, pet) or _are_apart(pet, ct):
-        raise StudyError(
-            "the PET and the CT do not overlap in space: check that they are of one examination"
-        )
-
-
-def _are_apart(one: Image, other: Image) -> bool:
-    """Tell whether one image's box lies beside that of another along an axis of the first."""
-    ends = [(-0.5, n - 0.5) for n in other.data.shape]
-    corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
-    to_one = np.linalg.inv(one.affine) @ other.affine
-    there = to_one[:3, :3] @ corners + to_one[:3, 3:]
-    upper = np.array(one.data.shape) - 0.5
-    return bool((there.max(axis=1) <= -0.5).any() or (there.min(axis=1) >= upper).any())
-
-
-def _check_mask(mask: Image, pet: Image, conversion: Conversion) -> tuple[str, ...]:
-    """Refuse a mask without a label on the PET; warn of labels beside it."""
-    n_labelled, n_on_pet = _count_labelled(mask, pet)
-    if not n_labelled:
-        if conversion.allow_empty_mask:
-            return ()
-        raise StudyError(
-            "the mask is empty: give a mask with labelled voxels, or --allow-empty-mask if the "
-            "study is negative"
-        )
-    if not n_on_pet:
-        raise StudyError(
-            "the mask's labelled voxels and the PET do not overlap in space: check that they are "
-            "of one examination"
-        )
-    if n_on_pet == n_labelled:
-        return ()
-    beside_ml = (n_labelled - n_on_pet) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000
-    return (f"{beside_ml:.3g} ml of the mask lie outside the PET",)
-
-
-def _count_labelled(mask: Image, pet: Image) -> tuple[int, int]:
-    """Return the number of labelled voxels, and of those whose centre lies in the PET's box."""
-    to_pet = np.linalg.inv(pet.affine) @ mask.affine
-    upper = np.array(pet.data.shape)[:, None] - 0.5
-    n_labelled = n_on_pet = 0
-    for k in range(mask.data.shape[2]):
-        i, j = np.nonzero(mask.data[:, :, k])
-        places = to_pet[:3, :2] @ (i, j) + (to_pet[:3, 2] * k + to_pet[:3, 3])[:, None]
-        n_labelled += len(i)
-        n_on_pet += int(((places >= -0.5) & (places <= upper)).all(axis=0).sum())
-    return n_labelled, n_on_pet

@@ -10,10 +10,12 @@ SCRIPTS = ("createproject", "preprocessing", "mergeh5", "project_2d")
 
 # From the top down: a module imports from its own level and those below.
 LEVELS = {
-    "running": ("cli", "stage", "parallel", "machine"),
+    "running": ("cli", "stage", "parallel", "interruption", "machine"),
     "whole": ("study", "training_study"),
     "boundary": (
         "archive",
+        "belonging",
+        "candidates",
         "dicom",
         "dicom_masks",
         "dicom_pixels",
@@ -22,6 +24,7 @@ LEVELS = {
         "dicom_stack",
         "dicom_values",
         "hdf5",
+        "header_planes",
         "hdf5_assembly",
         "hdf5_check",
         "hdf5_chunks",
@@ -32,6 +35,7 @@ LEVELS = {
         "pictures",
         "raw_project",
         "report",
+        "roles",
         "steady_file",
     ),
     "pure": (

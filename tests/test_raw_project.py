@@ -10,19 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.candidates import NiftiFile, Patterns, roles_by_words
 from common.dicom import DicomFile, Series
 from common.errors import IncompleteStudy, StageError, StudyError
-from common.raw_project import (
-    NiftiFile,
-    Patterns,
-    StudyFolder,
-    choose,
-    find_roles,
-    list_files,
-    list_studies,
-    roles_by_words,
-    survey,
-)
+from common.raw_project import StudyFolder, list_files, list_studies
+from common.roles import choose, find_roles, survey
 
 WORDS = {
     "ct": ["ct", "gk"],

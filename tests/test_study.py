@@ -25,8 +25,9 @@ from pet_headers import (
     write_enhanced_pet,
 )
 
+from common.candidates import Patterns
 from common.errors import StudyError
-from common.raw_project import Patterns, find_roles
+from common.roles import find_roles
 from common.study import Conversion, plan_study, read_study
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))

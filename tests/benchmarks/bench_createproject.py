@@ -35,7 +35,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 import createproject
-from common.raw_project import Patterns
+from common.candidates import Patterns
 from common.stage import PartTask
 from common.study import Conversion
 start = time.perf_counter()

@@ -1,0 +1,108 @@
+"""Whether the files and images of a study belong together: one patient, one space, one place."""
+
+import numpy as np
+
+from common.candidates import ROLE_NAMES
+from common.dicom import DicomFile, Series
+from common.dicom_masks import frame_of_reference
+from common.dicom_values import joined_text, tag_of
+from common.errors import StudyError
+from common.image import Image
+from common.roles import Roles
+
+_OTHER_PATIENT = "give each patient a study folder, or --trust-geometry if it is one patient"
+_REMEDIES = {
+    "PatientID": _OTHER_PATIENT,
+    "PatientBirthDate": _OTHER_PATIENT,
+    "FrameOfReferenceUID": "register them, or give --trust-geometry if they lie in one space",
+    "SeriesInstanceUID": "give a header of this PET, or none, as the series has its own",
+}
+"""What to do where an attribute differs that has to be the same."""
+
+
+def check_identity(roles: Roles, *, trusted: bool) -> list[str]:
+    """Refuse DICOM files of several patients, frames of reference or PET series.
+
+    Where the user trusts them, what differs is returned as warnings.
+    """
+    headers = {
+        ROLE_NAMES[role]: source.files[0].header if isinstance(source, Series) else source.header
+        for role in ROLE_NAMES
+        if isinstance(source := getattr(roles, role), Series | DicomFile)
+    }
+    keywords = ("PatientID", "PatientBirthDate")
+    stated = {k: {name: joined_text(each, k) for name, each in headers.items()} for k in keywords}
+    stated["FrameOfReferenceUID"] = {
+        name: frame_of_reference(each) or "" for name, each in headers.items()
+    }
+    if isinstance(roles.pet, Series):
+        stated["SeriesInstanceUID"] = {
+            name: joined_text(headers[name], "SeriesInstanceUID")
+            for name in (ROLE_NAMES["pet"], ROLE_NAMES["header"])
+            if name in headers
+        }
+    warnings = []
+    for keyword, by_name in stated.items():
+        by_value: dict[str, list[str]] = {}
+        for name, value in by_name.items():
+            by_value.setdefault(value, []).append(name)
+        by_value.pop("", None)
+        if len(by_value) > 1:
+            sides = " versus ".join(" and ".join(names) for names in by_value.values())
+            trouble = f"{sides} do not belong together ({tag_of(keyword)} differs)"
+            if not trusted:
+                raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
+            warnings.append(f"{trouble}: trusted")
+    return warnings
+
+
+def check_overlap(ct: Image, pet: Image) -> None:
+    """Refuse a CT and a PET whose boxes do not overlap in space."""
+    if _are_apart(ct, pet) or _are_apart(pet, ct):
+        raise StudyError(
+            "the PET and the CT do not overlap in space: check that they are of one examination"
+        )
+
+
+def _are_apart(one: Image, other: Image) -> bool:
+    """Tell whether one image's box lies beside that of another along an axis of the first."""
+    ends = [(-0.5, n - 0.5) for n in other.data.shape]
+    corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
+    to_one = np.linalg.inv(one.affine) @ other.affine
+    there = to_one[:3, :3] @ corners + to_one[:3, 3:]
+    upper = np.array(one.data.shape) - 0.5
+    return bool((there.max(axis=1) <= -0.5).any() or (there.min(axis=1) >= upper).any())
+
+
+def check_mask(mask: Image, pet: Image, *, allow_empty: bool) -> tuple[str, ...]:
+    """Refuse a mask without a label on the PET; warn of labels beside it."""
+    n_labelled, n_on_pet = _count_labelled(mask, pet)
+    if not n_labelled:
+        if allow_empty:
+            return ()
+        raise StudyError(
+            "the mask is empty: give a mask with labelled voxels, or --allow-empty-mask if the "
+            "study is negative"
+        )
+    if not n_on_pet:
+        raise StudyError(
+            "the mask's labelled voxels and the PET do not overlap in space: check that they are "
+            "of one examination"
+        )
+    if n_on_pet == n_labelled:
+        return ()
+    beside_ml = (n_labelled - n_on_pet) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    return (f"{beside_ml:.3g} ml of the mask lie outside the PET",)
+
+
+def _count_labelled(mask: Image, pet: Image) -> tuple[int, int]:
+    """Return the number of labelled voxels, and of those whose centre lies in the PET's box."""
+    to_pet = np.linalg.inv(pet.affine) @ mask.affine
+    upper = np.array(pet.data.shape)[:, None] - 0.5
+    n_labelled = n_on_pet = 0
+    for k in range(mask.data.shape[2]):
+        i, j = np.nonzero(mask.data[:, :, k])
+        places = to_pet[:3, :2] @ (i, j) + (to_pet[:3, 2] * k + to_pet[:3, 3])[:, None]
+        n_labelled += len(i)
+        n_on_pet += int(((places >= -0.5) & (places <= upper)).all(axis=0).sum())
+    return n_labelled, n_on_pet

@@ -1,0 +1,329 @@
+"""The role that each file of a study plays: CT, PET, mask, or header of the PET.
+
+Where several fit, a pattern of the user decides; none is picked silently.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from common.candidates import (
+    CT_WORDS,
+    MASK_WORDS,
+    PET_WORDS,
+    ROLE_NAMES,
+    Candidate,
+    NiftiFile,
+    Patterns,
+    kind,
+    labels,
+    modality_of,
+    roles_by_words,
+    words,
+)
+from common.dicom import DicomFile, Series, group_series, read_dicom_file
+from common.dicom_values import joined_text, tag_of
+from common.errors import IncompleteStudy, StudyError
+from common.nifti import is_nifti_name
+from common.raw_project import files_below
+
+_MASK_MODALITIES = ("SEG", "RTSTRUCT")
+_DICOM_SUFFIXES = (".dcm", ".ima")
+_OTHER_FORMATS = (
+    ".nrrd",
+    ".mha",
+    ".mhd",
+    ".hdr",
+    ".img",
+    ".mat",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tar",
+    ".gz",
+)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The files of a complete study.
+
+    Attributes
+    ----------
+    ct, pet : NiftiFile or Series
+    mask : NiftiFile or DicomFile
+        A DicomFile is a SEG or an RTSTRUCT.
+    header : Series or None
+        PET DICOM files that give the SUV; None where PET is DICOM itself or needs no header.
+        Given beside a DICOM PET, it must be of that very series.
+    warnings : tuple of str
+        What was left out or decided; no identity.
+    """
+
+    ct: NiftiFile | Series
+    pet: NiftiFile | Series
+    mask: NiftiFile | DicomFile
+    header: Series | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in a study.
+
+    Attributes
+    ----------
+    fitting : dict of role to list of candidates
+        Without "header" where none is needed.
+    remarks : tuple of str
+        What was left out or decided; no identity.
+    hints : tuple of str
+        Why roles may be missing; no identity.
+    names : tuple of str
+        All candidates, whether patterns fit them or not, and NIfTI files of no role (private).
+    """
+
+    fitting: Mapping[str, Sequence[Candidate]]
+    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    def summary(self, role: str) -> str:
+        """Return in a few words what fits a role; no identity."""
+        found = self.fitting.get(role)
+        if found is None:  # a header, where the PET has its own or needs none
+            return "-"
+        if len(found) > 1:
+            return f"{len(found)} candidates"
+        return kind(found[0]) if found else "missing"
+
+
+def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Survey:
+    """Find what fits each role of one study.
+
+    Parameters
+    ----------
+    folder : str
+        The study's folder.
+    patterns : Patterns
+    header_needed : bool
+        False where a NIfTI PET is in SUV already.
+
+    Raises
+    ------
+    StudyError
+        A folder or file cannot be read.
+    """
+    files = _read_files(folder)
+    nifti_pet = _nifti_in_role("pet", files.nifti, patterns)
+    headers = [] if nifti_pet else _files_for_header_alone(files.dicom, patterns)
+    slices = [file for file in files.dicom if file not in headers]
+    candidates: dict[str, list[Candidate]] = {
+        "ct": [*_nifti_in_role("ct", files.nifti, patterns), *group_series(slices, "CT")],
+        "pet": [*nifti_pet, *group_series(slices, "PT")],
+        "mask": [
+            *_nifti_in_role("mask", files.nifti, patterns),
+            *(file for file in files.dicom if modality_of(file) in _MASK_MODALITIES),
+        ],
+    }
+    if headers or (nifti_pet and header_needed):
+        candidates["header"] = [*group_series(headers or files.dicom, "PT")]
+    fitting = {
+        role: [each for each in found if patterns.match(role, each)]
+        for role, found in candidates.items()
+    }
+    remarks = files.remarks
+    if nifti_pet and "pet" not in patterns.by_role:
+        # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
+        remarks += _passed_over(fitting["pet"])
+        fitting["pet"] = [*nifti_pet]
+    nameless = [
+        file.name
+        for file in files.nifti
+        if not roles_by_words(file.name) and not patterns.name_any(file)
+    ]
+    names = [_private(role, each) for role, found in candidates.items() for each in found]
+    hints = (*_hints(fitting, files, patterns, len(nameless)), *_hints_of_folder(folder, files))
+    return Survey(fitting, remarks, hints, (*names, *nameless))
+
+
+def choose(found: Survey) -> Roles:
+    """Return the one candidate of each role.
+
+    Raises
+    ------
+    IncompleteStudy
+        Roles are missing; the message lists them.
+    StudyError
+        Several candidates fit a role; the message lists their kinds, its private part their names.
+    """
+    fitting = found.fitting
+    missing = [role for role, each in fitting.items() if not each]
+    several = [role for role, each in fitting.items() if len(each) > 1]
+    reasons = [", ".join(f"no {ROLE_NAMES[role]}" for role in missing)] if missing else []
+    reasons += [_several(role, fitting[role]) for role in several]
+    if several:
+        reasons += ["the mapping file names them", *_several_examinations(fitting)]
+    if missing:
+        reasons += [*found.hints, *found.remarks]
+        raise IncompleteStudy("; ".join(reasons), "; ".join(found.names))
+    if several:
+        names = [_private(role, each) for role in several for each in fitting[role]]
+        raise StudyError("; ".join(reasons), "; ".join(names))
+    ct, pet, mask = (fitting[role][0] for role in ("ct", "pet", "mask"))
+    header = fitting["header"][0] if "header" in fitting else None
+    return Roles(ct, pet, mask, header, found.remarks)  # type: ignore[arg-type]
+
+
+def find_roles(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Roles:
+    """Find the CT, PET, mask and header of one study; see `survey` and `choose`."""
+    return choose(survey(folder, patterns, header_needed=header_needed))
+
+
+# --- files by kind and name ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a study by kind, suffixes of other image formats, and remarks on the rest."""
+
+    nifti: Sequence[NiftiFile]
+    dicom: Sequence[DicomFile]
+    other_formats: Sequence[str]
+    remarks: tuple[str, ...]
+
+
+def _read_files(folder: str) -> _Files:
+    nifti: list[NiftiFile] = []
+    dicom: list[DicomFile] = []
+    other_formats: set[str] = set()
+    n_dangling = n_no_dicom = 0
+    for file in files_below(folder):
+        path = os.path.join(folder, file.name)
+        if file.size is None:
+            n_dangling += 1
+        elif is_nifti_name(file.name):
+            nifti.append(NiftiFile(path, file.name))
+        elif (found := read_dicom_file(path, file.name)) is not None:
+            dicom.append(found)
+        else:
+            n_no_dicom += file.name.lower().endswith(_DICOM_SUFFIXES)
+            other_formats.update(s for s in _OTHER_FORMATS if file.name.lower().endswith(s))
+    remarks = []
+    if n_dangling:
+        remarks.append(f"links that lead nowhere ({n_dangling}) are left out: restore their target")
+    if n_no_dicom:
+        remarks.append(
+            f"files named as DICOM ({n_no_dicom}) are left out, empty, damaged or without "
+            f"{tag_of('Modality')}: check that no slice is lost"
+        )
+    return _Files(nifti, dicom, sorted(other_formats), tuple(remarks))
+
+
+def _files_for_header_alone(dicom: Sequence[DicomFile], patterns: Patterns) -> list[DicomFile]:
+    """Return the files that --header or the word "header" sets apart from the slices of a PET.
+
+    Files that --pet names are not; and where no other PET is left, none is.
+    """
+    pet = [file for file in dicom if modality_of(file) == "PT"]
+    named = [
+        file
+        for file in pet
+        if (patterns.name("header", file) if "header" in patterns.by_role else _is_header(file))
+        and not patterns.name("pet", file)
+    ]
+    return named if len(named) < len(pet) else []
+
+
+def _is_header(file: DicomFile) -> bool:
+    return "header" in words(file.name)
+
+
+def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) -> list[NiftiFile]:
+    """Return the files that the role's pattern names; without one, those whose words tell it.
+
+    A file that the pattern of another role names is that role's alone.
+    """
+    if role in patterns.by_role:
+        return [file for file in files if patterns.name(role, file)]
+    return [
+        file for file in files if role in roles_by_words(file.name) and not patterns.name_any(file)
+    ]
+
+
+# --- what to say -----------------------------------------------------------------------------
+
+
+def _passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Say that a whole DICOM PET series serves as the header of a NIfTI PET."""
+    return tuple(
+        f"the NIfTI file is taken as the PET and the {kind(each)} as its header: if the series is "
+        "meant, choose it with --pet PATTERN"
+        for each in candidates
+        if isinstance(each, Series) and each.n_images > 1 and not all(map(_is_header, each.files))
+    )
+
+
+def _private(role: str, candidate: Candidate) -> str:
+    """Return a candidate's description and path, for the private mapping alone."""
+    return f"{ROLE_NAMES[role]}: {kind(candidate)}: {' | '.join(labels(candidate)[:2])}"
+
+
+def _several(role: str, candidates: Sequence[Candidate]) -> str:
+    kinds = "; ".join(kind(each) for each in candidates)
+    return (
+        f"{len(candidates)} candidates for {ROLE_NAMES[role]} ({kinds}): choose with "
+        f"--{role} PATTERN"
+    )
+
+
+def _several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator[str]:
+    examinations = {
+        joined_text(
+            (each.files[0] if isinstance(each, Series) else each).header, "StudyInstanceUID"
+        )
+        for candidates in fitting.values()
+        for each in candidates
+        if not isinstance(each, NiftiFile)
+    }
+    if len(examinations) > 1:
+        yield (
+            f"the files are of {len(examinations)} examinations ({tag_of('StudyInstanceUID')}): "
+            "give each its own study folder"
+        )
+
+
+def _hints(
+    fitting: Mapping[str, Sequence[Candidate]],
+    files: _Files,
+    patterns: Patterns,
+    n_nameless: int,
+) -> Iterator[str]:
+    """Yield why roles are missing, and what to do."""
+    missing = [role for role, found in fitting.items() if not found]
+    yield from (f"--{role} fits no candidate" for role in missing if role in patterns.by_role)
+    for role, modality in (("ct", "CT"), ("pet", "PT")):
+        n_files = sum(modality_of(file) == modality for file in files.dicom)
+        if role in missing and n_files and not group_series(files.dicom, modality):
+            yield (
+                f"DICOM files ({n_files}) of {tag_of('Modality')} {modality} are localizers, "
+                "screen saves or reformats: export the original series"
+            )
+    if "header" in missing:
+        yield "give one DICOM file of the PET, or --pet-units suv if its values are SUV"
+    if n_nameless and missing and missing != ["header"]:
+        yield (
+            f"NIfTI files ({n_nameless}) have no word for a role in their path: choose with "
+            f"--{missing[0]} PATTERN"
+        )
+
+
+def _hints_of_folder(folder: str, files: _Files) -> Iterator[str]:
+    if files.other_formats:
+        yield f"{', '.join(files.other_formats)} files are not read: convert or unpack them"
+    named = frozenset(words(os.path.basename(folder)))
+    if named and any(named <= of_role for of_role in (MASK_WORDS, PET_WORDS, CT_WORDS)):
+        yield (
+            "the study's folder is named like a role: move CT, PET and mask into one "
+            "RAW_PROJECT/<patient>/<study>/"
+        )
