@@ -1,14 +1,19 @@
 """What the scripts share. Imports run one way, from the top of this map to its bottom.
 
-running     cli: options, logging, exit status; stage: lock, parts, resuming, atomic replacement;
-            parallel: studies over a multiprocessing.Pool; machine: CPUs and memory
-whole       study: one raw study as three checked images
+running     how a stage runs
+            cli: options, logging, exit status; stage: lock, parts, resuming, atomic replacement;
+            parallel: studies over a multiprocessing.Pool; interruption: signals; machine: CPUs
+            and memory
+whole       one study from file to file
+            study: raw files to three checked images, with belonging (identity, overlap) and
+            header_planes (headers beside a NIfTI PET); training_study: zip to HDF5
 boundaries  each the only module that knows its format
-            raw_project: which file plays which role; mapping: the private CSV; archive: the
-            project zip; hdf5: 3D and 2D files, steady_file: what HDF5 writes to; pictures:
-            PNG and GIF; nifti
-            dicom: series to volumes; pet_header: headers to SUV inputs; dicom_masks: SEG and
-            RTSTRUCT; dicom_values: one attribute as a plain value
+            raw_project, candidates, roles: which file plays which role; mapping: the private CSV
+            archive: the project zip; nifti; lesion_table: the CSV of measures
+            hdf5, hdf5_chunks, hdf5_assembly, hdf5_check, steady_file: 3D and 2D files
+            pictures: PNG and GIF; report: the quality-control page
+            dicom, dicom_stack, dicom_pixels: series to volumes; pet_header: headers to SUV
+            inputs; dicom_seg, dicom_rtstruct: masks; dicom_values: one attribute as a plain value
 pure        no paths, no formats, no logging
             volumes: the steps of preprocessing; losses: what resampling loses; resampling;
             image; lesions; projection; contours; splits; hashing

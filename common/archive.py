@@ -243,7 +243,9 @@ def write_part(
     with zipfile.ZipFile(path, "w") as archive:
         for role in sorted(images):
             name = f"{project}/{study_hash}/{study_hash}_{role}.nii.gz"
-            archive.writestr(_entry(name), encode_nifti(images[role]))
+            # Its size is not known before it is written; the assembled zip has plain entries.
+            with archive.open(_entry(name), "w", force_zip64=True) as member:
+                member.writelines(encode_nifti(images[role]))
         archive.writestr(_entry(f"{project}/{_INDEX}"), _records_text({study_hash: record}))
 
 

@@ -7,9 +7,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +190,7 @@ def run(
     except OSError as error:
         print(f"error: --log-file {options.log_file}: {error.strerror}", file=sys.stderr)
         return WRONG_ARGUMENTS
-    with interruptible(), warnings.catch_warnings():
-        # What libraries warn of may quote the values of headers.
-        warnings.simplefilter("ignore")
+    with interruptible(), _quiet_python():
         try:
             return _run(options, stage, closing or closing_line)
         except Interrupted as error:
@@ -244,6 +244,23 @@ def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
         f"{counts[status]} {status}" for status in ("written", "unchanged", "skipped", "failed")
     )
     return f"{len(outcomes)} studies: {listed} -> {output}"
+
+
+@contextmanager
+def _quiet_python() -> Iterator[None]:
+    """Keep from stderr what Python and its libraries write there by themselves.
+
+    Warnings, and errors of destructors and threads, may quote the values of headers.
+    """
+    hooks = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = lambda error: None
+    threading.excepthook = lambda error: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.unraisablehook, threading.excepthook = hooks
 
 
 def _open_standard_streams() -> None:

@@ -22,12 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import StageError, StudyError
-from common.hashing import array_digest
+from common.hashing import array_digest, fingerprint
 from common.hdf5_chunks import write_chunked
 from common.steady_file import steady_file
 
 GROUPS = ("image", "mask", "mask_iso")
 SCHEMA_VERSION = 1
+
+ATTRIBUTES_DIGEST = "attributes_sha256"
+"""Attribute that holds the digest of all others."""
 
 _FORMAT = ("v108", "v108")
 """Bounds of the file format: every HDF5 since 2008 reads it, attributes may exceed 64 KiB."""
@@ -214,7 +217,9 @@ def write_dataset(
     attributes: Mapping[str, Any],
     compression: str,
 ) -> None:
-    """Write one array with its attributes and the digest of its values."""
+    """Write one array with its attributes and the digests of its values and of those."""
     dataset = write_chunked(file[group], key, array, compression)
     for name, value in sorted({**attributes, "sha256": array_digest(array)}.items()):
         dataset.attrs[name] = value
+    # HDF5 keeps strings where it has no checksum of its own.
+    dataset.attrs[ATTRIBUTES_DIGEST] = fingerprint(all_attributes(dataset))

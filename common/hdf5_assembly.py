@@ -17,6 +17,7 @@ import h5py
 from common.errors import StageError
 from common.hashing import array_digest
 from common.hdf5 import (
+    ATTRIBUTES_DIGEST,
     DAMAGE,
     GROUPS,
     all_attributes,
@@ -97,7 +98,8 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
             attributes = all_attributes(file[group][key])
             attributes["sha256"] = _digest(file[group][key])
             # Where the values came from may differ between equal ones: other compression, say.
-            attributes.pop("fingerprint", None)
+            for name in ("fingerprint", ATTRIBUTES_DIGEST):
+                attributes.pop(name, None)
             content.append(attributes)
         return content
 

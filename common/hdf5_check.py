@@ -10,8 +10,9 @@ from nibabel import orientations
 from numpy.typing import NDArray
 
 from common.errors import StageError
-from common.hashing import array_digest
+from common.hashing import array_digest, fingerprint
 from common.hdf5 import (
+    ATTRIBUTES_DIGEST,
     DAMAGE,
     GROUPS,
     all_attributes,
@@ -58,6 +59,9 @@ def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> l
             continue
         if attributes[group].get("sha256") != array_digest(arrays[group]):
             faults.append(f"{group} differs from its checksum")
+        others = {k: v for k, v in attributes[group].items() if k != ATTRIBUTES_DIGEST}
+        if attributes[group].get(ATTRIBUTES_DIGEST) != fingerprint(others):
+            faults.append(f"the attributes of {group} differ from their checksum")
         faults += [
             f"{group} has another {name} than the file"
             for name in _COPIED

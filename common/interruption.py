@@ -1,7 +1,8 @@
 """SIGINT and SIGTERM as an exception, but not in the middle of what must not be left half done.
 
 An exception that a signal handler raises can come between any two steps. In the forking of
-worker processes it is swallowed, and leaves locks held that the next fork waits for.
+worker processes it is swallowed, and leaves locks held that the next fork waits for; in a
+destructor it is swallowed, too. So it is held back there, and raised again where it was lost.
 """
 
 import os
@@ -15,7 +16,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _held = False
 _pending: int | None = None
-_ending = False
 
 
 class Interrupted(BaseException):
@@ -37,8 +37,8 @@ def interruptible() -> Iterator[None]:
 
     The run is ending already then, and must not be kept from tidying up.
     """
-    global _held, _pending, _ending
-    _held, _pending, _ending = False, None, False
+    global _held, _pending
+    _held, _pending = False, None
     parent = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -46,10 +46,9 @@ def interruptible() -> Iterator[None]:
         if os.getpid() != parent:
             # A worker that was forked a moment ago.
             os._exit(128 + number)
-        if _held:
-            _pending = number
-        else:
-            _end(number)
+        first, _pending = _pending is None, number if _pending is None else _pending
+        if first and not _held:
+            raise Interrupted(number)
 
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in previous.items():
@@ -65,7 +64,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[Callable[[], None]]:
-    """Hold signals back in the body; yield what raises `Interrupted` if one has come since."""
+    """Hold signals back in the body; yield what raises `Interrupted` if one has come."""
     global _held
     outermost, _held = not _held, True
     try:
@@ -79,11 +78,4 @@ def uninterrupted() -> Iterator[Callable[[], None]]:
 
 def _raise_pending() -> None:
     if _pending is not None:
-        _end(_pending)
-
-
-def _end(number: int) -> None:
-    global _ending
-    if not _ending:
-        _ending = True
-        raise Interrupted(number)
+        raise Interrupted(_pending)

@@ -7,6 +7,7 @@ import gzip
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -308,24 +309,23 @@ def _fill(target: memoryview, stream: Any, role: str) -> None:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def encode_nifti(image: Image) -> bytes:
-    """Return the bytes of a ``.nii.gz`` file that holds the volume, its affine, and nothing else.
+def encode_nifti(image: Image) -> Iterator[bytes]:
+    """Yield the bytes of a ``.nii.gz`` file that holds the volume, its affine, and nothing else.
 
     sform and qform are equal with code 1; a sheared affine (gantry tilt), which a qform can't
     express, is in the sform alone. The gzip header has neither name nor time.
     """
     squeezer = isal_zlib.compressobj(_COMPRESSION_LEVEL, isal_zlib.DEFLATED, _GZIP_FORMAT)
     no_extensions = bytes(4)
-    parts = [squeezer.compress(_clean_header(image).binaryblock + no_extensions)]
+    yield squeezer.compress(_clean_header(image).binaryblock + no_extensions)
     little_endian = image.data.dtype.newbyteorder("<")
     nx, ny, nz = image.data.shape
     n_slices = max(1, _BLOCK_VOXELS // (nx * ny))
     for start in range(0, nz, n_slices):
         slab = image.data[:, :, start : start + n_slices]
         values = slab.astype(little_endian, order="F", copy=False).reshape(-1, order="F")
-        parts.append(squeezer.compress(values.view(np.uint8).data))
-    parts.append(squeezer.flush())
-    return b"".join(parts)
+        yield squeezer.compress(values.view(np.uint8).data)
+    yield squeezer.flush()
 
 
 def _clean_header(image: Image) -> Any:
@@ -353,4 +353,5 @@ def _shear_mm(image: Image) -> float:
 
 def write_nifti_file(path: Path, image: Image) -> None:
     """Write a ``.nii.gz`` file; see `encode_nifti`."""
-    path.write_bytes(encode_nifti(image))
+    with open(path, "wb") as stream:
+        stream.writelines(encode_nifti(image))

@@ -63,7 +63,8 @@ ORDER = list(LEVELS)
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 
 PURE_MAY_IMPORT = {
-    "__future__", "collections", "common", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools",
+    "__future__", "collections", "common", "dataclasses", "datetime", "decimal",
+    "enum", "fractions", "functools",
     "hashlib", "hmac", "itertools", "json", "math", "nibabel", "nilearn", "numpy", "scipy",
     "typing", "unicodedata", "warnings", "numbers", "operator", "re",
 }  # fmt: skip

@@ -33,6 +33,10 @@ RECORD = {"suv": {"suv_type": "bw", "weight_kg": 71.5}, "warnings": ["bed joint"
 HASHES = ("0a1b2c3d4e", "ffffffffff", "1234567890")
 
 
+def encoded(image):
+    return b"".join(encode_nifti(image))
+
+
 @pytest.fixture
 def parts(tmp_path) -> dict[str, Path]:
     """A zip of one study for each hash."""
@@ -151,7 +155,7 @@ def test_a_study_is_read_from_the_zip_that_was_planned_with(project, parts):
     "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 )
 def test_a_foreign_zip_is_read_whatever_its_folders_and_compression(folder, method, tmp_path):
-    members = {member("abc", r, folder): encode_nifti(IMAGES[r]) for r in IMAGES}
+    members = {member("abc", r, folder): encoded(IMAGES[r]) for r in IMAGES}
     members |= {"README.txt": b"x", "p/abc/other.nii.gz": b"x", "p/abc/xyz_ct.nii.gz": b"x"}
     path = zip_of(tmp_path / "foreign.zip", members, method)
     study = archive.read_directory(path)["abc"]
@@ -273,7 +277,7 @@ def test_a_studies_json_that_inflates_without_end_is_refused(tmp_path):
 
 def test_a_bomb_is_stopped_by_what_its_header_promises(tmp_path):
     """One member inflates to 300 MB behind a header of a few voxels."""
-    header = gzip.decompress(encode_nifti(IMAGES["ct"]))
+    header = gzip.decompress(encoded(IMAGES["ct"]))
     squeezer = zlib.compressobj(9, zlib.DEFLATED, 31)
     bomb = squeezer.compress(header)
     bomb += b"".join(squeezer.compress(bytes(1 << 24)) for _ in range(20)) + squeezer.flush()
@@ -365,7 +369,7 @@ def test_a_zip_beyond_the_limits_of_the_old_format_is_read_back(parts, tmp_path,
 
 
 def test_ten_thousand_studies_are_listed_in_seconds_and_opened_once(tmp_path, monkeypatch):
-    content = encode_nifti(IMAGES["mask"])
+    content = encoded(IMAGES["mask"])
     path = tmp_path / "many.zip"
     hashes = [f"{number:010x}" for number in range(10_000)]
     with zipfile.ZipFile(path, "w") as made:

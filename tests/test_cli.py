@@ -16,6 +16,7 @@ import pytest
 
 from common import cli
 from common.errors import StageError
+from common.interruption import uninterrupted
 from common.parallel import PROGRESS, Outcome
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +146,38 @@ def test_a_signal_ends_a_run_with_one_line(sent, word, status, tmp_path, capsys)
         f"error: {word}: finished studies are kept, the same command goes on from there\n",
     )
     assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_a_signal_waits_for_the_end_of_what_must_not_be_interrupted(tmp_path, capsys):
+    done = []
+
+    def stage():
+        with uninterrupted() as raise_interruption:
+            with uninterrupted():
+                os.kill(os.getpid(), signal.SIGTERM)
+                done.append("inner")
+            done.append("outer")
+            raise_interruption()
+        done.append("never")
+
+    assert cli.run(options(tmp_path), stage) == 143
+    assert done == ["inner", "outer"]
+
+
+def test_a_signal_that_is_lost_in_a_destructor_still_ends_the_run(tmp_path, capsys):
+    class Lossy:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)
+
+    def stage():
+        Lossy()
+        with uninterrupted():
+            pass
+        return []
+
+    assert cli.run(options(tmp_path), stage) == 130
+    assert capsys.readouterr().err.startswith("error: interrupted: ")
 
 
 def test_a_signal_that_the_shell_ignores_is_ignored(tmp_path):

@@ -15,14 +15,11 @@ from dicom_builders import (
     build_enhanced,
     build_slices,
     noise,
-    read_series,
     write_file,
     write_slices,
 )
-from pydicom import uid
+from dicom_checks import SYNTAXES, read_image
 
-from common.dicom_pixels import read_ct, read_pet
-from common.dicom_stack import stack_slices
 from examples import phantom
 
 dcm2niix = pytest.importorskip("dcm2niix", reason="the oracle dcm2niix is not installed")
@@ -44,20 +41,12 @@ def by_dcm2niix(folder, out):
     return nibabel.load(path)
 
 
-def by_us(folder, modality):
-    (series,) = read_series(folder, modality)
-    stack = stack_slices(series)
-    if modality == "CT":
-        return read_ct(stack)
-    return read_pet(stack, np.ones(stack.shape[2]))
-
-
 def assert_agreement(name, folder, out, modality, *, tilted=False):
     """Compare value and place of every voxel, and print a line of the table.
 
     dcm2niix leaves a tilt of the gantry out of the affine; the slices are compared all the same.
     """
-    ours, theirs = by_us(folder, modality), by_dcm2niix(folder, out)
+    ours, theirs = read_image(folder, modality), by_dcm2niix(folder, out)
     straight = np.copy(ours.affine)
     if tilted:
         _, column, step = ours.affine[:3, :3].T
@@ -119,18 +108,7 @@ def test_phantom_under_a_tilted_gantry(tmp_path, tilt_degrees):
     assert_agreement(name, tmp_path / "in", tmp_path / "out", "CT", tilted=True)
 
 
-SYNTAXES = {
-    "implicit": uid.ImplicitVRLittleEndian,
-    "big endian": uid.ExplicitVRBigEndian,
-    "RLE": uid.RLELossless,
-    "JPEG lossless": uid.JPEGLossless,
-    "JPEG lossless SV1": uid.JPEGLosslessSV1,
-    "JPEG-LS": uid.JPEGLSLossless,
-    "JPEG 2000": uid.JPEG2000Lossless,
-}
-
-
-@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize("syntax", [name for name in SYNTAXES if name != "deflated"])
 @pytest.mark.parametrize("modality", ["CT", "PT"])
 def test_phantom_in_every_transfer_syntax(tmp_path, modality, syntax):
     write_slices(tmp_path / "in", phantom_slices(modality, affine_of()), SYNTAXES[syntax])

@@ -218,6 +218,7 @@ def start(
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         prepare()
         status = main(command)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stderr.flush()
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -10,7 +10,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from confined import Ending, endings, is_clear
 from mutations import damaged
+from tiny_studies import ANGLES, GRID, write_chain
 
 import createproject
 import mergeh5
@@ -26,31 +27,16 @@ import preprocessing
 import project_2d
 from common import hdf5, parallel
 from common.errors import StageError, StudyError
-from examples import phantom
 
 CASES = 20 * int(os.environ.get("TUMORVOLUME_STRESS", "1"))
-GRID = ["--shape", "24", "24", "--spacing", "20", "20", "6", "-j", "1"]
-ANGLES = ["--angles", "0", "180", "60", "-j", "1"]
-LESION = phantom.Lesion((0.0, 10.0, 78.0), (45.0, 45.0, 15.0), 8.0)
-DEMO = {"rtstruct": 0, "seg": 2, "nifti": 3}
 
 Volumes = dict[str, dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """raw/<mask or nifti>/1, project.zip, 3d.h5 and 2d.h5 of three tiny studies."""
     folder = tmp_path_factory.mktemp("sound")
-    for name, number in DEMO.items():
-        study = replace(phantom.DEMO_STUDIES[number], patient=name, study="1", lesions=(LESION,))
-        grids = phantom.ct_grid(24, 14), phantom.pet_grid(24, 14)
-        phantom.write_study(folder / "raw", study, *grids)
-    for script, *arguments in (
-        (createproject, folder / "raw", "-o", folder / "project.zip", "-j", "1"),
-        (preprocessing, folder / "project.zip", "-o", folder / "3d.h5", *GRID),
-        (project_2d, folder / "3d.h5", "-o", folder / "2d.h5", *ANGLES),
-    ):
-        assert script.main(list(map(str, arguments))) == 0
+    write_chain(folder)
     return folder
 
 
@@ -97,7 +83,9 @@ def case(sound: Path, work: Path, subject: Subject, seed: int) -> tuple[int, str
             found, expected = zip_volumes, zip_volumes(sound / "project.zip")
         case "preprocessing":
             (work / "in").write_bytes(content)
-            status = preprocessing.main([str(work / "in"), "-o", str(work / "out"), *GRID])
+            status = preprocessing.main(
+                [str(work / "in"), "-o", str(work / "out"), *GRID, "-j", "1"]
+            )
             found, expected = hdf5_volumes, hdf5_volumes(sound / "3d.h5")
         case "mergeh5":
             (work / "in").write_bytes(content)
@@ -106,7 +94,7 @@ def case(sound: Path, work: Path, subject: Subject, seed: int) -> tuple[int, str
         case "project_2d":
             (work / "in").write_bytes(content)
             pictures = ["--gif", str(work / "gif"), "--png", str(work / "png")]
-            arguments = [str(work / "in"), "-o", str(work / "out"), *ANGLES, *pictures]
+            arguments = [str(work / "in"), "-o", str(work / "out"), *ANGLES, "-j", "1", *pictures]
             status = project_2d.main(arguments)
             found, expected = hdf5_volumes, hdf5_volumes(sound / "2d.h5")
     if status not in (0, 3):

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -27,37 +26,23 @@ import numpy as np
 import pydicom
 import pytest
 from confined import Ending, confined, is_clear
+from tiny_studies import ANGLES, GRID, STUDIES, write_chain
 
 import createproject
 import mergeh5
 import preprocessing
 import project_2d
 from common.hashing import pseudonym
-from examples import phantom
 
 ROOT = Path(__file__).parents[1]
 MAIN = {m.__name__: m.main for m in (createproject, preprocessing, mergeh5, project_2d)}
-GRID = ["--shape", "24", "24", "--spacing", "20", "20", "6", "-j", "1"]
-ANGLES = ["--angles", "0", "180", "60", "-j", "1"]
-
-# --- sound files -----------------------------------------------------------------------------
-
-LESION = phantom.Lesion((0.0, 10.0, 78.0), (45.0, 45.0, 15.0), 8.0)
-DEMO = {"rtstruct": 0, "seg": 2, "nifti": 3}
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """raw/<mask or nifti>/1, project.zip, 3d.h5 and 2d.h5 of three tiny studies."""
+    """raw/{rtstruct,seg,nifti}/1, project.zip, 3d.h5 and 2d.h5."""
     folder = tmp_path_factory.mktemp("sound")
-    for name, number in DEMO.items():
-        study = replace(phantom.DEMO_STUDIES[number], patient=name, study="1", lesions=(LESION,))
-        grids = phantom.ct_grid(24, 14), phantom.pet_grid(24, 14)
-        phantom.write_study(folder / "raw", study, *grids)
-    zip_path, volumes, mips = (folder / n for n in ("project.zip", "3d.h5", "2d.h5"))
-    assert createproject.main([str(folder / "raw"), "-o", str(zip_path), "-j", "1"]) == 0
-    assert preprocessing.main([str(zip_path), "-o", str(volumes), *GRID]) == 0
-    assert project_2d.main([str(volumes), "-o", str(mips), *ANGLES]) == 0
+    write_chain(folder)
     return folder
 
 
@@ -400,7 +385,7 @@ def test_broken_nifti_fails_its_study_alone(raw, capfd, role):
         assert reason in found, name
         assert role.lower() in found.lower()
     assert all(map(is_clear, ending.errors)), ending.said
-    assert all(by_patient[name][0] == "written" for name in DEMO)
+    assert all(by_patient[name][0] == "written" for name in STUDIES)
 
 
 def deep(content: bytes) -> bytes:
@@ -557,13 +542,13 @@ def test_bombs_fail_their_study_alone_and_take_no_memory(sound, tmp_path, method
     victim = next(name for name in members if name.endswith("_ct.nii.gz"))
     members[victim] = break_(members[victim])
     path = zipped(tmp_path / "in.zip", members, compression=method)
-    arguments = [str(path), "-o", str(tmp_path / "o.h5"), *GRID]
+    arguments = [str(path), "-o", str(tmp_path / "o.h5"), *GRID, "-j", "1"]
     ending = confined(lambda: preprocessing.main(arguments))
     assert ending.status == 3, ending.said
     assert len(ending.errors) == 1
     assert is_clear(ending.errors[0]), ending.said
     with h5py.File(tmp_path / "o.h5") as file:
-        assert len(file["image"]) == len(DEMO) - 1
+        assert len(file["image"]) == len(STUDIES) - 1
 
 
 def test_member_that_inflates_beyond_its_size_fails_its_study(sound, tmp_path, capfd):
@@ -575,7 +560,7 @@ def test_member_that_inflates_beyond_its_size_fails_its_study(sound, tmp_path, c
     path = tmp_path / "in.zip"
     honest = struct.pack("<I", size + (100 << 20))
     path.write_bytes(inflated.replace(honest, struct.pack("<I", size)))
-    ending = end(capfd, "preprocessing", path, "-o", tmp_path / "o.h5", *GRID)
+    ending = end(capfd, "preprocessing", path, "-o", tmp_path / "o.h5", *GRID, "-j", 1)
     assert ending.status in (1, 3), ending.said
     assert all(map(is_clear, ending.errors)), ending.said
 
@@ -652,7 +637,7 @@ def test_attributes_that_cannot_be_fail_their_study_alone(sound, tmp_path, capfd
         if value is not None:
             file["image"][key].attrs[attribute] = value
     pictures = ["--gif", tmp_path / "gif", "--png", tmp_path / "png"]
-    ending = end(capfd, "project_2d", path, "-o", tmp_path / "out.h5", *ANGLES, *pictures)
+    ending = end(capfd, "project_2d", path, "-o", tmp_path / "out.h5", *ANGLES, *pictures, "-j", 1)
     assert ending.status in (0, 1, 3), ending.said
     assert all(map(is_clear, ending.errors)), ending.said
     if ending.status == 3:

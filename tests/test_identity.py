@@ -21,7 +21,6 @@ import time
 import unicodedata
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -34,15 +33,14 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian
+from tiny_studies import GRID, STUDIES, write_raw
 
 import createproject
 import preprocessing
-from examples import phantom
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 ROOT = Path(__file__).parents[1]
-GRID = ["--shape", "24", "24", "--spacing", "20", "20", "6"]
 
 # --- what is planted -------------------------------------------------------------------------
 
@@ -236,19 +234,6 @@ def plant_nifti(path: Path, garden: Garden, study: str) -> None:
 
 # --- the raw project -------------------------------------------------------------------------
 
-LESION = phantom.Lesion((0.0, 10.0, 78.0), (45.0, 45.0, 15.0), 8.0)
-SOUND = {
-    name: replace(
-        phantom.DEMO_STUDIES[number],
-        patient="template",
-        study=name,
-        injected=INJECTED,
-        scanned=SCANNED,
-        lesions=(LESION,),
-    )
-    for name, number in (("rtstruct", 0), ("seg", 2), ("nifti", 3))
-}
-
 
 def ct_series_twice(study: Path) -> None:
     """A second reconstruction: nobody said which is meant."""
@@ -364,20 +349,17 @@ def garden() -> Garden:
 def hospital(tmp_path_factory: pytest.TempPathFactory, garden: Garden) -> Path:
     """A raw project of sound studies and failing ones, full of planted strings."""
     folder = tmp_path_factory.mktemp("raw")
-    grid = phantom.ct_grid(24, 14), phantom.pet_grid(24, 14)
-    for study in SOUND.values():
-        phantom.write_study(folder, study, *grid)
-    templates = folder / "template"
-    for name in SOUND:
-        plant_study(templates / name, garden, name)
+    write_raw(folder / "templates", injected=INJECTED, scanned=SCANNED)
+    for name in STUDIES:
+        plant_study(folder / "templates" / name / "1", garden, name)
     raw = folder / f"{MARK} hospital {NON_ASCII[5]}" / "raw"
-    cases = {**{f"sound {name}": (name, lambda study: None) for name in SOUND}, **FAILURES}
+    cases = {**{f"sound {name}": (name, lambda study: None) for name in STUDIES}, **FAILURES}
     for number, (name, (template, damage)) in enumerate(cases.items()):
         patient = f"{garden.text(name, 'patient folder')} {NON_ASCII[number % len(NON_ASCII)]}"
         study = raw / patient / f"{SCANNED:%Y-%m-%d} {garden.text(name, 'study folder')}"
-        shutil.copytree(templates / template, study)
+        shutil.copytree(folder / "templates" / template / "1", study)
         damage(study)
-    shutil.rmtree(templates)
+    shutil.rmtree(folder / "templates")
     return raw
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
-import preprocessing
 import pytest
 from nibabel import orientations
 from nilearn.image import resample_img, resample_to_img
 from project_zips import image, rotation, study_images, write_zip
 from skimage import measure
+
+import preprocessing
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "sts_nifti"
@@ -398,7 +399,9 @@ def test_lesions_that_merge_are_told(tmp_path):
     images["mask"] = nibabel.Nifti1Image(mask, images["mask"].affine)
     write_zip(tmp_path / "p.zip", {A: images})
     run(tmp_path / "p.zip", tmp_path / "o.h5", "--spacing", 8, 8, 8, "--shape", 20, 20)
-    assert any(w.startswith("2 lesions of ") and "merge into 1" in w for w in told(tmp_path / "o.h5"))
+    assert any(
+        w.startswith("2 lesions of ") and "merge into 1" in w for w in told(tmp_path / "o.h5")
+    )
 
 
 def test_pet_beyond_the_ct_is_told(tmp_path):

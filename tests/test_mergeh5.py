@@ -1,0 +1,360 @@
+"""mergeh5.py: copies, links, duplicates, compatibility, splits, verifying."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from project_zips import study_images, write_zip
+
+import mergeh5
+import preprocessing
+import project_2d
+
+A, B, C, D = "aaaaaaa001", "aaaaaaa002", "ccccccc003", "ddddddd004"
+GROUPS = ("image", "mask", "mask_iso")
+SMALL = ("--shape", "20", "18")
+
+
+def run(*arguments):
+    return mergeh5.main([str(argument) for argument in arguments])
+
+
+def make(path, studies, *options):
+    """A 3D file of studies, each a hash and the seed of its images."""
+    images = {key: study_images(seed) for key, seed in studies.items()}
+    archive = write_zip(path.with_suffix(".zip"), images, folder=f"{path.stem}/")
+    arguments = [archive, "-o", path, "--jobs", 1, "-q", *SMALL, *options]
+    assert preprocessing.main([str(argument) for argument in arguments]) == 0
+    return path
+
+
+def project(path, *options):
+    output = path.with_name(f"{path.stem}_2d.h5")
+    arguments = [path, "-o", output, "--jobs", 1, "-q", "--angles", 0, 180, 60, *options]
+    assert project_2d.main([str(argument) for argument in arguments]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Files of several kinds, to be copied from and never written to."""
+    folder = tmp_path_factory.mktemp("made")
+    files = {
+        "one": make(folder / "one.h5", {A: 0, B: 1}),
+        "two": make(folder / "two.h5", {C: 2, D: 3}),
+        "other": make(folder / "other.h5", {A: 7}),
+        "coarse": make(folder / "coarse.h5", {C: 2}, "--spacing", 4, 4, 4),
+        "lzf": make(folder / "lzf.h5", {C: 2}, "--compression", "lzf"),
+        "long": make(folder / "long.h5", {C: 2}, "--shape", 20, 18, 9),
+    }
+    return files | {"one 2d": project(files["one"]), "two 2d": project(files["two"])}
+
+
+@pytest.fixture
+def inputs(made, tmp_path):
+    """The same files, free to be changed."""
+    (tmp_path / "in").mkdir()
+    return {name: Path(shutil.copy(path, tmp_path / "in")) for name, path in made.items()}
+
+
+@pytest.fixture
+def output(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "all.h5"
+
+
+def assert_holds(path, sources):
+    with h5py.File(path) as file:
+        assert sorted(file) == sorted(GROUPS)
+        for group in GROUPS:
+            assert sorted(file[group]) == sorted(sources)
+        for (key, source), group in itertools.product(sources.items(), GROUPS):
+            with h5py.File(source) as original:
+                np.testing.assert_array_equal(file[group][key][()], original[group][key][()])
+                found = {k: str(v) for k, v in file[group][key].attrs.items()}
+                assert found == {k: str(v) for k, v in original[group][key].attrs.items()}
+                assert file[group][key].chunks == original[group][key].chunks
+
+
+# --- copying ---------------------------------------------------------------------------------
+
+
+def test_every_study_is_copied_with_its_attributes(inputs, output, capsys):
+    one, two = inputs["one"], inputs["two"]
+    assert run(one, two, "-o", output) == 0
+    expected = "4 studies: 4 written, 0 unchanged, 0 skipped, 0 failed"
+    assert capsys.readouterr().out == f"{expected} -> {output}\n"
+    assert_holds(output, {A: one, B: one, C: two, D: two})
+    assert sorted(path.name for path in output.parent.iterdir()) == ["all.h5"]
+
+
+def test_order_of_inputs_does_not_change_a_byte(inputs, output, tmp_path):
+    run(inputs["one"], inputs["two"], "-o", output)
+    run(inputs["two"], inputs["one"], "-o", tmp_path / "other_order.h5")
+    assert output.read_bytes() == (tmp_path / "other_order.h5").read_bytes()
+
+
+def test_shards_merge_to_the_unsharded_file(tmp_path):
+    whole = make(tmp_path / "whole.h5", {A: 0, B: 1, C: 2, D: 3})
+    shards = []
+    for part in (1, 2, 3):
+        shard = tmp_path / f"shard{part}.h5"
+        arguments = [tmp_path / "whole.zip", "-o", shard, "-q", *SMALL, "--shard", f"{part}/3"]
+        assert preprocessing.main([str(argument) for argument in arguments]) == 0
+        shards.append(shard)
+    assert run(*reversed(shards), "-o", tmp_path / "all.h5") == 0
+    assert (tmp_path / "all.h5").read_bytes() == whole.read_bytes()
+
+
+def test_projections_merge_the_same_way(inputs, output, capsys):
+    one, two = inputs["one 2d"], inputs["two 2d"]
+    assert run(one, two, "-o", output) == 0
+    assert "4 studies: 4 written" in capsys.readouterr().out
+    keys = {f"{key}_{angle}": one for key in (A, B) for angle in ("000", "060", "120")}
+    keys |= {f"{key}_{angle}": two for key in (C, D) for angle in ("000", "060", "120")}
+    assert_holds(output, keys)
+
+
+def test_second_run_changes_nothing(inputs, output, capsys):
+    run(inputs["one"], inputs["two"], "-o", output)
+    before = output.stat()
+    capsys.readouterr()
+    assert run(inputs["two"], inputs["one"], "-o", output) == 0
+    assert "0 written, 4 unchanged" in capsys.readouterr().out
+    assert output.stat().st_mtime_ns == before.st_mtime_ns
+    assert run(inputs["two"], inputs["one"], "-o", output, "--force") == 0
+    assert "4 written" in capsys.readouterr().out
+    assert run(inputs["one"], "-o", output) == 0
+    assert_holds(output, {A: inputs["one"], B: inputs["one"]})
+
+
+# --- what fits -------------------------------------------------------------------------------
+
+
+def test_other_options_are_refused_unless_allowed(inputs, output, capsys):
+    assert run(inputs["one"], inputs["coarse"], "-o", output) == 1
+    error = capsys.readouterr().err
+    assert "coarse.h5: made with other options than" in error
+    assert "spacing: [4.0, 4.0, 4.0], not [2.0, 2.0, 3.0]" in error
+    assert not output.exists()
+    assert run(inputs["one"], inputs["coarse"], "-o", output, "--allow-mixed") == 0
+    assert_holds(output, {A: inputs["one"], B: inputs["one"], C: inputs["coarse"]})
+    with h5py.File(output) as file:
+        parameters = json.loads(file.attrs["parameters"])
+    assert parameters["spacing"] == "mixed"
+    assert parameters["orientation"] == "LAS"
+    assert run("--verify", output) == 0
+
+
+def test_other_length_along_z_fits(inputs, output):
+    assert run(inputs["one"], inputs["long"], "-o", output) == 0
+    assert_holds(output, {A: inputs["one"], B: inputs["one"], C: inputs["long"]})
+    with h5py.File(output) as file:
+        assert json.loads(file.attrs["parameters"])["shape"] == [20, 18, None]
+
+
+def test_other_compression_fits(inputs, output):
+    assert run(inputs["one"], inputs["lzf"], "-o", output) == 0
+    with h5py.File(output) as file:
+        assert file["image"][A].compression == "gzip"
+        assert file["image"][C].compression == "lzf"
+
+
+@pytest.mark.parametrize("allow", [[], ["--allow-mixed"]])
+def test_volumes_and_projections_never_mix(inputs, output, capsys, allow):
+    assert run(inputs["one"], inputs["two 2d"], "-o", output, *allow) == 1
+    assert "give one kind" in capsys.readouterr().err
+
+
+# --- duplicates ------------------------------------------------------------------------------
+
+
+def test_same_study_with_other_content_stops_before_anything_is_written(inputs, output, capsys):
+    assert run(inputs["one"], inputs["other"], "-o", output) == 1
+    error = capsys.readouterr().err
+    assert f"study {A} is in " in error
+    assert "--on-duplicate" in error
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("choice", "winner"), [("skip", "one"), ("replace", "other")])
+def test_first_or_last_file_wins(choice, winner, inputs, output):
+    assert run(inputs["one"], inputs["other"], "-o", output, "--on-duplicate", choice) == 0
+    assert_holds(output, {A: inputs[winner], B: inputs["one"]})
+
+
+def test_same_content_is_no_duplicate(inputs, output, tmp_path):
+    twin = shutil.copy(inputs["one"], tmp_path / "twin.h5")
+    assert run(inputs["one"], twin, inputs["one"], "-o", output) == 0
+    assert_holds(output, {A: twin, B: twin})
+
+
+def test_same_content_compressed_otherwise_is_no_duplicate(inputs, output):
+    lzf = inputs["lzf"]
+    with h5py.File(lzf, "r+") as file:
+        for group in GROUPS:
+            file[group][C].attrs["project"] = "two"
+    assert run(inputs["two"], lzf, "-o", output) == 0
+
+
+# --- links -----------------------------------------------------------------------------------
+
+
+def test_linked_folder_may_move_and_plain_h5py_reads_it(inputs, tmp_path, capsys):
+    folder = tmp_path / "in"
+    assert run(inputs["one"], inputs["two"], "-o", folder / "index.h5", "--link") == 0
+    assert "4 studies: 4 written" in capsys.readouterr().out
+    assert (folder / "index.h5").stat().st_size < 30_000
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    one, two = moved / "one.h5", moved / "two.h5"
+    assert_holds(moved / "index.h5", {A: one, B: one, C: two, D: two})
+    assert run("--verify", moved / "index.h5") == 0
+    assert run(one, two, "-o", moved / "index.h5", "--link") == 0
+    assert "4 unchanged" in capsys.readouterr().out
+
+
+def test_index_is_input_like_any_file(inputs, output, tmp_path):
+    index = tmp_path / "in" / "index.h5"
+    run(inputs["one"], inputs["two"], "-o", index, "--link")
+    assert run(index, "-o", output) == 0
+    direct = tmp_path / "direct.h5"
+    run(inputs["one"], inputs["two"], "-o", direct)
+    assert output.read_bytes() == direct.read_bytes()
+    again = tmp_path / "again.h5"
+    assert run(index, "-o", again, "--link") == 0
+    assert_holds(again, {A: inputs["one"], C: inputs["two"], B: inputs["one"], D: inputs["two"]})
+
+
+def test_index_becomes_a_copy_and_back(inputs, output, capsys):
+    run(inputs["one"], "-o", output, "--link")
+    assert run(inputs["one"], "-o", output) == 0
+    assert "2 written" in capsys.readouterr().out
+    with h5py.File(output) as file:
+        assert isinstance(file["image"].get(A, getlink=True), h5py.HardLink)
+
+
+def test_index_whose_files_are_gone_is_refused(inputs, output, tmp_path, capsys):
+    index = tmp_path / "in" / "index.h5"
+    run(inputs["one"], "-o", index, "--link")
+    (tmp_path / "in" / "one.h5").unlink()
+    assert run(index, "-o", output) == 1
+    assert "index.h5" in capsys.readouterr().err
+    assert not output.exists()
+
+
+# --- splits ----------------------------------------------------------------------------------
+
+
+def test_splits_part_whole_patients_into_train_and_validation(inputs, output, tmp_path):
+    lists = tmp_path / "splits"
+    arguments = [inputs["one"], inputs["two"], "-o", output, "--splits", 3, "--splits-dir", lists]
+    assert run(*arguments) == 0
+    names = {f"fold{fold}_{part}.txt" for fold in (1, 2, 3) for part in ("train", "val")}
+    assert {path.name for path in lists.iterdir()} == names
+    held_out = []
+    for fold in (1, 2, 3):
+        train, val = (
+            (lists / f"fold{fold}_{part}.txt").read_text().split() for part in ("train", "val")
+        )
+        assert sorted(train + val) == [A, B, C, D]
+        assert not {key[:7] for key in train} & {key[:7] for key in val}
+        held_out += val
+    assert sorted(held_out) == [A, B, C, D]
+    before = {path.name: path.read_bytes() for path in lists.iterdir()}
+    run(*arguments, "--force")
+    assert {path.name: path.read_bytes() for path in lists.iterdir()} == before
+
+
+def test_more_folds_than_patients_are_refused(inputs, output, capsys):
+    assert run(inputs["one"], "-o", output, "--splits", 2) == 1
+    assert "1 patients can't fill 2 folds" in capsys.readouterr().err
+
+
+# --- verifying -------------------------------------------------------------------------------
+
+
+def test_sound_files_verify(made, capsys):
+    assert run("--verify", made["one"], made["two"], made["one 2d"]) == 0
+    assert capsys.readouterr().out == "10 datasets: 10 sound, 0 failed\n"
+
+
+def test_stack_verifies(inputs, capsys):
+    assert run("--verify", project(inputs["one"], "--stack")) == 0
+
+
+def changed(path, group, key, change):
+    with h5py.File(path, "r+") as file:
+        change(file[group][key])
+
+
+DAMAGE = {
+    "values": lambda data: data.__setitem__((0, 0, 0, 0), 1 - data[0, 0, 0, 0]),
+    "affine": lambda data: data.attrs.modify("affine", np.diag([2.0, 2, 3, 1])),
+    "spacing": lambda data: data.attrs.modify("spacing", [2.0, 2, 2]),
+    "project": lambda data: data.attrs.__delitem__("project"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("group", GROUPS)
+def test_damage_is_found_and_named(kind, group, inputs, capsys):
+    changed(inputs["one"], group, B, DAMAGE[kind])
+    assert run("--verify", inputs["one"], inputs["two"]) == 3
+    out, err = capsys.readouterr()
+    assert out == "4 datasets: 3 sound, 1 failed\n"
+    assert f"error: {B}: " in err
+    assert group in err
+    assert "one.h5" in err
+
+
+def test_unreadable_file_does_not_keep_the_others_from_being_verified(inputs, capsys, tmp_path):
+    (tmp_path / "text.h5").write_text("no HDF5")
+    changed(inputs["one"], "image", A, DAMAGE["values"])
+    assert run("--verify", tmp_path / "text.h5", inputs["one"]) == 1
+    err = capsys.readouterr().err
+    assert "text.h5: not an HDF5 file" in err
+    assert f"error: {A}: image differs from its checksum" in err
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+WRONG = {
+    "no output": ["one"],
+    "output is an input": ["one", "-o", "one"],
+    "missing input": ["one", "nosuch", "-o", "out"],
+    "one fold": ["one", "-o", "out", "--splits", "1"],
+    "folder without folds": ["one", "-o", "out", "--splits-dir", "x"],
+    "verify writes nothing": ["--verify", "one", "-o", "out"],
+    "verify a missing file": ["--verify", "nosuch"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_end_with_status_2(name, inputs, output, capsys):
+    words = {"one": inputs["one"], "out": output, "nosuch": output.with_name("nosuch.h5")}
+    with pytest.raises(SystemExit) as ending:
+        run(*(words.get(word, word) for word in WRONG[name]))
+    assert ending.value.code == 2
+    assert list(output.parent.iterdir()) == []
+
+
+def test_damaged_input_leaves_the_old_output(inputs, output, capsys):
+    run(inputs["one"], "-o", output)
+    before = output.read_bytes()
+    data = inputs["two"].read_bytes()
+    inputs["two"].write_bytes(data[: len(data) // 2])
+    assert run(inputs["one"], inputs["two"], "-o", output) == 1
+    assert "two.h5: not an HDF5 file, or truncated" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_stacked_files_are_refused_with_a_hint(inputs, output, capsys):
+    stacked = project(inputs["one"], "--stack")
+    assert run(stacked, stacked, "-o", output) == 1
+    assert "not stacked" in capsys.readouterr().err
