@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from common import cli, hdf5, hdf5_assembly, hdf5_chunks, pictures, stage
-from common.errors import StageError
+from common.errors import StageError, StudyError
 from common.hashing import fingerprint
 from common.parallel import Outcome
 from common.projection import angle_name, image_mips, mask_mips, projection_angles
+from common.volumes import ORIENTATIONS
 
 EXAMPLES = """
   python project_2d.py all_3d.h5 -o all_2d.h5
@@ -240,6 +241,7 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
     """Project one study from all angles and write its part."""
     work: StoredStudy = task.payload
     image, attributes = hdf5.read_dataset(work.path, "image", work.key)
+    check_attributes(attributes)
     mips = {"image": np.clip(image_mips(image, work.angles), 0, 1).astype(image.dtype)}
     del image
     for group in ("mask", "mask_iso"):
@@ -248,7 +250,7 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
     if work.slab is not None:
         mips = {group: padded(array, work.slab) for group, array in mips.items()}
     shared = {
-        "project": attributes.get("project", ""),
+        "project": str(attributes.get("project", "")),
         "hash": work.key,
         "spacing": np.array(attributes["spacing"])[[0, 2]],
     }
@@ -267,6 +269,22 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
                     )
         write_pictures(work, mips, attributes)
     return ()
+
+
+def check_attributes(attributes: Mapping[str, Any]) -> None:
+    """Refuse a volume that does not say, or says nonsense of, its place and its values."""
+    for name, count in (("spacing", 3), ("suv_range", 2)):
+        try:
+            values = np.array(attributes[name], np.float64)
+            sound = values.shape == (count,) and bool(np.isfinite(values).all())
+        except (KeyError, ValueError, TypeError):
+            sound = False
+        if sound:
+            sound = bool((values > 0).all()) if name == "spacing" else bool(values[0] < values[1])
+        if not sound:
+            raise StudyError(f"its attribute {name!r} is missing or damaged: make the file again")
+    if attributes.get("orientation") not in ORIENTATIONS:
+        raise StudyError("its attribute 'orientation' is missing or damaged: make the file again")
 
 
 def padded(mips: np.ndarray, length: int) -> np.ndarray:

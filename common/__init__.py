@@ -1,9 +1,9 @@
 """What the scripts share. Imports run one way, from the top of this map to its bottom.
 
 running     how a stage runs
-            cli: options, logging, exit status; stage: lock, parts, resuming, atomic replacement;
-            parallel: studies over a multiprocessing.Pool; interruption: signals; machine: CPUs
-            and memory
+            cli: options, logging, exit status; stage: parts, resuming, replacement, with
+            locking and atomic_files; parallel: studies over a multiprocessing.Pool, with
+            interruption (signals) and machine (CPUs and memory)
 whole       one study from file to file
             study: raw files to three checked images, with belonging (identity, overlap) and
             header_planes (headers beside a NIfTI PET); training_study: zip to HDF5

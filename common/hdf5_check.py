@@ -6,7 +6,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-from nibabel import orientations
 from numpy.typing import NDArray
 
 from common.errors import StageError
@@ -109,6 +108,9 @@ def _shape(parameters: Mapping[str, Any]) -> Sequence[int | None]:
 def _volume_faults(
     key: str, attributes: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Any]
 ) -> Iterator[str]:
+    # Slow to load, and of no use to those who merge.
+    from nibabel import orientations
+
     for group in GROUPS:
         try:
             affine = np.array(attributes[group]["affine"], np.float64)

@@ -60,6 +60,17 @@ class TumourBurden:
     dmax_mm: float
 
 
+def bounding_box(mask: Array) -> Box | None:
+    """Return the smallest box around the voxels above 0, None if there are none."""
+    footprint = mask.max(axis=2, initial=0)
+    profiles = (footprint.max(axis=1), footprint.max(axis=0), mask.max(axis=(0, 1), initial=0))
+    occupied = [np.flatnonzero(profile > 0) for profile in profiles]
+    if not occupied[0].size:
+        return None
+    x, y, z = (slice(int(indices[0]), int(indices[-1]) + 1) for indices in occupied)
+    return x, y, z
+
+
 def label_lesions(mask: Array) -> tuple[npt.NDArray[np.int32], int]:
     """Number the 26-connected components of a mask.
 
@@ -75,7 +86,7 @@ def label_lesions(mask: Array) -> tuple[npt.NDArray[np.int32], int]:
     count : int
     """
     labels = np.zeros(mask.shape, dtype=np.int32)
-    box = _bounding_box(mask)
+    box = bounding_box(mask)
     if box is None:
         return labels, 0
     # In C order, in which the components are searched: twice as fast.
@@ -205,20 +216,9 @@ def dose_fraction(suv: Array, affine: FloatArray, weight_kg: float) -> float:
     return float(suv.sum(dtype=np.float64)) * _voxel_ml(affine) / (1000 * weight_kg)
 
 
-def _bounding_box(mask: Array) -> Box | None:
-    """The smallest box around the voxels above 0, None if there are none."""
-    footprint = mask.max(axis=2, initial=0)
-    profiles = (footprint.max(axis=1), footprint.max(axis=0), mask.max(axis=(0, 1), initial=0))
-    occupied = [np.flatnonzero(profile > 0) for profile in profiles]
-    if not occupied[0].size:
-        return None
-    x, y, z = (slice(int(indices[0]), int(indices[-1]) + 1) for indices in occupied)
-    return x, y, z
-
-
 def _lesions(mask: Array) -> Iterator[tuple[int, Box, Mask]]:
     """Each lesion's label, bounding box, and its voxels within the box."""
-    outer = _bounding_box(mask)
+    outer = bounding_box(mask)
     if outer is None:
         return
     labels, _ = label_lesions(mask[outer])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from common.lesions import label_lesions
+from common.lesions import bounding_box, label_lesions
 from common.resampling import Grid, separable
 
 LEAST_UPTAKE_SUV = 0.5
@@ -40,14 +40,11 @@ def lesion_losses(
 
 def _labelled(ids: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
     """Voxels of lesions (N, 3), and the number of each one's lesion (N,)."""
-    footprint = np.any(ids, axis=2)
-    profiles = (footprint.any(axis=1), footprint.any(axis=0), np.any(ids, axis=(0, 1)))
-    occupied = [np.flatnonzero(profile) for profile in profiles]
-    if not occupied[0].size:
+    box = bounding_box(ids)
+    if box is None:
         return np.empty((0, 3), np.intp), np.empty(0, ids.dtype)
-    box = ids[tuple(slice(indices[0], indices[-1] + 1) for indices in occupied)]
-    voxels = np.argwhere(box)
-    return voxels + [indices[0] for indices in occupied], box[tuple(voxels.T)]
+    voxels = np.argwhere(ids[box])
+    return voxels + [axis.start for axis in box], ids[box][tuple(voxels.T)]
 
 
 def _within(voxels: NDArray[np.intp], grid: Grid, other: Grid) -> NDArray[np.bool_]:

@@ -53,7 +53,7 @@ _POLL_S = 0.05
 _LOOK_S = 0.2
 _PATIENCE_S = 3.0
 _PROGRESS_EVERY_S = 60.0
-_MOST_BREAKDOWNS = 5
+_MOST_BREAKDOWNS = 3
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    # It may be gone by now.
     threading.Thread(target=_watch_parent, daemon=True).start()
 
 

@@ -7,44 +7,22 @@ part of other options or of an older version is never taken for this one's.
 """
 
 import csv
-import errno
-import fcntl
 import io
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import StageError
+from common.atomic_files import behind_links, clear_write_errors, sync, writing
+from common.locking import locked
 from common.machine import default_jobs
 from common.parallel import PROGRESS, Outcome, Task, Worker, run_apart, run_studies
 
 logger = logging.getLogger("tumorvolume")
-
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full: make room",
-    errno.EDQUOT: "the disk quota is used up: make room",
-    errno.EFBIG: "the file-size limit is reached: raise it (ulimit -f)",
-    errno.EROFS: "the file system is read-only: choose another folder",
-    errno.EACCES: "no permission to write: choose another folder",
-    errno.EPERM: "no permission to write: choose another folder",
-    errno.ENOENT: "its folder is gone: make it again",
-    errno.EEXIST: "something else has its name: move that away",
-    errno.ENOTDIR: "something else has its name: move that away",
-    errno.EIO: "the disk fails: check it",
-    errno.ESTALE: "the file server has lost it: check the server",
-}
-
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-
-_ORPHANS_END_S = 5.0
-"""Time in which the workers of a killed run have ended."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +114,7 @@ def run_stage(
     ]
     _report_plan(studies, kept, todo, finished)
 
-    with _clear_write_errors(output):
+    with clear_write_errors(output):
         if part_of:
             parts.mkdir(exist_ok=True)
     tasks = [Task(s.hash, PartTask(s.hash, s.payload, part_of[s.hash])) for s in todo]
@@ -161,7 +139,7 @@ def run_stage(
     if changed or not output.exists():
         replace_output(output, assemble, sources, lambda path: before_replacing(path, outcomes))
     else:
-        with _clear_write_errors(output):
+        with clear_write_errors(output):
             before_replacing(output, outcomes)
     if failures_of:
         _list_failures(output, failures_of, outcomes)
@@ -229,7 +207,7 @@ def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> Non
 
 def parts_folder(output: Path) -> Path:
     """Return the folder that holds finished parts while a run is under way."""
-    real = _behind_links(output)
+    real = behind_links(output)
     return real.with_name(real.name + ".parts")
 
 
@@ -240,15 +218,15 @@ def _part_name(study: Study, output: Path) -> str:
 @contextmanager
 def writing_part(part: Path) -> Iterator[Path]:
     """Yield a temporary path; what is written there becomes the finished part, or nothing does."""
-    with _writing(part, part.with_name(f"{part.name}.{os.getpid()}.tmp")) as temporary:
+    with writing(part, part.with_name(f"{part.name}.{os.getpid()}.tmp")) as temporary:
         yield temporary
 
 
 @contextmanager
 def writing_beside(path: Path) -> Iterator[Path]:
     """Yield a hidden path of the same suffix; what is written there then takes the file's place."""
-    real = _behind_links(path)
-    with _writing(real, real.with_name(f".{real.stem}.tmp{real.suffix}")) as temporary:
+    real = behind_links(path)
+    with writing(real, real.with_name(f".{real.stem}.tmp{real.suffix}")) as temporary:
         yield temporary
 
 
@@ -274,60 +252,22 @@ def replace_output(
     was. `before_replacing` is called with the path of the complete new output.
     """
     parts = parts_folder(output)
-    with _clear_write_errors(output):
+    with clear_write_errors(output):
         parts.mkdir(exist_ok=True)
-        real = _behind_links(output)
-        with _writing(real, parts / f"assembled.tmp{output.suffix}") as temporary:
+        real = behind_links(output)
+        with writing(real, parts / f"assembled.tmp{output.suffix}") as temporary:
             run_apart(_assemble, output, assemble, temporary, sources)
             before_replacing(temporary)
         # The new file is there; some file systems can't make sure of a folder.
         with suppress(OSError):
-            _sync(real.parent)
+            sync(real.parent)
 
 
 def _assemble(
     output: Path, assemble: Assemble, temporary: Path, sources: Mapping[str, Path]
 ) -> None:
-    with _clear_write_errors(output):
+    with clear_write_errors(output):
         assemble(temporary, sources)
-
-
-@contextmanager
-def _writing(path: Path, temporary: Path) -> Iterator[Path]:
-    with _clear_write_errors(path):
-        try:
-            yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _behind_links(path: Path) -> Path:
-    """Return where a file is: a link to it stays, and large temporaries go to its disk."""
-    return Path(os.path.realpath(path))
-
-
-@contextmanager
-def _clear_write_errors(path: Path) -> Iterator[None]:
-    """Turn failures to write into a `StageError` that says why."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        raise StageError(
-            f"{path.name} cannot be written: {_REMEDIES[error.errno]}, and run again; "
-            "finished studies are kept"
-        ) from error
 
 
 # --- one run at a time -----------------------------------------------------------------------
@@ -346,7 +286,7 @@ def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterat
         Another run holds it, or it cannot be created, or the file system has no locks.
     """
     parts = parts_folder(output)
-    with _held(_behind_links(output)) if lock else nullcontext():
+    with locked(behind_links(output)) if lock else nullcontext():
         if force:
             shutil.rmtree(parts, ignore_errors=True)
         for litter in parts.glob("*.tmp*"):
@@ -357,69 +297,3 @@ def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterat
         finally:
             with suppress(OSError):
                 parts.rmdir()
-
-
-@contextmanager
-def _held(output: Path) -> Iterator[None]:
-    lock = output.with_name(output.name + ".lock")
-    try:
-        descriptor = _locked(lock)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            with suppress(OSError):
-                lock.unlink()
-            raise StageError(
-                f"{lock}: the file system has no locks ({error.strerror}): see to it that no "
-                "other run writes this output, and add --no-lock"
-            ) from error
-        raise StageError(
-            f"{lock}: cannot be created ({error.strerror}): choose a folder that you may write to"
-        ) from error
-    try:
-        # Who holds it is for people to read: on a full disk the lock holds all the same.
-        with suppress(OSError):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _locked(lock: Path) -> int:
-    orphans_end = time.monotonic() + _ORPHANS_END_S
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            if _is_dead(holder) and time.monotonic() < orphans_end:
-                time.sleep(0.05)
-                continue
-            raise StageError(
-                f"{lock}: another run writes this output ({holder or 'unknown process'}): "
-                "wait for it to end"
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        # The last holder may have removed the file between our opening and locking it.
-        if lock.exists() and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-            return descriptor
-        os.close(descriptor)
-
-
-def _is_dead(holder: str) -> bool:
-    """Tell whether a killed run's workers, which share its lock, are about to end after it."""
-    words = holder.split()
-    if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdigit():
-        return False
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from common.image import Image
 from common.lesions import (
+    bounding_box,
     dose_fraction,
     isocontour,
     label_lesions,
@@ -118,8 +119,13 @@ def _oriented(image: Image, recipe: Recipe) -> Image:
 
 def number_lesions(mask: Image) -> Image:
     """Return the mask with each 26-connected lesion numbered from 1, in the smallest type."""
-    ids, count = label_lesions(mask.data)
-    return Image(ids.astype(np.min_scalar_type(count)), mask.affine)
+    box = bounding_box(mask.data)
+    if box is None:
+        return Image(np.zeros_like(mask.data, np.uint8), mask.affine)
+    labels, count = label_lesions(mask.data[box])
+    ids = np.zeros_like(mask.data, np.min_scalar_type(count))
+    ids[box] = labels
+    return Image(ids, mask.affine)
 
 
 def outline(suv: Volume, lesions: Volume, recipe: Recipe) -> tuple[Array, Array]:

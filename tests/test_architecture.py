@@ -10,7 +10,15 @@ SCRIPTS = ("createproject", "preprocessing", "mergeh5", "project_2d")
 
 # From the top down: a module imports from its own level and those below.
 LEVELS = {
-    "running": ("cli", "stage", "parallel", "interruption", "machine"),
+    "running": (
+        "cli",
+        "stage",
+        "atomic_files",
+        "locking",
+        "parallel",
+        "interruption",
+        "machine",
+    ),
     "whole": ("study", "training_study"),
     "boundary": (
         "archive",

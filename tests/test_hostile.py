@@ -648,17 +648,3 @@ def test_attributes_that_cannot_be_fail_their_study_alone(sound, tmp_path, capfd
 def set_of_keys(path: Path) -> set[str]:
     with h5py.File(path) as file:
         return set(file["image"])
-
-
-@pytest.mark.parametrize("script", ["mergeh5", "project_2d"])
-def test_loop_in_a_damaged_heap_of_strings_ends(sound, tmp_path, script):
-    """libhdf5 reads a heap of strings whose length is 0 for ever, and can't be interrupted."""
-    path = tmp_path / "in.h5"
-    content = (sound / "3d.h5").read_bytes()
-    if b"GCOL" not in content:
-        pytest.skip("no string of ours lies in such a heap")
-    start = content.index(b"GCOL") + 16
-    path.write_bytes(content[:start] + bytes(2000) + content[start + 2000 :])
-    ending = confined(lambda: MAIN[script]([str(path), "-o", str(tmp_path / "out.h5")]))
-    assert ending.status in (1, 3), ending.said
-    assert all(map(is_clear, ending.errors)), ending.said

@@ -89,10 +89,10 @@ def test_sums_are_those_of_a_voxel_by_voxel_count(seed, spacing, n):
         x, y, z = random.integers(0, (9, 7, 8))
         box = ids[x : x + 2, y : y + 2, z : z + 2]
         box[box == 0] = number
-    source, target = grid(ids.shape), grid((n, n, n), (spacing,) * 3, (0.3, 0.2, 0.1))
+    source, target = grid(ids.shape), grid((n, n, n), (spacing,) * 3, (0.31, 0.23, 0.17))
     resampled = resample_nearest(ids, source, target)
-    top = (np.array(target.shape) - 0.5) * spacing + (0.3, 0.2, 0.1)
-    bottom = np.array((0.3, 0.2, 0.1)) - spacing / 2
+    top = (np.array(target.shape) - 0.5) * spacing + (0.31, 0.23, 0.17)
+    bottom = np.array((0.31, 0.23, 0.17)) - spacing / 2
     inside = {number: [] for number in np.unique(ids[ids > 0])}
     for voxel in np.argwhere(ids):
         inside[ids[tuple(voxel)]].append(bool((voxel >= bottom).all() and (voxel <= top).all()))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,21 @@ def folder(tmp_path) -> Folder:
 
 
 @pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("tumorvolume"), "propagate", True)
-    caplog.set_level(logging.DEBUG, "tumorvolume")
-    return caplog
+def logged(monkeypatch) -> Iterator[list[logging.LogRecord]]:
+    """What is logged, whatever handlers earlier runs have left."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("tumorvolume")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    yield records
+    logger.setLevel(level)
+
+
+def text_of(records: list[logging.LogRecord]) -> str:
+    return "\n".join(record.getMessage() for record in records)
 
 
 # --- what is computed, what is kept -----------------------------------------------------------
@@ -118,12 +130,12 @@ def test_with_nothing_new_the_output_is_not_touched(folder):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_vanished_study_stays_out_and_is_named(folder, log):
+def test_a_vanished_study_stays_out_and_is_named(folder, logged):
     folder.run(studies(a="1", b="1"))
-    log.clear()
+    logged.clear()
     folder.run(studies(b="1"))
     assert folder.output.read_text() == "b 1\n"
-    [line] = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+    [line] = [record.getMessage() for record in logged if record.levelname == "WARNING"]
     assert line == "1 studies of the old output are no longer in the input and stay out: a"
 
 
@@ -144,7 +156,7 @@ def test_a_failed_and_a_skipped_study_stay_out_and_are_tried_again(folder):
         assert folder.output.read_text() == "b 1\n"
 
 
-def test_parts_of_an_interrupted_run_are_used_if_their_input_is_the_same(folder, log):
+def test_parts_of_an_interrupted_run_are_used_if_their_input_is_the_same(folder, logged):
     parts = folder.output.with_name("out.txt.parts")
     parts.mkdir()
     plan = studies(a="1", b="1", c="1")
@@ -157,7 +169,7 @@ def test_parts_of_an_interrupted_run_are_used_if_their_input_is_the_same(folder,
     assert folder.attempted == ["c"]
     assert folder.output.read_text() == "a from before\nb from before\nc 1\n"
     assert folder.left == ["out.txt"]
-    assert "resuming: 2 studies are finished already" in log.text
+    assert "resuming: 2 studies are finished already" in text_of(logged)
 
 
 def test_force_throws_parts_away(folder):
@@ -181,9 +193,9 @@ def test_litter_of_killed_workers_makes_room_at_once(folder):
 # --- what is said -----------------------------------------------------------------------------
 
 
-def test_outcomes_are_logged_by_hash(folder, log):
+def test_outcomes_are_logged_by_hash(folder, logged):
     folder.run(studies(a="fails", b="lossy", c="incomplete"))
-    said = sorted((r.levelname, r.getMessage()) for r in log.records if r.levelno >= 30)
+    said = sorted((r.levelname, r.getMessage()) for r in logged if r.levelno >= 30)
     assert said == [
         ("ERROR", "a: no weight: give one"),
         ("WARNING", "b: a lesion is lost"),
@@ -191,13 +203,13 @@ def test_outcomes_are_logged_by_hash(folder, log):
     ]
 
 
-def test_a_skip_that_is_known_is_told_quietly_unless_its_reason_is_new(folder, log):
+def test_a_skip_that_is_known_is_told_quietly_unless_its_reason_is_new(folder, logged):
     plan = studies(a="incomplete", b="1")
     folder.run(plan, known_skips={"a": "no mask"})
-    assert "WARNING" not in {record.levelname for record in log.records}
-    log.clear()
+    assert "WARNING" not in {record.levelname for record in logged}
+    logged.clear()
     folder.run(plan, known_skips={"a": "no CT"})
-    assert "WARNING" in {record.levelname for record in log.records}
+    assert "WARNING" in {record.levelname for record in logged}
 
 
 def test_failures_are_listed_while_there_are_any(folder, tmp_path):
@@ -212,7 +224,7 @@ def test_failures_are_listed_while_there_are_any(folder, tmp_path):
     assert not listed.exists()
 
 
-def test_default_jobs_follow_the_largest_study_to_compute(folder, log, monkeypatch):
+def test_default_jobs_follow_the_largest_study_to_compute(folder, logged, monkeypatch):
     asked = []
     monkeypatch.setattr(stage, "default_jobs", lambda needed: asked.append(needed) or 1)
     plan = [Study("a", "1", "x", memory_bytes=7), Study("b", "1", "x", memory_bytes=3_000_000_000)]
@@ -220,7 +232,7 @@ def test_default_jobs_follow_the_largest_study_to_compute(folder, log, monkeypat
         with exclusive(folder.output):
             run_stage(folder.output, plan, finished, work, assemble, jobs)
     assert asked == [3_000_000_000, 7]
-    assert "1 worker processes; the largest study takes about 3.0 GB" in log.text
+    assert "1 worker processes; the largest study takes about 3.0 GB" in text_of(logged)
 
 
 # --- replacing --------------------------------------------------------------------------------

@@ -1,19 +1,23 @@
 """An invented PET/CT study of real size and texture, for the benchmarks to work on.
 
 Noise, air and the table look as in real scans to what matters here: gzip, the filters of HDF5 and
-the lesion code. The same size gives the same bytes.
+the lesion code. The same size gives the same bytes. As a script, it writes a project zip::
+
+    python tests/benchmarks/standard_study.py OUT.zip standard|total-body N_STUDIES
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from common import archive
 from common.image import Image
 
-HASH = "0123456abc"
 NOISE_SLICES = 16
 
 
@@ -29,6 +33,7 @@ class Size:
 
 STANDARD = Size((512, 512, 326), (0.98, 0.98, 3.0), (400, 400, 326), (2.04, 2.04, 3.0))
 TOTAL_BODY = Size((512, 512, 1500), (0.98, 0.98, 1.3), (400, 400, 673), (1.65, 1.65, 2.9))
+SIZES = {"standard": STANDARD, "total-body": TOTAL_BODY}
 
 
 def write_project(path: Path, size: Size, n_studies: int = 1) -> None:
@@ -37,7 +42,7 @@ def write_project(path: Path, size: Size, n_studies: int = 1) -> None:
     record = {"suv": {"suv_type": "bw", "weight_kg": 75.0}}
     parts = {}
     for number in range(n_studies):
-        study_hash = f"{number:07x}{HASH[-3:]}"
+        study_hash = f"{number:07x}abc"
         parts[study_hash] = path.with_suffix(f".{number}.part")
         archive.write_part(parts[study_hash], "bench", study_hash, images, record)
     archive.assemble(path, parts, "bench")
@@ -121,3 +126,7 @@ def _image(data: np.ndarray, spacing_mm: tuple[float, float, float]) -> Image:
     affine = np.diag([*step, 1.0])
     affine[:3, 3] = -step * (np.array(data.shape) - 1) / 2
     return Image(data, affine)
+
+
+if __name__ == "__main__":
+    write_project(Path(sys.argv[1]), SIZES[sys.argv[2]], int(sys.argv[3]))

@@ -1,0 +1,58 @@
+"""Processes run to their end, and what they took."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished process: seconds passed, seconds of processor, peak memory [GB]."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_gb: float
+
+
+def run_python(script: Path, *arguments: object) -> Run:
+    """Run a script with one BLAS thread; the peak is that of its largest process."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return run(command)
+
+
+def run(command: Sequence[str]) -> Run:
+    """Run a command; ends this process where that fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **ONE_THREAD})
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{command} ended with status {process.returncode}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
+
+
+def median(runs: Sequence[Run]) -> Run:
+    """Return medians of the times, and the highest peak."""
+    return Run(
+        statistics.median(run.seconds for run in runs),
+        statistics.median(run.cpu_seconds for run in runs),
+        max(run.peak_gb for run in runs),
+    )
+
+
+def print_comparison(plain: Run, ours: Run, script: str, way: str) -> None:
+    """Print both ways in a table, and by how much ours is faster."""
+    print(f"  {'':36}{'time [s]':>10}{'CPU [s]':>10}{'peak [GB]':>11}")
+    for name, result in ((way, plain), (script, ours)):
+        print(f"  {name:36}{result.seconds:10.2f}{result.cpu_seconds:10.2f}{result.peak_gb:11.2f}")
+    ratios = plain.seconds / ours.seconds, plain.cpu_seconds / ours.cpu_seconds
+    print(f"  {'ratio':36}{ratios[0]:10.1f}{ratios[1]:10.1f}")
