@@ -17,7 +17,7 @@ from typing import Any
 from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
 from common.errors import StageError
 from common.hashing import DEFAULT_LENGTHS
-from common.parallel import Outcome, Status
+from common.parallel import Outcome, Status, check_apart
 
 EXAMPLES = """
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5
@@ -111,6 +111,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def merge(options: argparse.Namespace) -> list[Outcome]:
     """Check the inputs, write the merged file, and the splits if asked for."""
     with stage.exclusive(options.output, force=options.force, lock=options.lock):
+        check_apart(hdf5.read_all_attributes, options.inputs)
         parameters = merged_parameters(options.inputs, options.allow_mixed)
         sources = chosen_sources(options.inputs, options.on_duplicate)
         if not options.force and is_merged_already(options, sources, parameters):
@@ -221,6 +222,7 @@ def verify(options: argparse.Namespace) -> list[Outcome]:
     outcomes, unreadable = [], 0
     for path in options.inputs:
         try:
+            check_apart(hdf5.read_all_attributes, [path])
             checked = [(key, "; ".join(faults)) for key, faults in hdf5_check.check_file(path)]
         except StageError as error:
             logger.error("%s", error)

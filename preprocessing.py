@@ -8,7 +8,6 @@ isocontour of the mask taken, and CT and PET normalised to [0, 1]. The file hold
 
 import argparse
 import functools
-import itertools
 import json
 import logging
 import math
@@ -17,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import archive, cli, hdf5, hdf5_assembly, hdf5_chunks, report, stage
+from common import archive, cli, hdf5, hdf5_assembly, hdf5_chunks, stage
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.lesion_table import lesion_table
 from common.nifti import write_nifti_file
-from common.parallel import PROGRESS, Outcome, Task, run_studies
+from common.parallel import PROGRESS, Outcome
 from common.training_study import Laps, place_study, write_study
 from common.volumes import ORIENTATIONS, Recipe
 
@@ -233,7 +232,10 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         if options.measures is not None:
             write_measures(options.measures, options.output)
         if options.report is not None:
-            write_report(options, outcomes)
+            # Slow to load, and only for those who ask for it.
+            from common.report_cards import write_report
+
+            write_report(options.report, options.output, outcomes, options.jobs, cli.SOFTWARE)
     return outcomes
 
 
@@ -334,57 +336,6 @@ def write_measures(path: Path, studies_file: Path) -> None:
         (key, projects[key], json.loads(measures[key]), json.loads(warnings[key])) for key in keys
     )
     stage.write_beside(path, table)
-
-
-# --- the page to look at ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a worker needs to render one study's card: the HDF5 file, and where the card goes."""
-
-    studies_file: Path
-    key: str
-    path: Path
-
-
-def write_report(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
-    """Write the page; one that shows just these studies already is left as it is."""
-    keys = hdf5.read_keys(options.output)
-    digests = hdf5_assembly.read_digests(dict.fromkeys(keys, options.output))
-    absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
-    listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
-    mark = fingerprint([cli.SOFTWARE, digests, listed])
-    if report.mark_of(options.report) == mark:
-        return
-    folder = stage.parts_folder(options.output) / "cards"
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = [Task(key, Card(options.output, key, folder / f"{key}.html")) for key in keys]
-    rendered = run_studies(render_card, tasks, options.jobs)
-    absent += [outcome for outcome in rendered if outcome.status != "written"]
-    shown = [task.payload.path for task in tasks if task.payload.path.exists()]
-    cards = itertools.chain(
-        (report.failed_card(o.hash, o.status, o.reason).encode() for o in absent),
-        (path.read_bytes() for path in shown),
-    )
-    with stage.writing_beside(options.report) as temporary, open(temporary, "wb") as stream:
-        report.write_page(stream, options.output.stem, mark, cards)
-
-
-def render_card(card: Card) -> Sequence[str]:
-    """Render one study of an HDF5 file."""
-    image, attributes = hdf5.read_dataset(card.studies_file, "image", card.key)
-    mask, _ = hdf5.read_dataset(card.studies_file, "mask", card.key)
-    mask_iso, _ = hdf5.read_dataset(card.studies_file, "mask_iso", card.key)
-    measures, provenance, warnings = (
-        json.loads(attributes[name]) for name in ("measures", "suv", "warnings")
-    )
-    card.path.write_text(
-        report.study_card(
-            card.key, image, mask, mask_iso, attributes, measures, provenance, warnings
-        )
-    )
-    return ()
 
 
 if __name__ == "__main__":

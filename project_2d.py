@@ -23,7 +23,7 @@ import numpy as np
 from common import cli, hdf5, hdf5_assembly, hdf5_chunks, pictures, stage
 from common.errors import StageError, StudyError
 from common.hashing import fingerprint
-from common.parallel import Outcome
+from common.parallel import Outcome, check_apart
 from common.projection import angle_name, image_mips, mask_mips, projection_angles
 from common.volumes import ORIENTATIONS
 
@@ -131,6 +131,7 @@ def csv_path(output: Path) -> Path:
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
     with stage.exclusive(options.output, force=options.force, lock=options.lock):
+        check_apart(hdf5.read_all_attributes, [options.input])
         source = hdf5.read_parameters(options.input)
         if "angles" in source:
             raise StageError(f"{options.input}: holds projections already: give a 3D file")
@@ -283,7 +284,7 @@ def check_attributes(attributes: Mapping[str, Any]) -> None:
             sound = bool((values > 0).all()) if name == "spacing" else bool(values[0] < values[1])
         if not sound:
             raise StudyError(f"its attribute {name!r} is missing or damaged: make the file again")
-    if attributes.get("orientation") not in ORIENTATIONS:
+    if str(attributes.get("orientation")) not in ORIENTATIONS:
         raise StudyError("its attribute 'orientation' is missing or damaged: make the file again")
 
 

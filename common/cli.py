@@ -19,7 +19,7 @@ import tqdm
 
 from common.errors import StageError
 from common.hashing import fingerprint
-from common.interruption import Interrupted, interruptible
+from common.interruption import interruptible
 from common.machine import available_cpus
 from common.parallel import PROGRESS, Outcome, traceback_without_text
 
@@ -190,16 +190,17 @@ def run(
     except OSError as error:
         print(f"error: --log-file {options.log_file}: {error.strerror}", file=sys.stderr)
         return WRONG_ARGUMENTS
-    with interruptible(), _quiet_python():
-        try:
-            return _run(options, stage, closing or closing_line)
-        except Interrupted as error:
-            terminated = error.signal_number == signal.SIGTERM
-            logger.error(
-                "%s: finished studies are kept, the same command goes on from there",
-                "terminated" if terminated else "interrupted",
-            )
-            return TERMINATED if terminated else INTERRUPTED
+    with _quiet_python():
+        return interruptible(lambda: _run(options, stage, closing or closing_line), _interrupted)
+
+
+def _interrupted(signal_number: int) -> int:
+    terminated = signal_number == signal.SIGTERM
+    logger.error(
+        "%s: finished studies are kept, the same command goes on from there",
+        "terminated" if terminated else "interrupted",
+    )
+    return TERMINATED if terminated else INTERRUPTED
 
 
 def _run(

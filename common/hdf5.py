@@ -12,6 +12,7 @@ In a stacked 2D file ``image``, ``mask`` and ``mask_iso`` are datasets, (N, 2, X
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,9 @@ ATTRIBUTES_DIGEST = "attributes_sha256"
 
 _FORMAT = ("v108", "v108")
 """Bounds of the file format: every HDF5 since 2008 reads it, attributes may exceed 64 KiB."""
+
+_ATTRIBUTE_CPU_S = 2
+"""What reading one attribute may take; it takes a millisecond."""
 
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 """What h5py raises, and what follows, where a file is damaged or holds something else."""
@@ -89,6 +93,25 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         ) from error
 
 
+def read_all_attributes(path: Path) -> None:
+    """Read every attribute of a file; to be called in a process of its own.
+
+    In a damaged heap of strings libhdf5 may read for ever, and nothing interrupts it: the kernel
+    ends a process that spends seconds of CPU on one attribute.
+    """
+    try:
+        with open_file(path) as file:
+            holders = [file]
+            for group in file.values():
+                holders += group.values() if isinstance(group, h5py.Group) else [group]
+            for holder in holders:
+                for name in holder.attrs:
+                    signal.setitimer(signal.ITIMER_PROF, _ATTRIBUTE_CPU_S)
+                    holder.attrs[name]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 def read_keys(path: Path) -> list[str]:
     """Return the keys of a file of studies in order."""
     with open_studies(path) as file:
@@ -128,22 +151,31 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def read_dataset(path: Path, group: str, key: str) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Return one dataset and its attributes, verified against its digest.
+    """Return one dataset and its attributes, verified against their digests.
 
     Raises
     ------
     StudyError
-        Damaged chunks, or values that differ from the digest kept with them.
+        Damaged chunks, or values or attributes that differ from the digests kept with them.
     """
     with open_studies(path) as file:
         try:
             array, attributes = file[group][key][()], all_attributes(file[group][key])
         except DAMAGE as error:
             raise StudyError(f"{group} is damaged in the HDF5 file: make the file again") from error
-    digest = attributes.get("sha256")
-    if digest is not None and digest != array_digest(array):
+    if not (_holds(attributes, "sha256", array_digest(array)) and sound_attributes(attributes)):
         raise StudyError(f"{group} is damaged in the HDF5 file (checksum): make the file again")
     return array, attributes
+
+
+def sound_attributes(attributes: Mapping[str, Any]) -> bool:
+    """Whether attributes agree with their digest, if they have one."""
+    others = {name: value for name, value in attributes.items() if name != ATTRIBUTES_DIGEST}
+    return _holds(attributes, ATTRIBUTES_DIGEST, fingerprint(others))
+
+
+def _holds(attributes: Mapping[str, Any], name: str, digest: str) -> bool:
+    return bool(attributes.get(name, digest) == digest)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -178,6 +210,8 @@ def all_attributes(dataset: h5py.Dataset) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Return the value of an attribute as a string, a number, or a list of those."""
+    if isinstance(value, h5py.Empty):
+        return None
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, np.ndarray | np.generic):

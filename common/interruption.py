@@ -31,11 +31,11 @@ class Interrupted(BaseException):
         self.signal_number = signal_number
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` at the first SIGINT or SIGTERM in the body; further ones do nothing.
+def interruptible(run: Callable[[], int], when_interrupted: Callable[[int], int]) -> int:
+    """Return what `run` returns, or, after a first SIGINT or SIGTERM, `when_interrupted(signal)`.
 
-    The run is ending already then, and must not be kept from tidying up.
+    `run` is left by `Interrupted`. Further signals do nothing: it is ending already then, and must
+    not be kept from tidying up.
     """
     global _held, _pending
     _held, _pending = False, None
@@ -51,12 +51,17 @@ def interruptible() -> Iterator[None]:
             raise Interrupted(number)
 
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number, handler in previous.items():
-        # A shell has background jobs ignore Ctrl-C.
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, end)
     try:
-        yield
+        for number, handler in previous.items():
+            # A shell has background jobs ignore Ctrl-C.
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, end)
+        status = run()
+        # What comes now comes too late.
+        _held = True
+        return status
+    except Interrupted as error:
+        return when_interrupted(error.signal_number)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
-from scipy.spatial.distance import pdist
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -192,7 +191,10 @@ def tumour_burden(lesions: Sequence[Lesion]) -> TumourBurden:
         tlg_g=math.fsum(lesion.tlg_g for lesion in lesions),
         iso_tmtv_ml=math.fsum(lesion.iso_mtv_ml for lesion in lesions),
         iso_tlg_g=math.fsum(lesion.iso_tlg_g for lesion in lesions),
-        dmax_mm=float(pdist(centroids_mm).max(initial=0)),
+        dmax_mm=max(
+            (float(np.linalg.norm(centroids_mm - one, axis=1).max()) for one in centroids_mm),
+            default=0.0,
+        ),
     )
 
 

@@ -85,11 +85,13 @@ def _merged(
     resampled_ids: NDArray[np.integer],
     target: Grid,
 ) -> Iterator[str]:
-    components = label_lesions(resampled_ids)[0][tuple(voxels.T)]
-    pairs = np.unique(np.stack([components, ids]), axis=1)
-    merged = np.flatnonzero(np.bincount(pairs[0]) > 1)
+    components, count = label_lesions(resampled_ids)
+    components = components[tuple(voxels.T)]
+    pairs = np.unique(np.int64(count + 1) * ids + components)
+    lesions_in = np.bincount(pairs % (count + 1))
+    merged = np.flatnonzero(lesions_in > 1)
     if merged.size:
-        n_lesions = np.isin(pairs[0], merged).sum()
+        n_lesions = lesions_in[merged].sum()
         volume_ml = np.isin(components, merged).sum() * target.voxel_ml
         yield (
             f"{n_lesions} lesions of {volume_ml:.2f} ml merge into {len(merged)} by resampling: "
@@ -117,7 +119,7 @@ def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[str
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in pet.shape], indexing="ij"))
     if _within(corners.reshape(3, -1).T, pet, ct).all():
         return []
-    uncovered = _uncovered_voxels(suv >= LEAST_UPTAKE_SUV, pet, ct)
+    uncovered = _uncovered_voxels(suv, pet, ct)
     if not uncovered:
         return []
     return [
@@ -126,14 +128,17 @@ def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[str
     ]
 
 
-def _uncovered_voxels(bright: NDArray[np.bool_], pet: Grid, ct: Grid) -> int:
-    if separable(pet, ct):
-        return int(np.count_nonzero(bright) - np.count_nonzero(bright[_covered_box(pet, ct)]))
+def _uncovered_voxels(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> int:
+    box = _covered_box(pet, ct) if separable(pet, ct) else None
     uncovered = 0
     for z in range(pet.shape[2]):
-        x, y = np.nonzero(bright[..., z])
-        voxels = np.stack([x, y, np.full_like(x, z)], axis=1)
-        uncovered += int(np.count_nonzero(~_within(voxels, pet, ct)))
+        bright = suv[..., z] >= LEAST_UPTAKE_SUV
+        if box is None:
+            x, y = np.nonzero(bright)
+            covered = _within(np.stack([x, y, np.full_like(x, z)], axis=1), pet, ct)
+        else:
+            covered = bright[box[:2]] if box[2].start <= z < box[2].stop else bright[:0]
+        uncovered += int(np.count_nonzero(bright) - np.count_nonzero(covered))
     return uncovered
 
 
@@ -145,5 +150,5 @@ def _covered_box(pet: Grid, ct: Grid) -> tuple[slice, ...]:
         ct_axis = np.abs(to_ct[:3, axis]).argmax()
         there = to_ct[ct_axis, axis] * np.arange(n) + to_ct[ct_axis, 3]
         covered = np.flatnonzero((there >= -0.5) & (there <= ct.shape[ct_axis] - 0.5))
-        box.append(slice(covered[0], covered[-1] + 1) if covered.size else slice(0))
+        box.append(slice(covered[0], covered[-1] + 1) if covered.size else slice(0, 0))
     return tuple(box)

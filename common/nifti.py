@@ -286,10 +286,13 @@ def _read_voxels(
     block = np.empty(min(flat.size, _BLOCK_VOXELS), stored)
     for start in range(0, flat.size, block.size):
         values = flat[start : start + block.size]
-        raw = block[: values.size]
+        raw = values if values.dtype == stored and not scaled else block[: values.size]
         _fill(raw.view(np.uint8).data, stream, role)
-        with np.errstate(over="ignore", invalid="ignore"):
-            values[...] = np.multiply(raw, slope, dtype=np.float64) + intercept if scaled else raw
+        if raw is not values:
+            with np.errstate(over="ignore", invalid="ignore"):
+                values[...] = (
+                    np.multiply(raw, slope, dtype=np.float64) + intercept if scaled else raw
+                )
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise StudyError(
                 f"the {role} holds values that are not finite (NaN or inf): export it again"

@@ -8,6 +8,7 @@ and the others go on.
 """
 
 import ctypes
+import functools
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Literal
 
 import threadpoolctl
@@ -122,14 +124,32 @@ def run_apart(function: Callable[..., None], *arguments: Any) -> None:
     StageError
         Raised by the function, or it failed otherwise, or its process was killed.
     """
-    with closing(_run_in_pool(_apply, [Task("", (function, arguments))], 1)) as results:
+    for outcome in _outcomes_apart(function, [Task("", arguments)]):
+        if outcome.status != "written":
+            raise StageError(outcome.reason)
+
+
+def check_apart(check: Callable[[Path], None], paths: Sequence[Path]) -> None:
+    """Call a function with each path in a worker process, so that its crash is an error here.
+
+    Raises
+    ------
+    StageError
+        Raised by the function, or, naming the path, its process was killed.
+    """
+    for outcome in _outcomes_apart(check, [Task(str(path), (path,)) for path in paths]):
+        if outcome.status != "written":
+            raise StageError(f"{outcome.hash}: {outcome.reason}")
+
+
+def _outcomes_apart(function: Callable[..., None], calls: Sequence[Task]) -> Generator[Outcome]:
+    worker = functools.partial(_apply, function)
+    with closing(_run_in_pool(worker, calls, 1)) as results:
         for _, outcome in results:
-            if outcome.status != "written":
-                raise StageError(outcome.reason)
+            yield outcome
 
 
-def _apply(call: tuple[Callable[..., None], Sequence[Any]]) -> Sequence[str]:
-    function, arguments = call
+def _apply(function: Callable[..., None], arguments: Sequence[Any]) -> Sequence[str]:
     function(*arguments)
     return ()
 
@@ -301,6 +321,8 @@ def _until_breakdown(
 def _killed(task: Task, process: BaseProcess | None) -> Outcome:
     # One that was born and died between two looks is not known.
     code = process.exitcode if process is not None else None
+    if code == -signal.SIGPROF:
+        return Outcome(task.hash, "failed", "reading it never ends, it is damaged: make it again")
     cause = "" if code is None else f" (signal {-code})" if code < 0 else " (it ended by itself)"
     hint = ", probably for want of memory: use fewer --jobs" if code == -9 else ": report it"
     return Outcome(task.hash, "failed", f"the worker process was killed{cause}{hint}")

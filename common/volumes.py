@@ -129,8 +129,8 @@ def number_lesions(mask: Image) -> Image:
 
 
 def outline(suv: Volume, lesions: Volume, recipe: Recipe) -> tuple[Array, Array]:
-    """Return mask and isocontour on the target grid, both uint8."""
-    mask = (lesions.data > 0).view(np.uint8)
+    """Return mask and isocontour on the target grid, both uint8 in C order."""
+    mask = np.greater(lesions.data, 0, order="C").view(np.uint8)
     contour = isocontour(suv.data, mask, recipe.iso_threshold, recipe.iso_suv)
     return mask, contour.view(np.uint8)
 
@@ -156,9 +156,15 @@ def half_precision(values: NDArray[np.float32]) -> NDArray[np.float16]:
     PET has in air. Those are multiples of 2**-24 in float16, and so they are when 0.5 is added.
     """
     bits = values.view(np.int32)
-    rounded = (bits >> 13 & 1) + bits + (0xFFF - (112 << 23)) >> 13
-    tiny = (values + np.float32(0.5)).view(np.int32) - np.float32(0.5).view(np.int32)
-    return np.where(values < np.float32(2**-14), tiny, rounded).astype(np.uint16).view(np.float16)
+    rounded = bits >> 13
+    rounded &= 1
+    rounded += bits
+    rounded += 0xFFF - (112 << 23)
+    rounded >>= 13
+    half = np.float32(0.5)
+    tiny = (values + half).view(np.int32) - half.view(np.int32)
+    np.copyto(rounded, tiny, where=values < np.float32(2**-14))
+    return rounded.astype(np.uint16).view(np.float16)
 
 
 def losses(
@@ -177,7 +183,8 @@ def measures(pet: Image, lesions: Image, weight_kg: float | None, recipe: Recipe
 
     ``dose_fraction`` is null where the body weight is unknown.
     """
-    mask = resample_nearest(lesions.data, lesions.grid, pet.grid)
+    same_grid = lesions.grid == pet.grid
+    mask = lesions.data if same_grid else resample_nearest(lesions.data, lesions.grid, pet.grid)
     found = measure_lesions(pet.data, mask, pet.affine, recipe.iso_threshold, recipe.iso_suv)
     fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
     return {

@@ -16,6 +16,7 @@ LEVELS = {
         "atomic_files",
         "locking",
         "parallel",
+        "report_cards",
         "interruption",
         "machine",
     ),

@@ -627,7 +627,7 @@ def test_projections_are_not_projected_again(sound, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("attribute", ["spacing", "project", "suv_range", "orientation", "affine"])
-@pytest.mark.parametrize("value", [None, "x", -1.0, float("nan")])
+@pytest.mark.parametrize("value", [None, "x", -1.0, float("nan"), [1.0, 2.0]], ids=str)
 def test_attributes_that_cannot_be_fail_their_study_alone(sound, tmp_path, capfd, attribute, value):
     path = tmp_path / "in.h5"
     shutil.copy(sound / "3d.h5", path)
@@ -648,3 +648,17 @@ def test_attributes_that_cannot_be_fail_their_study_alone(sound, tmp_path, capfd
 def set_of_keys(path: Path) -> set[str]:
     with h5py.File(path) as file:
         return set(file["image"])
+
+
+@pytest.mark.parametrize("command", ["mergeh5 -o", "mergeh5 --verify", "project_2d -o"])
+def test_loop_in_a_damaged_heap_of_strings_ends(sound, tmp_path, command):
+    """libhdf5 reads a heap of strings whose length is 0 for ever, and can't be interrupted."""
+    path = tmp_path / "in.h5"
+    content = (sound / "3d.h5").read_bytes()
+    start = content.index(b"GCOL") + 16
+    path.write_bytes(content[:start] + bytes(2000) + content[start + 2000 :])
+    script, option = command.split()
+    output = [str(tmp_path / "out.h5")] if option == "-o" else []
+    ending = confined(lambda: MAIN[script]([str(path), option, *output]))
+    assert ending.status == 1, ending.said
+    assert all(map(is_clear, ending.errors)), ending.said

@@ -1,0 +1,77 @@
+"""The quality-control page of an HDF5 file: a card a study, each rendered by a worker."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import hdf5, hdf5_assembly, report, stage
+from common.hashing import fingerprint
+from common.parallel import Outcome, Task, run_studies
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a worker needs to render one study's card: the HDF5 file, and where the card goes."""
+
+    studies_file: Path
+    key: str
+    path: Path
+
+
+def write_report(
+    path: Path,
+    studies_file: Path,
+    outcomes: Sequence[Outcome],
+    jobs: int | None,
+    software: str,
+) -> None:
+    """Write the page; one that shows just these studies already is left as it is.
+
+    Parameters
+    ----------
+    path, studies_file : Path
+        The page, and the HDF5 file that it shows.
+    outcomes : sequence of Outcome
+        Of the run that made the file: who is not in it is told with the reason.
+    jobs : int, optional
+        Worker processes.
+    software : str
+        Another version's page is made anew.
+    """
+    keys = hdf5.read_keys(studies_file)
+    digests = hdf5_assembly.read_digests(dict.fromkeys(keys, studies_file))
+    absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
+    listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
+    mark = fingerprint([software, digests, listed])
+    if report.mark_of(path) == mark:
+        return
+    folder = stage.parts_folder(studies_file) / "cards"
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in keys]
+    rendered = run_studies(render_card, tasks, jobs)
+    absent += [outcome for outcome in rendered if outcome.status != "written"]
+    shown = [task.payload.path for task in tasks if task.payload.path.exists()]
+    cards = itertools.chain(
+        (report.failed_card(o.hash, o.status, o.reason).encode() for o in absent),
+        (card.read_bytes() for card in shown),
+    )
+    with stage.writing_beside(path) as temporary, open(temporary, "wb") as stream:
+        report.write_page(stream, studies_file.stem, mark, cards)
+
+
+def render_card(card: Card) -> Sequence[str]:
+    """Render one study of an HDF5 file."""
+    image, attributes = hdf5.read_dataset(card.studies_file, "image", card.key)
+    mask, _ = hdf5.read_dataset(card.studies_file, "mask", card.key)
+    mask_iso, _ = hdf5.read_dataset(card.studies_file, "mask_iso", card.key)
+    measures, provenance, warnings = (
+        json.loads(attributes[name]) for name in ("measures", "suv", "warnings")
+    )
+    card.path.write_text(
+        report.study_card(
+            card.key, image, mask, mask_iso, attributes, measures, provenance, warnings
+        )
+    )
+    return ()
