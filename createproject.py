@@ -23,10 +23,11 @@ from common import archive, cli, mapping, raw_project, roles, stage
 from common.candidates import ROLE_NAMES, Patterns
 from common.errors import IncompleteStudy, StageError, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint, pseudonym
-from common.parallel import Outcome, Status, Task, run_studies
+from common.parallel import run_studies
 from common.raw_project import StudyFolder
 from common.study import Conversion, plan_study, read_study
 from common.suv import SUV_UNITS
+from common.worker import Outcome, Status, Task
 
 EXAMPLES = """
   python createproject.py RAW_PROJECT -o project.zip

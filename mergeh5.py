@@ -17,7 +17,8 @@ from typing import Any
 from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
 from common.errors import StageError
 from common.hashing import DEFAULT_LENGTHS
-from common.parallel import Outcome, Status, check_apart
+from common.parallel import check_apart
+from common.worker import Outcome, Status
 
 EXAMPLES = """
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5

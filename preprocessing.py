@@ -21,9 +21,10 @@ from common.errors import StageError
 from common.hashing import fingerprint
 from common.lesion_table import lesion_table
 from common.nifti import write_nifti_file
-from common.parallel import PROGRESS, Outcome
+from common.progress import PROGRESS
 from common.training_study import Laps, place_study, write_study
 from common.volumes import ORIENTATIONS, Recipe
+from common.worker import Outcome
 
 EXAMPLES = """
   python preprocessing.py project.zip -o project_3d.h5

@@ -23,9 +23,10 @@ import numpy as np
 from common import cli, hdf5, hdf5_assembly, hdf5_chunks, pictures, stage
 from common.errors import StageError, StudyError
 from common.hashing import fingerprint
-from common.parallel import Outcome, check_apart
+from common.parallel import check_apart
 from common.projection import angle_name, image_mips, mask_mips, projection_angles
 from common.volumes import ORIENTATIONS
+from common.worker import Outcome
 
 EXAMPLES = """
   python project_2d.py all_3d.h5 -o all_2d.h5

@@ -21,7 +21,8 @@ from common.errors import StageError
 from common.hashing import fingerprint
 from common.interruption import interruptible
 from common.machine import available_cpus
-from common.parallel import PROGRESS, Outcome, traceback_without_text
+from common.progress import PROGRESS
+from common.worker import Outcome, traceback_without_text
 
 VERSION = "1.0.0"
 SOFTWARE = f"tumorvolume {VERSION}"

@@ -1,10 +1,8 @@
 """Fan-out of studies over a multiprocessing.Pool, with progress and without a way to hang.
 
-A worker function is module-level, takes one study's task and returns its warnings; all that it
-makes it writes itself. It always runs in a worker process, for one job too: a decoder that
-crashes, or the kernel out of memory, takes one study along and not the run. What a Pool alone
-does not do is added here: a worker that is killed is noticed, its study fails with that reason,
-and the others go on.
+A worker always runs in a worker process, for one job too: a decoder that crashes, or the kernel
+out of memory, takes one study along and not the run. What a Pool alone does not do is added
+here: a worker that is killed is noticed, its study fails with that reason, and the others go on.
 """
 
 import ctypes
@@ -16,32 +14,23 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import threadpoolctl
-import tqdm
 
-from common.errors import IncompleteStudy, StageError, StudyError
+from common.errors import StageError
 from common.interruption import uninterrupted
 from common.machine import default_jobs
+from common.progress import progress
+from common.worker import Line, Outcome, Task, Worker, attempt, keep_log_lines, say_nothing
 
 logger = logging.getLogger("tumorvolume")
-
-PROGRESS = logging.WARNING - 5
-"""Level of progress lines: shown by default, not with --quiet."""
-
-Status = Literal["written", "unchanged", "skipped", "failed"]
-Worker = Callable[[Any], Sequence[str]]
-Line = tuple[int, str]
-"""Level and text of a log line that a worker leaves to its parent to write."""
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 """Pinned, since Python's default varies. A fork starts in milliseconds, for one study too and
@@ -54,38 +43,7 @@ _CONTEXT = multiprocessing.get_context(START_METHOD)
 _POLL_S = 0.05
 _LOOK_S = 0.2
 _PATIENCE_S = 3.0
-_PROGRESS_EVERY_S = 60.0
 _MOST_BREAKDOWNS = 3
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one study ended.
-
-    Attributes
-    ----------
-    hash : str
-    status : "written", "unchanged", "skipped" or "failed"
-    reason : str
-        Why it was skipped or failed.
-    warnings : tuple of str
-    private : str
-        More on the reason, for the private mapping alone.
-    """
-
-    hash: str
-    status: Status
-    reason: str = ""
-    warnings: tuple[str, ...] = ()
-    private: str = ""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One study's work: the hash it is known by and what its worker needs (picklable)."""
-
-    hash: str
-    payload: Any
 
 
 def run_studies(
@@ -106,7 +64,7 @@ def run_studies(
     """
     outcomes: dict[int, Outcome] = {}
     with (
-        _progress(len(tasks)) as advance,
+        progress(len(tasks)) as advance,
         closing(_run_in_pool(worker, tasks, jobs or default_jobs(0))) as results,
     ):
         for index, outcome in results:
@@ -154,49 +112,22 @@ def _apply(function: Callable[..., None], arguments: Sequence[Any]) -> Sequence[
     return ()
 
 
-def _attempt(worker: Worker, task: Task) -> Outcome:
-    try:
-        return Outcome(task.hash, "written", warnings=tuple(worker(task.payload)))
-    except IncompleteStudy as error:
-        return Outcome(task.hash, "skipped", str(error), private=error.private)
-    except StudyError as error:
-        return Outcome(task.hash, "failed", str(error), private=error.private)
-    except StageError:
-        raise
-    except MemoryError:
-        return Outcome(task.hash, "failed", "not enough memory: use fewer --jobs")
-    except Exception as error:
-        logger.debug("%s: %s", task.hash, traceback_without_text(error))
-        return Outcome(
-            task.hash,
-            "failed",
-            f"unexpected {type(error).__name__}: run this study again with --debug and report it",
-        )
-
-
-def traceback_without_text(error: BaseException) -> str:
-    """Return where an error and what led to it arose; their texts may quote a header or a path."""
-    cause = error.__cause__ or error.__context__
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    here = f"Traceback (most recent call last):\n{frames}{type(error).__name__}"
-    return here if cause is None else f"{traceback_without_text(cause)}, which led to:\n{here}"
-
-
 # --- in a worker process ---------------------------------------------------------------------
 
 _worker: Worker
 _running: Any
 """Shared array: the process that runs each task, 0 before and -1 after."""
-_lines: list[Line] = []
+_lines: list[Line]
 
 
 def _initialise(worker: Worker, running: Any) -> None:
-    global _worker, _running
+    global _worker, _running, _lines
     _worker, _running = worker, running
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _end_with_parent()
-    _say_nothing()
+    say_nothing()
+    _lines = keep_log_lines()
     threadpoolctl.threadpool_limits(1)
 
 
@@ -216,25 +147,6 @@ def _watch_parent() -> None:
         os._exit(1)
 
 
-def _say_nothing() -> None:
-    """Leave log lines to the parent, and silence libraries, which may quote header values.
-
-    The parent writes them with the outcome; a worker that is killed while it writes would leave
-    half a line, or a lock held.
-    """
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
-    for descriptor in (1, 2):
-        os.dup2(sys.stdout.fileno(), descriptor)
-    logger.handlers = [_KeepingHandler()]
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-
-
-class _KeepingHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        _lines.append((record.levelno, record.getMessage()))
-
-
 def _attempt_in_worker(
     numbered: tuple[int, Task],
 ) -> tuple[int, Outcome | StageError, list[Line]]:
@@ -243,7 +155,7 @@ def _attempt_in_worker(
     _running[index] = os.getpid()
     outcome: Outcome | StageError
     try:
-        outcome = _attempt(_worker, task)
+        outcome = attempt(_worker, task)
     except StageError as error:
         outcome = error
     # Not in a `finally`: a worker that exits in the middle has not ended its task.
@@ -350,31 +262,3 @@ def _pool(worker: Worker, n_tasks: int, n_workers: int) -> Iterator[tuple[Pool, 
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         ending.join(timeout=0.5)
-
-
-# --- progress --------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[Outcome], None]]:
-    """Yield what to call with each outcome: a bar on a terminal, sparse plain lines elsewhere."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        tqdm.tqdm.monitor_interval = 0
-        with tqdm.tqdm(total=total, unit="study", disable=total == 0) as bar:
-            yield lambda outcome: bar.update()
-    else:
-        yield _plain_lines(total)
-
-
-def _plain_lines(total: int) -> Callable[[Outcome], None]:
-    done, failed, last = 0, 0, time.monotonic()
-
-    def advance(outcome: Outcome) -> None:
-        nonlocal done, failed, last
-        done += 1
-        failed += outcome.status == "failed"
-        if done < total and time.monotonic() - last >= _PROGRESS_EVERY_S:
-            last = time.monotonic()
-            logger.log(PROGRESS, "%d of %d studies done, %d failed", done, total, failed)
-
-    return advance

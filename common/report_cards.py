@@ -8,7 +8,8 @@ from pathlib import Path
 
 from common import hdf5, hdf5_assembly, report, stage
 from common.hashing import fingerprint
-from common.parallel import Outcome, Task, run_studies
+from common.parallel import run_studies
+from common.worker import Outcome, Task
 
 
 @dataclass(frozen=True)

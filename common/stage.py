@@ -20,7 +20,9 @@ from typing import Any
 from common.atomic_files import behind_links, clear_write_errors, sync, writing
 from common.locking import locked
 from common.machine import default_jobs
-from common.parallel import PROGRESS, Outcome, Task, Worker, run_apart, run_studies
+from common.parallel import run_apart, run_studies
+from common.progress import PROGRESS
+from common.worker import Outcome, Task, Worker
 
 logger = logging.getLogger("tumorvolume")
 

@@ -16,6 +16,8 @@ LEVELS = {
         "atomic_files",
         "locking",
         "parallel",
+        "progress",
+        "worker",
         "report_cards",
         "interruption",
         "machine",
@@ -89,7 +91,7 @@ FORMAT_LIBRARY = {
     "PIL": {"pictures", "report"},
     "jinja2": {"report"},
     "multiprocessing": {"parallel"},
-    "tqdm": {"parallel", "cli"},
+    "tqdm": {"progress", "cli"},
     "argparse": {"cli"},
 }
 

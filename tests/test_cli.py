@@ -17,7 +17,8 @@ import pytest
 from common import cli
 from common.errors import StageError
 from common.interruption import uninterrupted
-from common.parallel import PROGRESS, Outcome
+from common.progress import PROGRESS
+from common.worker import Outcome
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("createproject", "preprocessing", "mergeh5", "project_2d")
@@ -62,7 +63,7 @@ import sys, logging, os
 from pathlib import Path
 from common import cli
 from common.errors import StageError
-from common.parallel import Outcome
+from common.worker import Outcome
 parser = cli.parser("Does it.", "  python script.py")
 parser.add_argument("-o", "--output", type=Path, default=Path("out.h5"))
 cli.add_run_options(parser)
@@ -277,7 +278,8 @@ def test_closed_streams_do_not_stop_a_run(closed, tmp_path):
     code = tmp_path / "script.py"
     code.write_text(
         HEAD
-        + "from common.parallel import Task, run_studies\n"
+        + "from common.parallel import run_studies\n"
+        + "from common.worker import Task\n"
         + "def work(path):\n"
         + "    with open(path, 'w') as stream:\n"
         + "        os.write(1, b'x'); os.write(2, b'x'); stream.write('whole')\n"

@@ -25,8 +25,9 @@ import createproject
 import mergeh5
 import preprocessing
 import project_2d
-from common import hdf5, parallel
+from common import hdf5
 from common.errors import StageError, StudyError
+from common.worker import attempt
 
 CASES = 20 * int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
@@ -174,7 +175,7 @@ def complaint(ending: Ending) -> str:
 
 def run_here(worker, tasks, jobs=None, on_outcome=lambda outcome: None):
     """Run studies without workers: every batch of cases has a process of its own."""
-    outcomes = [parallel._attempt(worker, task) for task in tasks]
+    outcomes = [attempt(worker, task) for task in tasks]
     for outcome in outcomes:
         on_outcome(outcome)
     return outcomes

@@ -18,7 +18,8 @@ import pytest
 
 from common import machine, parallel
 from common.errors import IncompleteStudy, StageError, StudyError
-from common.parallel import Outcome, Task, run_apart, run_studies
+from common.parallel import run_apart, run_studies
+from common.worker import Outcome, Task
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
