@@ -11,13 +11,14 @@ import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
-from common.errors import StageError
+from common.errors import StageError, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
-from common.parallel import check_apart
+from common.processes import call_apart
 from common.worker import Outcome, Status
 
 EXAMPLES = """
@@ -109,20 +110,48 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 # --- the stage -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class MergePlan:
+    """What the merged file shall hold.
+
+    Attributes
+    ----------
+    parameters : dict
+        Options of value that the files have in common.
+    sources : dict of key to file
+    """
+
+    parameters: Mapping[str, Any]
+    sources: Mapping[str, Path]
+
+
 def merge(options: argparse.Namespace) -> list[Outcome]:
     """Check the inputs, write the merged file, and the splits if asked for."""
     with stage.exclusive(options.output, force=options.force, lock=options.lock):
-        check_apart(hdf5.read_all_attributes, options.inputs)
-        parameters = merged_parameters(options.inputs, options.allow_mixed)
-        sources = chosen_sources(options.inputs, options.on_duplicate)
-        if not options.force and is_merged_already(options, sources, parameters):
-            status: Status = "unchanged"
-        else:
-            write_merged(options, sources, parameters)
-            status = "written"
+        plan = checked_plan(options)
+        status: Status = "unchanged" if is_merged_already(options, plan) else "written"
+        if status == "written":
+            write_merged(options, plan)
         if options.splits is not None:
-            write_splits(options, sorted(sources))
-    return [Outcome(study, status) for study in hdf5.studies_of(sources, parameters)]
+            write_splits(options, sorted(plan.sources))
+    return [Outcome(study, status) for study in hdf5.studies_of(plan.sources, plan.parameters)]
+
+
+def checked_plan(options: argparse.Namespace) -> MergePlan:
+    """Plan in a process of its own; where libhdf5 ends that, name the file."""
+    try:
+        plan: MergePlan = call_apart(plan_merge, options)
+    except WorkerKilled:
+        for path in options.inputs:
+            call_apart(hdf5.read_all_attributes, path)
+        raise
+    return plan
+
+
+def plan_merge(options: argparse.Namespace) -> MergePlan:
+    """Read what the inputs hold."""
+    parameters = merged_parameters(options.inputs, options.allow_mixed)
+    return MergePlan(parameters, chosen_sources(options.inputs, options.on_duplicate))
 
 
 def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, Any]:
@@ -170,40 +199,41 @@ def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]
     return sources
 
 
-def is_merged_already(
-    options: argparse.Namespace, sources: Mapping[str, Path], parameters: Mapping[str, Any]
-) -> bool:
+def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
     """Whether the present output holds just these studies, copied or linked as asked for."""
-    if not options.output.exists():
+    if options.force or not options.output.exists():
         return False
     try:
-        return (
-            hdf5.read_parameters(options.output) == parameters
-            and hdf5.read_keys(options.output) == sorted(sources)
-            and hdf5_assembly.holds_links(options.output) == options.link
-            and hdf5_assembly.read_digests(dict.fromkeys(sources, options.output))
-            == hdf5_assembly.read_digests(sources)
-        )
+        return bool(call_apart(holds, options.output, plan, options.link))
     except StageError:
         return False
 
 
-def write_merged(
-    options: argparse.Namespace, sources: Mapping[str, Path], parameters: Mapping[str, Any]
-) -> None:
-    """Replace the output by copies of, or links to, the studies in `sources`."""
-    made_by = {"parameters": parameters, "software": cli.SOFTWARE}
+def holds(path: Path, plan: MergePlan, linked: bool) -> bool:
+    """Whether a file is what the plan says."""
+    return (
+        hdf5.read_parameters(path) == plan.parameters
+        and hdf5.read_keys(path) == sorted(plan.sources)
+        and hdf5_assembly.holds_links(path) == linked
+        and hdf5_assembly.read_digests(dict.fromkeys(plan.sources, path))
+        == hdf5_assembly.read_digests(plan.sources)
+    )
+
+
+def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
+    """Replace the output by copies of, or links to, the studies in the plan."""
+    made_by = {"parameters": plan.parameters, "software": cli.SOFTWARE}
     assemble = (
         functools.partial(hdf5_assembly.assemble_links, **made_by, folder=options.output.parent)
         if options.link
         else functools.partial(hdf5_assembly.assemble, **made_by)
     )
-    stage.replace_output(options.output, assemble, sources)
+    stage.replace_output(options.output, assemble, plan.sources)
 
 
 def write_splits(options: argparse.Namespace, keys: Sequence[str]) -> None:
     """Write fold<i>_train.txt and fold<i>_val.txt, a key a line, whole patients in one fold."""
-    projects = hdf5.read_attributes(options.output, keys, "project")
+    projects = call_apart(hdf5.read_attributes, options.output, keys, "project")
     folds = splits.patient_folds(keys, projects, options.splits, options.patient_characters)
     folder = options.splits_dir or options.output.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,16 +253,16 @@ def verify(options: argparse.Namespace) -> list[Outcome]:
     outcomes, unreadable = [], 0
     for path in options.inputs:
         try:
-            check_apart(hdf5.read_all_attributes, [path])
-            checked = [(key, "; ".join(faults)) for key, faults in hdf5_check.check_file(path)]
+            checked = call_apart(hdf5_check.check_file, path)
         except StageError as error:
             logger.error("%s", error)
             unreadable += 1
             continue
         for key, faults in checked:
+            reason = "; ".join(faults)
             if faults:
-                logger.error("%s: %s in %s: make that file again", key, faults, path)
-            outcomes.append(Outcome(key, "failed" if faults else "unchanged", faults))
+                logger.error("%s: %s in %s: make that file again", key, reason, path)
+            outcomes.append(Outcome(key, "failed" if faults else "unchanged", reason))
     if unreadable:
         raise StageError(f"{unreadable} of {len(options.inputs)} files cannot be read: see above")
     return outcomes

@@ -21,6 +21,7 @@ from common.errors import StageError
 from common.hashing import fingerprint
 from common.lesion_table import lesion_table
 from common.nifti import write_nifti_file
+from common.processes import call_apart
 from common.progress import PROGRESS
 from common.training_study import Laps, place_study, write_study
 from common.volumes import ORIENTATIONS, Recipe
@@ -287,8 +288,7 @@ def finished_studies(options: argparse.Namespace) -> dict[str, str]:
     if options.force or not options.output.exists():
         return {}
     try:
-        keys = hdf5.read_keys(options.output)
-        return dict.fromkeys(keys, "") | hdf5.read_attributes(options.output, keys, "fingerprint")
+        return dict(call_apart(hdf5.read_fingerprints, options.output))
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
         return {}
@@ -328,15 +328,19 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
 
 def write_measures(path: Path, studies_file: Path) -> None:
     """Write the measures kept in an HDF5 file as CSV."""
+    stage.write_beside(path, call_apart(measures_table, studies_file))
+
+
+def measures_table(studies_file: Path) -> str:
+    """Return the table of the measures kept in an HDF5 file."""
     keys = hdf5.read_keys(studies_file)
     projects, measures, warnings = (
         hdf5.read_attributes(studies_file, keys, name)
         for name in ("project", "measures", "warnings")
     )
-    table = lesion_table(
+    return lesion_table(
         (key, projects[key], json.loads(measures[key]), json.loads(warnings[key])) for key in keys
     )
-    stage.write_beside(path, table)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from common import cli, hdf5, hdf5_assembly, hdf5_chunks, pictures, stage
 from common.errors import StageError, StudyError
 from common.hashing import fingerprint
-from common.parallel import check_apart
+from common.processes import call_apart
 from common.projection import angle_name, image_mips, mask_mips, projection_angles
 from common.volumes import ORIENTATIONS
 from common.worker import Outcome
@@ -56,6 +56,26 @@ class StoredStudy:
     compression: str
     gif: Path | None
     png: Path | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a 3D file holds.
+
+    Attributes
+    ----------
+    parameters : dict
+        Options of value that it was made with.
+    shapes : dict of hash to (2, X, Y, Z)
+        Of all its studies.
+    digests, projects : dict by hash
+        Of this shard's.
+    """
+
+    parameters: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    digests: Mapping[str, Sequence[str]]
+    projects: Mapping[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,15 +152,12 @@ def csv_path(output: Path) -> Path:
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
     with stage.exclusive(options.output, force=options.force, lock=options.lock):
-        check_apart(hdf5.read_all_attributes, [options.input])
-        source = hdf5.read_parameters(options.input)
-        if "angles" in source:
-            raise StageError(f"{options.input}: holds projections already: give a 3D file")
-        parameters = {**source, "angles": list(options.angles), "stack": options.stack}
+        source = call_apart(read_source, options.input, options.shard)
+        parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-        studies = plan(options, parameters)
+        studies = plan(options, source, parameters)
         by_key = {
             two_d_key(study.hash, angle): study.hash
             for study in studies
@@ -155,7 +172,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
                 assemble_projections, by_key=by_key, parameters=parameters, stack=options.stack
             ),
             options.jobs,
-            lambda path, outcomes: write_list(options, by_key, outcomes),
+            lambda path, outcomes: write_list(options, source, by_key, outcomes),
             failures_of="project_2d",
         )
 
@@ -178,19 +195,29 @@ def two_d_key(study_hash: str, angle: float) -> str:
     return f"{study_hash}_{angle_name(angle)}"
 
 
-def plan(options: argparse.Namespace, parameters: Mapping[str, Any]) -> list[stage.Study]:
+def read_source(path: Path, shard: tuple[int, int]) -> Source:
+    """Read what the plan needs of a 3D file."""
+    parameters = hdf5.read_parameters(path)
+    if "angles" in parameters:
+        raise StageError(f"{path}: holds projections already: give a 3D file")
+    shapes = hdf5.read_shapes(path)
+    keys = [key for key in shapes if cli.in_shard(key, shard)]
+    digests = hdf5_assembly.read_digests(dict.fromkeys(keys, path))
+    return Source(parameters, shapes, digests, hdf5.read_attributes(path, keys, "project"))
+
+
+def plan(
+    options: argparse.Namespace, source: Source, parameters: Mapping[str, Any]
+) -> list[stage.Study]:
     """Return this shard's studies."""
-    shapes = hdf5.read_shapes(options.input)
-    if not shapes:
+    if not source.shapes:
         raise StageError(f"{options.input}: no study in it: nothing to project")
-    if options.stack and len({shape[1] for shape in shapes.values()}) > 1:
+    if options.stack and len({shape[1] for shape in source.shapes.values()}) > 1:
         raise StageError(f"{options.input}: volumes of several widths can't be stacked")
-    slab = max(shape[3] for shape in shapes.values()) if options.stack else None
-    keys = [key for key in shapes if cli.in_shard(key, options.shard)]
-    digests = hdf5_assembly.read_digests(dict.fromkeys(keys, options.input))
+    slab = max(shape[3] for shape in source.shapes.values()) if options.stack else None
     studies = []
-    for key in keys:
-        made_from = [cli.SOFTWARE, digests[key], parameters, slab, options.compression]
+    for key, digests in source.digests.items():
+        made_from = [cli.SOFTWARE, digests, parameters, slab, options.compression]
         payload = StoredStudy(
             options.input.resolve(),
             key,
@@ -203,7 +230,7 @@ def plan(options: argparse.Namespace, parameters: Mapping[str, Any]) -> list[sta
             options.png,
         )
         beside = [f / f"{key}.{kind}" for kind in ("gif", "png") if (f := getattr(options, kind))]
-        memory_bytes = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(shapes[key])
+        memory_bytes = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])
         studies.append(stage.Study(key, payload.fingerprint, payload, tuple(beside), memory_bytes))
     return studies
 
@@ -213,26 +240,27 @@ def finished_studies(options: argparse.Namespace) -> dict[str, str]:
     if options.force or not options.output.exists():
         return {}
     try:
-        return hdf5_assembly.read_projected(options.output)
+        return dict(call_apart(hdf5_assembly.read_projected, options.output))
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
         return {}
 
 
 def write_list(
-    options: argparse.Namespace, by_key: Mapping[str, str], outcomes: Sequence[Outcome]
+    options: argparse.Namespace,
+    source: Source,
+    by_key: Mapping[str, str],
+    outcomes: Sequence[Outcome],
 ) -> None:
     """Write the CSV that lists the projections in the order of their keys."""
     held = {outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")}
     keys = sorted(key for key, study in by_key.items() if study in held)
-    studies = sorted({key.rpartition("_")[0] for key in keys})
-    projects = hdf5.read_attributes(options.input, studies, "project")
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("number", "hash", "angle", "project", "dataset"))
     for number, key in enumerate(keys):
         study_hash, _, angle = key.rpartition("_")
-        writer.writerow((number, study_hash, angle, projects.get(study_hash, ""), key))
+        writer.writerow((number, study_hash, angle, source.projects.get(study_hash, ""), key))
     stage.write_beside(csv_path(options.output), text.getvalue())
 
 

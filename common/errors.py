@@ -24,3 +24,7 @@ class IncompleteStudy(StudyError):
 
 class StageError(Exception):
     """The whole run can't go on; an existing output stays as it was."""
+
+
+class WorkerKilled(StageError):
+    """The process that did the work was killed, by the kernel or by a crash in a library."""

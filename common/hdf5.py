@@ -37,7 +37,7 @@ _FORMAT = ("v108", "v108")
 """Bounds of the file format: every HDF5 since 2008 reads it, attributes may exceed 64 KiB."""
 
 _ATTRIBUTE_CPU_S = 2
-"""What reading one attribute may take; it takes a millisecond."""
+"""What reading an attribute may take; it takes less than a millisecond."""
 
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 """What h5py raises, and what follows, where a file is damaged or holds something else."""
@@ -93,23 +93,27 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         ) from error
 
 
-def read_all_attributes(path: Path) -> None:
-    """Read every attribute of a file; to be called in a process of its own.
+@contextmanager
+def ending_loops(cpu_s: float = _ATTRIBUTE_CPU_S) -> Iterator[None]:
+    """Have the kernel end this process where the body takes more seconds of CPU.
 
-    In a damaged heap of strings libhdf5 may read for ever, and nothing interrupts it: the kernel
-    ends a process that spends seconds of CPU on one attribute.
+    In a damaged heap of strings libhdf5 reads for ever, and nothing else interrupts it. So files
+    are read in worker processes, and the parent is told.
     """
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
-        with open_file(path) as file:
-            holders = [file]
-            for group in file.values():
-                holders += group.values() if isinstance(group, h5py.Group) else [group]
-            for holder in holders:
-                for name in holder.attrs:
-                    signal.setitimer(signal.ITIMER_PROF, _ATTRIBUTE_CPU_S)
-                    holder.attrs[name]
+        yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def read_all_attributes(path: Path) -> None:
+    """Read every attribute of a file, for what that may bring to light."""
+    with open_file(path) as file:
+        for group in file.values():
+            for holder in group.values() if isinstance(group, h5py.Group) else [group]:
+                all_attributes(holder)
+        all_attributes(file)
 
 
 def read_keys(path: Path) -> list[str]:
@@ -118,12 +122,18 @@ def read_keys(path: Path) -> list[str]:
         return sorted(file["image"])
 
 
+def read_fingerprints(path: Path) -> dict[str, str]:
+    """Return what each study was made from by key; of a foreign one it is empty."""
+    with open_studies(path) as file:
+        return {key: attribute(image, "fingerprint") or "" for key, image in file["image"].items()}
+
+
 def read_attributes(path: Path, keys: Sequence[str], name: str) -> dict[str, Any]:
     """Return one attribute of the image datasets of `keys`; absent ones are left out."""
     with open_studies(path) as file:
         images = file["image"]
         return {
-            key: plain(images[key].attrs[name])
+            key: attribute(images[key], name)
             for key in keys
             if key in images and name in images[key].attrs
         }
@@ -139,7 +149,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
     """
     with open_file(path) as file:
         try:
-            parameters = json.loads(file.attrs["parameters"])
+            parameters = json.loads(attribute(file, "parameters"))
         except (KeyError, TypeError, ValueError) as error:
             raise StageError(
                 f"{path}: has no attribute 'parameters': not a file of preprocessing.py, "
@@ -205,10 +215,18 @@ def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
 
 def all_attributes(dataset: h5py.Dataset) -> dict[str, Any]:
     """Return the attributes of a dataset as plain Python values."""
-    return {name: plain(value) for name, value in dataset.attrs.items()}
+    return {name: attribute(dataset, name) for name in dataset.attrs}
 
 
-def plain(value: Any) -> Any:
+def attribute(holder: h5py.Dataset | h5py.File, name: str) -> Any:
+    """Return an attribute as a plain Python value; None where it is absent."""
+    if name not in holder.attrs:
+        return None
+    with ending_loops():
+        return _plain(holder.attrs[name])
+
+
+def _plain(value: Any) -> Any:
     """Return the value of an attribute as a string, a number, or a list of those."""
     if isinstance(value, h5py.Empty):
         return None

@@ -21,11 +21,16 @@ from common.hdf5 import (
     DAMAGE,
     GROUPS,
     all_attributes,
+    attribute,
     create_file,
+    ending_loops,
     new_file,
     open_file,
     open_studies,
 )
+
+_COPYING_CPU_S = 60
+"""What copying a dataset may take; one of a gigabyte takes a second."""
 
 
 def assemble(
@@ -49,7 +54,8 @@ def assemble(
             raise_failure()
             for group in GROUPS:
                 try:
-                    opened(source).copy(f"{group}/{key}", target[group], name=key)
+                    with ending_loops(_COPYING_CPU_S):
+                        opened(source).copy(f"{group}/{key}", target[group], name=key)
                 except DAMAGE as error:
                     raise StageError(
                         f"{source}: study {key} cannot be copied ({group} is damaged): "
@@ -110,26 +116,26 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
     for path in sorted(set(sources.values())):
         with open_studies(path) as file:
             for key in (key for key, source in sources.items() if source == path):
-                fingerprint = str(file["image"][key].attrs.get("fingerprint"))
+                fingerprint = str(attribute(file["image"][key], "fingerprint"))
                 digests[key] = [fingerprint, *(_digest(file[group][key]) for group in GROUPS)]
     return digests
 
 
 def _digest(dataset: h5py.Dataset) -> str:
-    return str(dataset.attrs.get("sha256") or array_digest(dataset[()]))
+    return attribute(dataset, "sha256") or array_digest(dataset[()])
 
 
 def read_projected(path: Path) -> dict[str, str]:
     """Return the fingerprints of the studies in a 2D file, plain or stacked; unknown ones empty."""
     with open_file(path) as file:
         if isinstance(file.get("image"), h5py.Dataset):
-            return dict(json.loads(file["key"].attrs["fingerprints"]))
+            return dict(json.loads(attribute(file["key"], "fingerprints")))
     found: dict[str, str] = {}
     with open_studies(path) as file:
         for key in file["image"]:
             study = key.rpartition("_")[0]
             if study not in found:
-                found[study] = file["image"][key].attrs.get("fingerprint", "")
+                found[study] = attribute(file["image"][key], "fingerprint") or ""
     return found
 
 
@@ -199,9 +205,10 @@ class _Projections:
         self._rows: dict[str, int] = {}
         self._fingerprints: dict[str, str] = {}
         if "key" in self._file:
-            names = self._file["key"].asstr()[()]
+            with ending_loops():
+                names = self._file["key"].asstr()[()]
             self._rows = {key: row for row, key in enumerate(names)}
-            self._fingerprints = json.loads(self._file["key"].attrs["fingerprints"])
+            self._fingerprints = json.loads(attribute(self._file["key"], "fingerprints"))
 
     def find(self, group: str, key: str) -> tuple[h5py.Dataset, tuple[int, ...]]:
         """Return the dataset and the leading indices of the projection in it."""
@@ -213,4 +220,4 @@ class _Projections:
         """Return the fingerprint of the study that the projection is of."""
         if self._rows:
             return self._fingerprints[key.rpartition("_")[0]]
-        return str(self._file["image"][key].attrs.get("fingerprint", ""))
+        return attribute(self._file["image"][key], "fingerprint") or ""

@@ -15,6 +15,7 @@ from common.hdf5 import (
     DAMAGE,
     GROUPS,
     all_attributes,
+    ending_loops,
     open_file,
     open_studies,
     read_parameters,
@@ -27,8 +28,8 @@ _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "
 _IMAGE_TYPES = ("float16", "float32")
 
 
-def check_file(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each key of a file and what is wrong with it; nothing is wrong with a sound one.
+def check_file(path: Path) -> list[tuple[str, list[str]]]:
+    """Return each key of a file and what is wrong with it; nothing is wrong with a sound one.
 
     Of a stacked file the keys are checked as one, by the name of the dataset ``key``.
 
@@ -39,11 +40,9 @@ def check_file(path: Path) -> Iterator[tuple[str, list[str]]]:
     """
     parameters = read_parameters(path)
     if parameters.get("stack"):
-        yield "key", _stack_faults(path)
-        return
+        return [("key", _stack_faults(path))]
     with open_studies(path) as file:
-        for key in sorted(file["image"]):
-            yield key, _study_faults(file, key, parameters)
+        return [(key, _study_faults(file, key, parameters)) for key in sorted(file["image"])]
 
 
 def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> list[str]:
@@ -149,7 +148,8 @@ def _slice_faults(
 
 def _stack_faults(path: Path) -> list[str]:
     with open_file(path) as file:
-        names = [name.decode() for name in file["key"][()]]
+        with ending_loops():
+            names = [name.decode() for name in file["key"][()]]
         faults = [] if names == sorted(set(names)) else ["the keys are not in order"]
         for group in GROUPS:
             stack = file[group]

@@ -5,40 +5,25 @@ out of memory, takes one study along and not the run. What a Pool alone does not
 here: a worker that is killed is noticed, its study fails with that reason, and the others go on.
 """
 
-import ctypes
-import functools
 import logging
 import multiprocessing
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from multiprocessing import connection
 from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
-
-import threadpoolctl
 
 from common.errors import StageError
 from common.interruption import uninterrupted
 from common.machine import default_jobs
+from common.processes import CONTEXT, become_worker, clear_start_errors, why_it_ended
 from common.progress import progress
-from common.worker import Line, Outcome, Task, Worker, attempt, keep_log_lines, say_nothing
+from common.worker import Line, Outcome, Task, Worker, attempt
 
 logger = logging.getLogger("tumorvolume")
-
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-"""Pinned, since Python's default varies. A fork starts in milliseconds, for one study too and
-where a dead worker is replaced; forkserver and spawn start a fresh interpreter, which imports
-for a second and looks for modules in the current folder first. Forking is safe on Linux, where
-the parent computes nothing; libraries of macOS do not bear it."""
-
-_CONTEXT = multiprocessing.get_context(START_METHOD)
 
 _POLL_S = 0.05
 _LOOK_S = 0.2
@@ -74,44 +59,6 @@ def run_studies(
     return [outcomes[index] for index in range(len(tasks))]
 
 
-def run_apart(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function in a worker process of its own, so that its crash is an error here.
-
-    Raises
-    ------
-    StageError
-        Raised by the function, or it failed otherwise, or its process was killed.
-    """
-    for outcome in _outcomes_apart(function, [Task("", arguments)]):
-        if outcome.status != "written":
-            raise StageError(outcome.reason)
-
-
-def check_apart(check: Callable[[Path], None], paths: Sequence[Path]) -> None:
-    """Call a function with each path in a worker process, so that its crash is an error here.
-
-    Raises
-    ------
-    StageError
-        Raised by the function, or, naming the path, its process was killed.
-    """
-    for outcome in _outcomes_apart(check, [Task(str(path), (path,)) for path in paths]):
-        if outcome.status != "written":
-            raise StageError(f"{outcome.hash}: {outcome.reason}")
-
-
-def _outcomes_apart(function: Callable[..., None], calls: Sequence[Task]) -> Generator[Outcome]:
-    worker = functools.partial(_apply, function)
-    with closing(_run_in_pool(worker, calls, 1)) as results:
-        for _, outcome in results:
-            yield outcome
-
-
-def _apply(function: Callable[..., None], arguments: Sequence[Any]) -> Sequence[str]:
-    function(*arguments)
-    return ()
-
-
 # --- in a worker process ---------------------------------------------------------------------
 
 _worker: Worker
@@ -123,28 +70,7 @@ _lines: list[Line]
 def _initialise(worker: Worker, running: Any) -> None:
     global _worker, _running, _lines
     _worker, _running = worker, running
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with_parent()
-    say_nothing()
-    _lines = keep_log_lines()
-    threadpoolctl.threadpool_limits(1)
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone; elsewhere a thread watches."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    # It may be gone by now.
-    threading.Thread(target=_watch_parent, daemon=True).start()
-
-
-def _watch_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    _lines = become_worker()
 
 
 def _attempt_in_worker(
@@ -233,25 +159,16 @@ def _until_breakdown(
 def _killed(task: Task, process: BaseProcess | None) -> Outcome:
     # One that was born and died between two looks is not known.
     code = process.exitcode if process is not None else None
-    if code == -signal.SIGPROF:
-        return Outcome(task.hash, "failed", "reading it never ends, it is damaged: make it again")
-    cause = "" if code is None else f" (signal {-code})" if code < 0 else " (it ended by itself)"
-    hint = ", probably for want of memory: use fewer --jobs" if code == -9 else ": report it"
-    return Outcome(task.hash, "failed", f"the worker process was killed{cause}{hint}")
+    return Outcome(task.hash, "failed", why_it_ended(code))
 
 
 @contextmanager
 def _pool(worker: Worker, n_tasks: int, n_workers: int) -> Iterator[tuple[Pool, Any]]:
     """Yield a pool and the array that its workers mark the tasks in, and end both."""
     others = set(multiprocessing.active_children())
-    try:
-        running = _CONTEXT.RawArray("l", n_tasks)
-        pool = _CONTEXT.Pool(n_workers, _initialise, (worker, running))
-    except OSError as error:
-        raise StageError(
-            f"worker processes cannot be started ({error.strerror}): make room in /dev/shm and "
-            "the folder for temporary files, or raise the limits (ulimit -a)"
-        ) from error
+    with clear_start_errors():
+        running = CONTEXT.RawArray("l", n_tasks)
+        pool = CONTEXT.Pool(n_workers, _initialise, (worker, running))
     try:
         yield pool, running
     finally:

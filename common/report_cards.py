@@ -9,6 +9,7 @@ from pathlib import Path
 from common import hdf5, hdf5_assembly, report, stage
 from common.hashing import fingerprint
 from common.parallel import run_studies
+from common.processes import call_apart
 from common.worker import Outcome, Task
 
 
@@ -41,8 +42,7 @@ def write_report(
     software : str
         Another version's page is made anew.
     """
-    keys = hdf5.read_keys(studies_file)
-    digests = hdf5_assembly.read_digests(dict.fromkeys(keys, studies_file))
+    digests = call_apart(read_digests, studies_file)
     absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
     listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
     mark = fingerprint([software, digests, listed])
@@ -50,7 +50,7 @@ def write_report(
         return
     folder = stage.parts_folder(studies_file) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in keys]
+    tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in digests]
     rendered = run_studies(render_card, tasks, jobs)
     absent += [outcome for outcome in rendered if outcome.status != "written"]
     shown = [task.payload.path for task in tasks if task.payload.path.exists()]
@@ -60,6 +60,11 @@ def write_report(
     )
     with stage.writing_beside(path) as temporary, open(temporary, "wb") as stream:
         report.write_page(stream, studies_file.stem, mark, cards)
+
+
+def read_digests(studies_file: Path) -> dict[str, list[str]]:
+    """Return the digests of every study in order."""
+    return hdf5_assembly.read_digests(dict.fromkeys(hdf5.read_keys(studies_file), studies_file))
 
 
 def render_card(card: Card) -> Sequence[str]:

@@ -20,7 +20,8 @@ from typing import Any
 from common.atomic_files import behind_links, clear_write_errors, sync, writing
 from common.locking import locked
 from common.machine import default_jobs
-from common.parallel import run_apart, run_studies
+from common.parallel import run_studies
+from common.processes import call_apart
 from common.progress import PROGRESS
 from common.worker import Outcome, Task, Worker
 
@@ -258,7 +259,7 @@ def replace_output(
         parts.mkdir(exist_ok=True)
         real = behind_links(output)
         with writing(real, parts / f"assembled.tmp{output.suffix}") as temporary:
-            run_apart(_assemble, output, assemble, temporary, sources)
+            call_apart(_assemble, output, assemble, temporary, sources)
             before_replacing(temporary)
         # The new file is there; some file systems can't make sure of a folder.
         with suppress(OSError):

@@ -16,6 +16,7 @@ LEVELS = {
         "atomic_files",
         "locking",
         "parallel",
+        "processes",
         "progress",
         "worker",
         "report_cards",
@@ -90,7 +91,7 @@ FORMAT_LIBRARY = {
     "zipfile": {"archive"},
     "PIL": {"pictures", "report"},
     "jinja2": {"report"},
-    "multiprocessing": {"parallel"},
+    "multiprocessing": {"parallel", "processes"},
     "tqdm": {"progress", "cli"},
     "argparse": {"cli"},
 }

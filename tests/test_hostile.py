@@ -650,15 +650,34 @@ def set_of_keys(path: Path) -> set[str]:
         return set(file["image"])
 
 
-@pytest.mark.parametrize("command", ["mergeh5 -o", "mergeh5 --verify", "project_2d -o"])
-def test_loop_in_a_damaged_heap_of_strings_ends(sound, tmp_path, command):
-    """libhdf5 reads a heap of strings whose length is 0 for ever, and can't be interrupted."""
-    path = tmp_path / "in.h5"
-    content = (sound / "3d.h5").read_bytes()
+def with_an_endless_heap(content: bytes) -> bytes:
+    """Return an HDF5 file with a heap of strings that libhdf5 reads for ever: of length 0."""
     start = content.index(b"GCOL") + 16
-    path.write_bytes(content[:start] + bytes(2000) + content[start + 2000 :])
+    return content[:start] + bytes(2000) + content[start + 2000 :]
+
+
+@pytest.mark.parametrize("command", ["mergeh5 -o", "mergeh5 --verify", "project_2d -o"])
+def test_endless_heap_of_strings_in_an_input_is_named(sound, tmp_path, command):
+    path = tmp_path / "in.h5"
+    path.write_bytes(with_an_endless_heap((sound / "3d.h5").read_bytes()))
     script, option = command.split()
     output = [str(tmp_path / "out.h5")] if option == "-o" else []
     ending = confined(lambda: MAIN[script]([str(path), option, *output]))
     assert ending.status == 1, ending.said
     assert all(map(is_clear, ending.errors)), ending.said
+    assert f"{path}: reading it never ends" in ending.said
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "made", "how"),
+    [("preprocessing", "project.zip", "3d.h5", GRID), ("project_2d", "3d.h5", "2d.h5", ANGLES)],
+)
+def test_endless_heap_of_strings_in_the_old_output_is_made_anew(
+    sound, tmp_path, script, given, made, how
+):
+    output = tmp_path / made
+    output.write_bytes(with_an_endless_heap((sound / made).read_bytes()))
+    ending = confined(lambda: MAIN[script]([str(sound / given), "-o", str(output), *how]))
+    assert ending.status == 0, ending.said
+    assert "made anew" in ending.said
+    assert output.read_bytes() == (sound / made).read_bytes()

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from common import machine, parallel
+from common import machine, parallel, processes
 from common.errors import IncompleteStudy, StageError, StudyError
-from common.parallel import run_apart, run_studies
+from common.parallel import run_studies
+from common.processes import call_apart
 from common.worker import Outcome, Task
 
 ROOT = Path(__file__).parents[1]
@@ -295,13 +296,8 @@ def test_an_unexpected_error_is_traced_without_its_text(logged):
 # --- one call in a process of its own ---------------------------------------------------------
 
 
-def test_a_call_apart_does_its_work_in_another_process(tmp_path):
-    run_apart(write_pid, tmp_path / "pid")
-    assert int((tmp_path / "pid").read_text()) != os.getpid()
-
-
-def write_pid(path):
-    path.write_text(str(os.getpid()))
+def test_a_call_apart_does_its_work_in_another_process():
+    assert call_apart(os.getpid) != os.getpid()
 
 
 @pytest.mark.parametrize(
@@ -315,14 +311,14 @@ def write_pid(path):
 )
 def test_a_call_apart_that_fails_is_a_stage_error(payload, reason):
     with pytest.raises(StageError, match=reason):
-        run_apart(behave, payload)
+        call_apart(behave, payload)
 
 
 def test_no_room_for_worker_processes_is_said(monkeypatch):
     def no_room(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(parallel._CONTEXT, "RawArray", no_room)
+    monkeypatch.setattr(processes.CONTEXT, "RawArray", no_room)
     with pytest.raises(StageError, match=r"cannot be started \(No space left on device\)"):
         run_studies(behave, tasks("warn a"), 1)
 
