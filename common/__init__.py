@@ -16,8 +16,9 @@ boundaries  each the only module that knows its format
             dicom, dicom_stack, dicom_pixels: series to volumes; pet_header: headers to SUV
             inputs; dicom_seg, dicom_rtstruct: masks; dicom_values: one attribute as a plain value
 pure        no paths, no formats, no logging
-            volumes: the steps of preprocessing; losses: what resampling loses; resampling;
-            image; lesions; projection; contours; splits; hashing
+            volumes: the steps of preprocessing; losses: what resampling loses; resampling, with
+            spline_axes (one axis of it) and grid (where voxels lie); image; lesions; projection;
+            contours; splits; hashing
             suv and its parts: pet_series, pet_units, decay, timeline, body_mass,
             suv_alternatives, remarks
 errors      how work ends

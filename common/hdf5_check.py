@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import StageError
+from common.grid import orientation_of
 from common.hashing import array_digest
 from common.hdf5 import (
     ATTRIBUTES_DIGEST,
@@ -107,14 +108,11 @@ def _shape(parameters: Mapping[str, Any]) -> Sequence[int | None]:
 def _volume_faults(
     key: str, attributes: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Any]
 ) -> Iterator[str]:
-    # Slow to load, and of no use to those who merge.
-    from nibabel import orientations
-
     for group in GROUPS:
         try:
             affine = np.array(attributes[group]["affine"], np.float64)
             spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-            code = "".join(orientations.aff2axcodes(affine))
+            code = orientation_of(affine)
             sound = (
                 np.array_equal(affine, attributes["image"]["affine"])
                 and np.allclose(spacing_mm, attributes[group]["spacing"], rtol=1e-4)

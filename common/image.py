@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.resampling import Grid
+from common.grid import Grid
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from common.grid import Grid
 from common.lesions import bounding_box, label_lesions
-from common.resampling import Grid, separable
+from common.resampling import separable
 
 LEAST_UPTAKE_SUV = 0.5
 """PET voxels below this count as air: their lying outside the CT is no loss."""

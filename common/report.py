@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from common.grid import Grid, reorient
 from common.lesions import label_lesions
-from common.resampling import Grid, reorient
 
 TEMPLATE = "report.html.j2"
 

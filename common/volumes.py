@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.grid import Grid, reorient, target_grid
 from common.image import Image
 from common.lesions import (
     bounding_box,
@@ -20,14 +21,7 @@ from common.lesions import (
     tumour_burden,
 )
 from common.losses import clipped_uptake, lesion_losses, uncovered_uptake
-from common.resampling import (
-    Grid,
-    reorient,
-    resample_cubic,
-    resample_nearest,
-    separable,
-    target_grid,
-)
+from common.resampling import resample_cubic, resample_nearest, separable
 
 ORIENTATIONS = frozenset(
     "".join(code)

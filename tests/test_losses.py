@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.grid import Grid
 from common.losses import clipped_uptake, lesion_losses, uncovered_uptake
-from common.resampling import Grid, resample_nearest
+from common.resampling import resample_nearest
 
 
 def grid(shape, spacing_mm=(1.0, 1.0, 1.0), first_mm=(0.0, 0.0, 0.0), turn=None):

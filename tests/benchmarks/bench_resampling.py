@@ -23,7 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.resampling import Grid, resample_cubic, resample_nearest, target_grid
+from common.grid import Grid, target_grid
+from common.resampling import resample_cubic, resample_nearest
 
 SPACING_MM = (2.0, 2.0, 3.0)
 SHAPE = (200, 200)
