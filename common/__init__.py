@@ -10,7 +10,7 @@ whole       one study from file to file
             header_planes (headers beside a NIfTI PET); training_study: zip to HDF5
 boundaries  each the only module that knows its format
             raw_project, candidates, roles: which file plays which role; mapping: the private CSV
-            archive: the project zip; nifti; lesion_table: the CSV of measures
+            archive: the project zip; nifti, nifti_header; lesion_table: the CSV of measures
             hdf5, hdf5_chunks, hdf5_assembly, hdf5_check, steady_file: 3D and 2D files
             pictures: PNG and GIF; report: the quality-control page
             dicom, dicom_stack, dicom_pixels: series to volumes; pet_header: headers to SUV

@@ -70,11 +70,13 @@ def resample_cubic(
     if _same_for_nilearn(source, target):
         return volume.astype(np.float32)
     lines = axis_lines(source, target)
-    # Minimum or maximum is NaN or infinite if any voxel is.
-    bounds = (float(min(volume.min(), 0)), float(max(volume.max(), 0)))
-    if lines is None or volume.dtype.kind == "u" or not np.isfinite(bounds).all():
+    bounds = (float(min(volume.min(), 0)), float(max(volume.max(), 0))) if clip else None
+    # One voxel that is NaN or infinite makes the sum so.
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = volume.dtype.kind != "f" or bool(np.isfinite(volume.sum()))
+    if lines is None or volume.dtype.kind == "u" or not finite:
         return _nilearn_cubic(volume, source, target, fill_value, clip)
-    if clip:
+    if bounds is not None:
         fill_value = min(max(fill_value, bounds[0]), bounds[1])
 
     slow_to_fast = _memory_order(volume)
@@ -84,7 +86,7 @@ def resample_cubic(
     inside = out[tuple(step.rows for step in steps)]
     if inside.size:
         used = volume.transpose(slow_to_fast)[tuple(step.used for step in steps)]
-        _resample_planes(used, steps, inside, bounds if clip else None)
+        _resample_planes(used, steps, inside, bounds)
     out = np.moveaxis(out, (0, 1, 2), [line.target_axis for line in lines])
     if not all(line.exact for line in lines):
         out[_outside(source, target)] = fill_value

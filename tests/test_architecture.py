@@ -43,6 +43,7 @@ LEVELS = {
         "lesion_table",
         "mapping",
         "nifti",
+        "nifti_header",
         "pet_header",
         "pictures",
         "raw_project",

@@ -168,6 +168,22 @@ def test_missing_qfac_reads_as_one(qfac):
     np.testing.assert_allclose(read(raw).affine, affine, atol=1e-6)
 
 
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.integers(0, 2**32 - 1), st.sampled_from((-1.0, 1.0)), st.booleans())
+def test_affine_of_a_qform_is_nibabels_to_the_bit(seed, qfac, half_turn):
+    rng = np.random.default_rng(seed)
+    quaternion = rng.normal(size=4)
+    # The real part of half a turn is 0, and rounding may take its square below.
+    quaternion[0] *= not half_turn
+    b, c, d = (quaternion / np.linalg.norm(quaternion))[1:]
+    spacing = [*rng.choice([0.9765625, 1.17, 2.03642, 3.27], 3), 1, 1, 1, 1]
+    fields = {f"quatern_{name}": part for name, part in zip("bcd", (b, c, d), strict=True)}
+    fields |= {f"qoffset_{axis}": rng.uniform(-500, 500) for axis in "xyz"}
+    raw = stored(ramp(), qform_code=1, sform_code=0, pixdim=[qfac, *spacing], **fields)
+    expected = nibabel.Nifti1Image.from_bytes(raw).affine
+    np.testing.assert_array_equal(read(raw).affine, expected)
+
+
 @pytest.mark.parametrize("units", [0, 2, 10, 8])
 def test_unstated_units_and_millimetres_are_taken(units):
     assert np.array_equal(read(stored(ramp(), xyzt_units=units)).affine, AFFINE)
