@@ -17,8 +17,8 @@ boundaries  each the only module that knows its format
             inputs; dicom_seg, dicom_rtstruct: masks; dicom_values: one attribute as a plain value
 pure        no paths, no formats, no logging
             volumes: the steps of preprocessing; losses: what resampling loses; resampling, with
-            spline_axes (one axis of it) and grid (where voxels lie); image; lesions; projection;
-            contours; splits; hashing
+            spline_axes (one axis of it) and grid (where voxels lie); image; lesions and
+            components (of masks); projection; contours; splits; hashing
             suv and its parts: pet_series, pet_units, decay, timeline, body_mass,
             suv_alternatives, remarks
 errors      how work ends

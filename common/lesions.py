@@ -1,26 +1,26 @@
 """Lesions of a mask: components, isocontours and the measures that are reported of them.
 
-A lesion is a 26-connected component of the mask. Everything about one lesion is computed within
-its bounding box, so that the cost follows the tumour volume, not the field of view.
+A lesion is a 26-connected component of the mask. All is computed from lists of its voxels, so that
+the cost follows the tumour volume, not the field of view.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
+
+from common.components import Components, Voxels, components
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
-Box = tuple[slice, slice, slice]
+Indices = npt.NDArray[np.intp]
 
-_CONNECTIVITY_26 = np.ones((3, 3, 3), dtype=bool)
 # Radius of the sphere of 1 ml in which SUVpeak is the mean.
 _PEAK_RADIUS_MM = (3 * 1000 / (4 * math.pi)) ** (1 / 3)
 # Points along each axis of a voxel that share its volume between inside and outside the sphere.
@@ -59,17 +59,6 @@ class TumourBurden:
     dmax_mm: float
 
 
-def bounding_box(mask: Array) -> Box | None:
-    """Return the smallest box around the voxels above 0, None if there are none."""
-    footprint = mask.max(axis=2, initial=0)
-    profiles = (footprint.max(axis=1), footprint.max(axis=0), mask.max(axis=(0, 1), initial=0))
-    occupied = [np.flatnonzero(profile > 0) for profile in profiles]
-    if not occupied[0].size:
-        return None
-    x, y, z = (slice(int(indices[0]), int(indices[-1]) + 1) for indices in occupied)
-    return x, y, z
-
-
 def label_lesions(mask: Array) -> tuple[npt.NDArray[np.int32], int]:
     """Number the 26-connected components of a mask.
 
@@ -84,14 +73,10 @@ def label_lesions(mask: Array) -> tuple[npt.NDArray[np.int32], int]:
         0, and 1 to `count` in the order of each lesion's first voxel.
     count : int
     """
+    lesions = components(mask)
     labels = np.zeros(mask.shape, dtype=np.int32)
-    box = bounding_box(mask)
-    if box is None:
-        return labels, 0
-    # In C order, in which the components are searched: twice as fast.
-    lesions = np.greater(mask[box], 0, order="C")
-    count: int = ndimage.label(lesions, structure=_CONNECTIVITY_26, output=labels[box])
-    return labels, count
+    labels[tuple(lesions.voxels)] = lesions.numbers
+    return labels, lesions.count
 
 
 def isocontour(
@@ -117,9 +102,11 @@ def isocontour(
         and vanishes: a part of nothing would take every voxel, or those colder than the
         maximum, and none of them is metabolically active.
     """
+    lesions = components(mask)
+    values = suv[tuple(lesions.voxels)]
+    taken = _in_isocontour(values, lesions, threshold_percent, threshold_suv)
     contour = np.zeros(mask.shape, dtype=bool)
-    for _, box, lesion in _lesions(mask):
-        contour[box] |= _lesion_isocontour(suv[box], lesion, threshold_percent, threshold_suv)
+    contour[tuple(lesions.voxels[:, taken])] = True
     return contour
 
 
@@ -151,26 +138,28 @@ def measure_lesions(
     them whole, by their centres: 1.2 ml at voxels of 4 mm), and what lies outside the image is
     left out.
     """
+    lesions = components(mask)
+    values = suv[tuple(lesions.voxels)]
+    taken = _in_isocontour(values, lesions, threshold_percent, threshold_suv)
+    peaks = _peak_means(suv, lesions.voxels, affine)
     voxel_ml = _voxel_ml(affine)
-    sphere = _peak_sphere(affine)
-    measures = []
-    for label, box, lesion in _lesions(mask):
-        values = suv[box][lesion].astype(np.float64)
-        contour = _lesion_isocontour(suv[box], lesion, threshold_percent, threshold_suv)
-        iso_values = suv[box][contour].astype(np.float64)
-        voxels = np.argwhere(lesion) + [axis.start for axis in box]
+    measures: list[Lesion] = []
+    for start, size in zip(lesions.starts.tolist(), lesions.sizes.tolist(), strict=True):
+        lesion = slice(start, start + size)
+        suvs = values[lesion].astype(np.float64)
+        iso_suvs = suvs[taken[lesion]]
         measures.append(
             Lesion(
-                label=label,
-                mtv_ml=values.size * voxel_ml,
-                suv_max=float(values.max()),
-                suv_mean=float(values.mean()),
-                suv_peak=_suv_peak(suv, box, lesion, sphere),
-                tlg_g=float(values.sum()) * voxel_ml,
-                iso_mtv_ml=iso_values.size * voxel_ml,
-                iso_suv_mean=float(iso_values.mean()) if iso_values.size else 0.0,
-                iso_tlg_g=float(iso_values.sum()) * voxel_ml,
-                centroid_mm=_to_mm(voxels.mean(axis=0), affine),
+                label=len(measures) + 1,
+                mtv_ml=size * voxel_ml,
+                suv_max=float(suvs.max()),
+                suv_mean=float(suvs.mean()),
+                suv_peak=float(peaks[lesion].max()),
+                tlg_g=float(suvs.sum()) * voxel_ml,
+                iso_mtv_ml=iso_suvs.size * voxel_ml,
+                iso_suv_mean=float(iso_suvs.mean()) if iso_suvs.size else 0.0,
+                iso_tlg_g=float(iso_suvs.sum()) * voxel_ml,
+                centroid_mm=_to_mm(lesions.voxels[:, lesion].mean(axis=1), affine),
             )
         )
     return tuple(measures)
@@ -218,62 +207,56 @@ def dose_fraction(suv: Array, affine: FloatArray, weight_kg: float) -> float:
     return float(suv.sum(dtype=np.float64)) * _voxel_ml(affine) / (1000 * weight_kg)
 
 
-def _lesions(mask: Array) -> Iterator[tuple[int, Box, Mask]]:
-    """Each lesion's label, bounding box, and its voxels within the box."""
-    outer = bounding_box(mask)
-    if outer is None:
-        return
-    labels, _ = label_lesions(mask[outer])
-    for label, inner in enumerate(ndimage.find_objects(labels), start=1):
-        x, y, z = (
-            slice(whole.start + part.start, whole.start + part.stop)
-            for whole, part in zip(outer, inner, strict=True)
-        )
-        yield label, (x, y, z), labels[inner] == label
-
-
-def _lesion_isocontour(
-    suv: Array, lesion: Mask, threshold_percent: float, threshold_suv: float | None
+def _in_isocontour(
+    values: Array, lesions: Components, threshold_percent: float, threshold_suv: float | None
 ) -> Mask:
-    if threshold_suv is not None:
-        fixed: Mask = lesion & (suv >= threshold_suv)
+    """Which voxels of lesions, whose SUVs are `values`, their isocontours take."""
+    if threshold_suv is not None or not lesions.count:
+        fixed: Mask = values >= (threshold_suv or 0)
         return fixed
-    suv_max = suv[lesion].max()
-    if suv_max <= 0:
-        return np.zeros_like(lesion)
-    contour: Mask = lesion & (suv >= threshold_percent / 100 * suv_max)
-    return contour
+    suv_max = np.maximum.reduceat(values, lesions.starts)
+    # No voxel reaches infinity.
+    threshold = np.where(suv_max > 0, threshold_percent / 100 * suv_max, np.inf)
+    taken: Mask = values >= np.repeat(threshold, lesions.sizes)
+    return taken
 
 
-def _suv_peak(suv: Array, box: Box, lesion: Mask, sphere: tuple[Array, FloatArray]) -> float:
-    """Highest weighted mean around any voxel of a lesion."""
-    offsets, weights = sphere
-    reach = np.abs(offsets).max(axis=0)
-    nearby, in_image = _surroundings(suv, box, reach)
-    centres = np.ravel_multi_index(tuple((np.argwhere(lesion) + reach).T), nearby.shape)
-    shifts = offsets @ [nearby.shape[1] * nearby.shape[2], nearby.shape[2], 1]
-    weighted = np.zeros(len(centres))
-    weight_in_image = np.zeros(len(centres))
-    for shift, weight in zip(shifts, weights, strict=True):
-        weighted += weight * nearby.take(centres + shift)
-        weight_in_image += weight * in_image.take(centres + shift)
-    return float((weighted / weight_in_image).max())
+def _peak_means(suv: Array, voxels: Voxels, affine: FloatArray) -> FloatArray:
+    """Weighted mean of the 1 ml sphere around each of some voxels (3, N)."""
+    offsets, weights = _peak_sphere(affine)
+    reach = np.abs(offsets).max(axis=0)[:, None]
+    size = np.array(suv.shape)[:, None]
+    within = ((voxels >= reach) & (voxels < size - reach)).all(axis=0)
+    means = np.empty(voxels.shape[1])
+    means[within] = _means_within(suv, voxels[:, within], offsets, weights)
+    means[~within] = _means_at_border(suv, voxels[:, ~within], offsets, weights)
+    return means
 
 
-def _surroundings(suv: Array, box: Box, reach: Array) -> tuple[Array, Mask]:
-    """A box grown by `reach` to all sides, 0 beyond the image, and which voxels are in it."""
-    grown = [(part.start - n, part.stop + n) for part, n in zip(box, reach, strict=True)]
-    in_suv = tuple(
-        slice(max(0, start), min(size, stop))
-        for (start, stop), size in zip(grown, suv.shape, strict=True)
-    )
-    missing = [
-        (max(0, -start), max(0, stop - size))
-        for (start, stop), size in zip(grown, suv.shape, strict=True)
-    ]
-    nearby = np.pad(suv[in_suv], missing)
-    in_image = np.pad(np.ones_like(suv[in_suv], dtype=bool), missing)
-    return nearby, in_image
+def _means_within(suv: Array, voxels: Voxels, offsets: Indices, weights: FloatArray) -> FloatArray:
+    # A view of images in the memory order of NIfTI.
+    flat = suv.reshape(-1, order="F")
+    steps = np.array([1, suv.shape[0], suv.shape[0] * suv.shape[1]])
+    centres = steps @ voxels
+    total = np.zeros(voxels.shape[1])
+    for step, weight in zip(offsets @ steps, weights, strict=True):
+        total += weight * flat.take(centres + step)
+    means: FloatArray = total / weights.sum()
+    return means
+
+
+def _means_at_border(
+    suv: Array, voxels: Voxels, offsets: Indices, weights: FloatArray
+) -> FloatArray:
+    total, weight_in_image = np.zeros((2, voxels.shape[1]))
+    last = np.array(suv.shape)[:, None] - 1
+    for offset, weight in zip(offsets, weights, strict=True):
+        near = voxels + offset[:, None]
+        nearest = near.clip(0, last)
+        in_image = (near == nearest).all(axis=0)
+        total += weight * in_image * suv[tuple(nearest)]
+        weight_in_image += weight * in_image
+    return total / weight_in_image
 
 
 def _peak_sphere(affine: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
@@ -287,12 +270,13 @@ def _peak_sphere(affine: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
     middles = (np.arange(_POINTS_PER_VOXEL) + 0.5) / _POINTS_PER_VOXEL - 0.5
     points = np.stack(np.meshgrid(middles, middles, middles, indexing="ij"), axis=-1)
     points_mm = points.reshape(-1, 3) @ to_mm.T
-    parts = np.array(
-        [
-            (((offset @ to_mm.T + points_mm) ** 2).sum(axis=1) <= _PEAK_RADIUS_MM**2).mean()
-            for offset in offsets
-        ]
-    )
+    half_mm = np.linalg.norm(points_mm, axis=1).max()
+    distances_mm = np.linalg.norm(offsets @ to_mm.T, axis=1)
+    parts = (distances_mm + half_mm <= _PEAK_RADIUS_MM).astype(np.float64)
+    # Points tell only where the surface of the sphere may pass.
+    for i in np.flatnonzero(np.abs(distances_mm - _PEAK_RADIUS_MM) <= half_mm):
+        from_centre = offsets[i] @ to_mm.T + points_mm
+        parts[i] = ((from_centre**2).sum(axis=1) <= _PEAK_RADIUS_MM**2).mean()
     return offsets[parts > 0], parts[parts > 0]
 
 

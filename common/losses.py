@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from common.components import components, voxels_above_zero
 from common.grid import Grid
-from common.lesions import bounding_box, label_lesions
 from common.resampling import separable
 
 LEAST_UPTAKE_SUV = 0.5
@@ -31,24 +31,21 @@ def lesion_losses(
     """
     voxels, ids = _labelled(lesion_ids)
     inside = _within(voxels, source, target)
-    kept_voxels, kept_ids = _labelled(resampled_ids)
+    _, kept_ids = _labelled(resampled_ids)
     return [
         *_outside(ids[~inside], source),
         *_vanished(ids, ids[inside], kept_ids, source),
-        *_merged(kept_voxels, kept_ids, resampled_ids, target),
+        *_merged(resampled_ids, target),
     ]
 
 
-def _labelled(ids: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
+def _labelled(ids: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
     """Voxels of lesions (N, 3), and the number of each one's lesion (N,)."""
-    box = bounding_box(ids)
-    if box is None:
-        return np.empty((0, 3), np.intp), np.empty(0, ids.dtype)
-    voxels = np.argwhere(ids[box])
-    return voxels + [axis.start for axis in box], ids[box][tuple(voxels.T)]
+    voxels = voxels_above_zero(ids)
+    return voxels.T, ids[tuple(voxels)]
 
 
-def _within(voxels: NDArray[np.intp], grid: Grid, other: Grid) -> NDArray[np.bool_]:
+def _within(voxels: NDArray[np.integer], grid: Grid, other: Grid) -> NDArray[np.bool_]:
     """Which voxels (N, 3) of a grid have their centre in a voxel of the other."""
     to_other = np.linalg.inv(other.affine) @ grid.affine
     there = voxels @ to_other[:3, :3].T + to_other[:3, 3]
@@ -80,20 +77,15 @@ def _vanished(
         yield f"the mask of {ids.size * source.voxel_ml:.2f} ml becomes empty"
 
 
-def _merged(
-    voxels: NDArray[np.intp],
-    ids: NDArray[np.integer],
-    resampled_ids: NDArray[np.integer],
-    target: Grid,
-) -> Iterator[str]:
-    components, count = label_lesions(resampled_ids)
-    components = components[tuple(voxels.T)]
-    pairs = np.unique(np.int64(count + 1) * ids + components)
-    lesions_in = np.bincount(pairs % (count + 1))
+def _merged(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[str]:
+    found = components(resampled_ids)
+    ids = resampled_ids[tuple(found.voxels)]
+    pairs = np.unique(np.int64(found.count + 1) * ids + found.numbers)
+    lesions_in = np.bincount(pairs % (found.count + 1))
     merged = np.flatnonzero(lesions_in > 1)
     if merged.size:
         n_lesions = lesions_in[merged].sum()
-        volume_ml = np.isin(components, merged).sum() * target.voxel_ml
+        volume_ml = np.isin(found.numbers, merged).sum() * target.voxel_ml
         yield (
             f"{n_lesions} lesions of {volume_ml:.2f} ml merge into {len(merged)} by resampling: "
             "use a finer --spacing"

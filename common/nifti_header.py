@@ -96,7 +96,7 @@ class NiftiHeader:
 def header_size(beginning: bytes, role: str) -> int:
     """Return the size of a header [bytes], which its first four bytes tell."""
     for size in _LAYOUTS:
-        if beginning in (size.to_bytes(4, "little"), size.to_bytes(4, "big")):
+        if beginning.ljust(4, bytes(1)) in (size.to_bytes(4, "little"), size.to_bytes(4, "big")):
             return size
     raise StudyError(f"the {role} is not NIfTI (no NIfTI header): check the file")
 

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.components import components, voxels_above_zero
 from common.grid import Grid, reorient, target_grid
 from common.image import Image
 from common.lesions import (
-    bounding_box,
     dose_fraction,
     isocontour,
-    label_lesions,
     measure_lesions,
     tumour_burden,
 )
@@ -113,18 +112,16 @@ def _oriented(image: Image, recipe: Recipe) -> Image:
 
 def number_lesions(mask: Image) -> Image:
     """Return the mask with each 26-connected lesion numbered from 1, in the smallest type."""
-    box = bounding_box(mask.data)
-    if box is None:
-        return Image(np.zeros_like(mask.data, np.uint8), mask.affine)
-    labels, count = label_lesions(mask.data[box])
-    ids = np.zeros_like(mask.data, np.min_scalar_type(count))
-    ids[box] = labels
+    lesions = components(mask.data)
+    ids = np.zeros_like(mask.data, np.min_scalar_type(lesions.count))
+    ids[tuple(lesions.voxels)] = lesions.numbers
     return Image(ids, mask.affine)
 
 
 def outline(suv: Volume, lesions: Volume, recipe: Recipe) -> tuple[Array, Array]:
     """Return mask and isocontour on the target grid, both uint8 in C order."""
-    mask = np.greater(lesions.data, 0, order="C").view(np.uint8)
+    mask = np.zeros(lesions.data.shape, np.uint8)
+    mask[tuple(voxels_above_zero(lesions.data))] = 1
     contour = isocontour(suv.data, mask, recipe.iso_threshold, recipe.iso_suv)
     return mask, contour.view(np.uint8)
 

@@ -53,6 +53,7 @@ LEVELS = {
     ),
     "pure": (
         "body_mass",
+        "components",
         "contours",
         "decay",
         "grid",
