@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.interruption import interruptible
@@ -308,7 +306,13 @@ class _BarFriendlyHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.tqdm.write(self.format(record), file=sys.stderr)
+            if sys.stderr.isatty():
+                # Of no use elsewhere.
+                import tqdm
+
+                tqdm.tqdm.write(self.format(record), file=sys.stderr)
+            else:
+                print(self.format(record), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
 

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import tqdm
-
 from common.worker import Outcome
 
 logger = logging.getLogger("tumorvolume")
@@ -22,6 +20,9 @@ _EVERY_S = 60.0
 def progress(total: int) -> Iterator[Callable[[Outcome], None]]:
     """Yield what to call with each outcome: a bar on a terminal, sparse plain lines elsewhere."""
     if sys.stderr is not None and sys.stderr.isatty():
+        # Of no use elsewhere.
+        import tqdm
+
         tqdm.tqdm.monitor_interval = 0
         with tqdm.tqdm(total=total, unit="study", disable=total == 0) as bar:
             yield lambda outcome: bar.update()
