@@ -97,10 +97,10 @@ def _write_block(dataset: h5py.Dataset, block: Block, values: NDArray[Any]) -> N
 
 def _write_gzipped(dataset: h5py.Dataset, block: Block, values: NDArray[Any]) -> None:
     """Do what HDF5's filters shuffle and gzip do, by isal three times as fast."""
-    shape = tuple(axis.stop - axis.start for axis in block)
-    if values.shape != shape:
-        outside = [(0, n - m) for n, m in zip(shape, values.shape, strict=True)]
-        values = np.pad(values, outside)
-    bytes_apart = np.ascontiguousarray(values.reshape(-1, 1).view(np.uint8).T)
+    chunk = values
+    if values.shape != dataset.chunks:
+        chunk = np.zeros(dataset.chunks, values.dtype)
+        chunk[tuple(slice(n) for n in values.shape)] = values
+    bytes_apart = np.ascontiguousarray(chunk.reshape(-1, 1).view(np.uint8).T)
     squeezed = isal_zlib.compress(bytes_apart, _GZIP_LEVEL)
     dataset.id.write_direct_chunk(tuple(axis.start for axis in block), squeezed)

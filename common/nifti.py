@@ -36,6 +36,7 @@ _QFORM_FIELDS = (
     *(f"quatern_{axis}" for axis in "bcd"),
     *(f"qoffset_{a}" for a in "xyz"),
 )
+_READ_BYTES = 1 << 19
 _SLAB_VOXELS = 1 << 20
 _BLOCK_VOXELS = 1 << 17
 """Read at a time: they stay in the processor's cache for what is done next."""
@@ -85,8 +86,9 @@ def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
     try:
         # Files and zip members can be peeked at; the type of open streams does not say so.
         if stream.peek(2)[:2] == b"\x1f\x8b":  # type: ignore[attr-defined]
-            with igzip.IGzipFile(fileobj=stream, mode="rb") as inflated:
-                return _read_plain(inflated, stored_size * _DEFLATE_LIMIT, role)
+            # What IGzipFile is built on: it inflates into place, where that would copy twice.
+            inflated = igzip._IGzipReader(stream, _READ_BYTES)
+            return _read_plain(inflated, stored_size * _DEFLATE_LIMIT, role)
         return _read_plain(stream, stored_size, role)
     except (EOFError, gzip.BadGzipFile, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]
         raise StudyError(
@@ -96,7 +98,7 @@ def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
 
 
 def _read_plain(stream: Any, available: int, role: str) -> Image:
-    beginning = stream.read(4)
+    beginning = _up_to(4, stream)
     block = bytearray(beginning + bytes(header_size(beginning, role) - len(beginning)))
     _fill(memoryview(block)[len(beginning) :], stream, role)
     header = parse_header(bytes(block), role)
@@ -109,7 +111,7 @@ def _read_plain(stream: Any, available: int, role: str) -> Image:
     # What lies before the voxels may identify and goes nowhere.
     _fill(memoryview(bytearray(header.voxels_at - len(block))), stream, role)
     data = _read_voxels(stream, header, role)
-    if stream.read(1):
+    if _up_to(1, stream):
         raise StudyError(
             f"the {role} holds more data than its header promises: it is damaged, export it again"
         )
@@ -145,12 +147,21 @@ def _read_voxels(stream: Any, header: NiftiHeader, role: str) -> NDArray[Any]:
 
 
 def _fill(target: memoryview, stream: Any, role: str) -> None:
+    if _read_into(target, stream) < len(target):
+        raise StudyError(f"the {role} is truncated (data end early): copy or export it again")
+
+
+def _up_to(size: int, stream: Any) -> bytes:
+    """Bytes of a stream, fewer at its end."""
+    block = bytearray(size)
+    return bytes(block[: _read_into(memoryview(block), stream)])
+
+
+def _read_into(target: memoryview, stream: Any) -> int:
     filled = 0
-    while filled < len(target):
-        n_read = stream.readinto(target[filled:])
-        if not n_read:
-            raise StudyError(f"the {role} is truncated (data end early): copy or export it again")
+    while filled < len(target) and (n_read := stream.readinto(target[filled:])):
         filled += n_read
+    return filled
 
 
 # --- writing ---------------------------------------------------------------------------------

@@ -82,8 +82,10 @@ def resample_cubic(
     slow_to_fast = _memory_order(volume)
     lines = [lines[axis] for axis in slow_to_fast]
     steps = [axis_step(line) for line in lines]
-    out = np.full([line.n_target for line in lines], fill_value, dtype=np.float32)
+    out = np.empty([line.n_target for line in lines], dtype=np.float32)
     inside = out[tuple(step.rows for step in steps)]
+    if inside.size < out.size:
+        out[...] = fill_value
     if inside.size:
         used = volume.transpose(slow_to_fast)[tuple(step.used for step in steps)]
         _resample_planes(used, steps, inside, bounds)

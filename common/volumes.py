@@ -33,7 +33,7 @@ AIR_HU = -1024
 """Fills the target grid where the CT does not reach [HU]."""
 
 _SLAB = 16
-"""Slices normalised at a time: they stay in the processor's cache from step to step."""
+"""Slices turned at a time from the memory's order to the file's."""
 
 Array = NDArray[Any]
 
@@ -113,7 +113,7 @@ def _oriented(image: Image, recipe: Recipe) -> Image:
 def number_lesions(mask: Image) -> Image:
     """Return the mask with each 26-connected lesion numbered from 1, in the smallest type."""
     lesions = components(mask.data)
-    ids = np.zeros_like(mask.data, np.min_scalar_type(lesions.count))
+    ids = np.zeros(mask.data.shape, np.min_scalar_type(lesions.count), order="F")
     ids[tuple(lesions.voxels)] = lesions.numbers
     return Image(ids, mask.affine)
 
@@ -130,14 +130,22 @@ def training_image(suv: Volume, ct: Volume, recipe: Recipe) -> Array:
     """Return (2, X, Y, Z): PET and CT, each from its range to [0, 1], clipped."""
     image = np.empty((2, *ct.grid.shape), recipe.dtype)
     ranges = (recipe.suv_range, recipe.ct_range)
-    for channel, volume, (least, greatest) in zip(image, (suv, ct), ranges, strict=True):
+    for channel, volume, value_range in zip(image, (suv, ct), ranges, strict=True):
         for first in range(0, volume.data.shape[2], _SLAB):
-            scaled = volume.data[..., first : first + _SLAB] - np.float32(least)
-            scaled /= np.float32(greatest - least)
-            scaled.clip(0, 1, out=scaled)
-            half = recipe.dtype == "float16"
-            channel[..., first : first + _SLAB] = half_precision(scaled) if half else scaled
+            slices = volume.data[..., first : first + _SLAB]
+            slab = np.empty(slices.shape, recipe.dtype, order="F")
+            for k in range(slices.shape[2]):
+                slab[..., k] = _normalised(slices[..., k], value_range, recipe.dtype)
+            channel[..., first : first + _SLAB] = slab
     return image
+
+
+def _normalised(slice_: Array, value_range: tuple[float, float], dtype: str) -> Array:
+    least, greatest = value_range
+    scaled = slice_ - np.float32(least)
+    scaled /= np.float32(greatest - least)
+    np.clip(scaled, 0, 1, out=scaled)
+    return half_precision(scaled) if dtype == "float16" else scaled
 
 
 def half_precision(values: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -153,8 +161,11 @@ def half_precision(values: NDArray[np.float32]) -> NDArray[np.float16]:
     rounded += 0xFFF - (112 << 23)
     rounded >>= 13
     half = np.float32(0.5)
-    tiny = (values + half).view(np.int32) - half.view(np.int32)
-    np.copyto(rounded, tiny, where=values < np.float32(2**-14))
+    tiny = (values + half).view(np.int32)
+    tiny -= half.view(np.int32)
+    # 2**-14 is 1024 of those. Below it `rounded` is too small, above it `tiny` too large.
+    np.maximum(rounded, 1024, out=rounded)
+    np.minimum(rounded, tiny, out=rounded)
     return rounded.astype(np.uint16).view(np.float16)
 
 
