@@ -10,6 +10,7 @@ beside the zip, readable by you alone: keep it apart from the zip.
 import argparse
 import functools
 import logging
+import os
 import re
 import secrets
 import sys
@@ -245,6 +246,7 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
             options.jobs,
             lambda path, done: write_mapping(path, folders, studies, [*outcomes, *done], options),
             known_skips=known_skips,
+            dask=options.dask,
         )
     order = {study_hash: i for i, study_hash in enumerate(folders)}
     return sorted(outcomes, key=lambda outcome: order[outcome.hash])
@@ -303,7 +305,7 @@ def plan(
             outcomes.append(Outcome(study_hash, status, str(error), private=error.private))
             continue
         seen = [[file.name, file.size, file.changed_ns] for file in files]
-        raw = RawStudy(folder.path, options.name, patterns, conversion)
+        raw = RawStudy(os.path.abspath(folder.path), options.name, patterns, conversion)
         studies.append(
             stage.Study(
                 study_hash,
@@ -403,7 +405,12 @@ def dry_run(options: argparse.Namespace) -> list[Outcome]:
     folders = pseudonymised(options)
     studies, outcomes = plan(folders, options)
     tasks = [Task(study.hash, study.payload) for study in studies]
-    outcomes += run_studies(describe_study, tasks, options.jobs)
+    outcomes += run_studies(
+        describe_study,
+        tasks,
+        stage.worker_processes(options.jobs, options.dask, studies),
+        dask=options.dask,
+    )
     no_cells = [""] * (len(TABLE_HEADING) - 3)
     cells = {o.hash: o.warnings or (o.status, *no_cells, o.reason) for o in outcomes}
     print_table([TABLE_HEADING, *((study_hash, *cells[study_hash]) for study_hash in folders)])

@@ -230,6 +230,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             ),
             options.jobs,
             failures_of="preprocessing",
+            dask=options.dask,
         )
         if options.measures is not None:
             write_measures(options.measures, options.output)
@@ -237,7 +238,14 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             # Slow to load, and only for those who ask for it.
             from common.report_cards import write_report
 
-            write_report(options.report, options.output, outcomes, options.jobs, cli.SOFTWARE)
+            write_report(
+                options.report,
+                options.output.resolve(),
+                outcomes,
+                options.jobs,
+                cli.SOFTWARE,
+                options.dask,
+            )
     return outcomes
 
 
@@ -256,7 +264,7 @@ def plan(
             study,
             recipe,
             options.compression,
-            options.save_nifti,
+            options.save_nifti and options.save_nifti.absolute(),
             digest,
             options.profile,
         )

@@ -174,6 +174,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             options.jobs,
             lambda path, outcomes: write_list(options, source, by_key, outcomes),
             failures_of="project_2d",
+            dask=options.dask,
         )
 
 
@@ -226,8 +227,8 @@ def plan(
             parameters,
             fingerprint(made_from),
             options.compression,
-            options.gif,
-            options.png,
+            options.gif and options.gif.absolute(),
+            options.png and options.png.absolute(),
         )
         beside = [f / f"{key}.{kind}" for kind in ("gif", "png") if (f := getattr(options, kind))]
         memory_bytes = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])

@@ -4,7 +4,8 @@ running     how a stage runs
             cli: options, logging, exit status; stage: parts, resuming, replacement, with
             locking and atomic_files; parallel: studies over a multiprocessing.Pool, with
             processes (how they begin and end, a call in one), interruption (signals), machine
-            (CPUs and memory) and progress; worker: what a worker process does with one study
+            (CPUs and memory) and progress, or over a cluster, by dask_cluster and dask_worker;
+            worker: what a process does with one study
 whole       one study from file to file
             study: raw files to three checked images, with belonging (identity, overlap) and
             header_planes (headers beside a NIfTI PET); training_study: zip to HDF5

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import importlib.util
 import logging
 import os
 import signal
@@ -90,6 +91,14 @@ def add_run_options(target: argparse.ArgumentParser, *, parallel: bool = True) -
             metavar="I/N",
             help="do only the I-th of N disjoint parts of the studies, for job arrays",
         )
+        run.add_argument(
+            "--dask",
+            type=dask_address,
+            metavar="ADDRESS",
+            help="let the workers of a dask.distributed scheduler do the work: tcp://HOST:PORT, or "
+            "its scheduler file; they share files and software with this machine, and --jobs then "
+            'is the most studies under way at once; "local" starts --jobs workers here',
+        )
     run.add_argument("--force", action="store_true", help="start afresh: reuse nothing")
     run.add_argument(
         "--no-lock",
@@ -134,6 +143,15 @@ def shard(text: str) -> tuple[int, int]:
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
     return int(first), int(last)
+
+
+def dask_address(text: str) -> str:
+    """Parse the address of a scheduler: is there the package to talk to it?"""
+    if importlib.util.find_spec("distributed") is None:
+        raise argparse.ArgumentTypeError(
+            'needs the package distributed: pip install "dask[distributed]"'
+        )
+    return text
 
 
 def in_shard(study_hash: str, part: tuple[int, int]) -> bool:

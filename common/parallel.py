@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from common.errors import StageError
@@ -24,6 +25,9 @@ from common.progress import progress
 from common.worker import Line, Outcome, Task, Worker, attempt
 
 logger = logging.getLogger("tumorvolume")
+
+LOCAL_CLUSTER = "local"
+"""The address that stands for a dask cluster of this run's own, on this machine."""
 
 _POLL_S = 0.05
 _LOOK_S = 0.2
@@ -36,11 +40,14 @@ def run_studies(
     tasks: Sequence[Task],
     jobs: int | None = None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    dask: str | None = None,
+    notes: Path | None = None,
 ) -> list[Outcome]:
     """Run `worker` on the payload of every task and return the outcomes in task order.
 
     A `StudyError`, any other exception, and the death of a worker process each fail one study.
-    `on_outcome` is called with each outcome as it comes. `jobs` defaults to the CPUs.
+    `on_outcome` is called with each outcome as it comes. `jobs` defaults to the CPUs. With `dask`,
+    the address of a scheduler, its workers do the work, and take notes in the folder `notes`.
 
     Raises
     ------
@@ -50,13 +57,24 @@ def run_studies(
     outcomes: dict[int, Outcome] = {}
     with (
         progress(len(tasks)) as advance,
-        closing(_run_in_pool(worker, tasks, jobs or default_jobs(0))) as results,
+        closing(_run(worker, tasks, jobs, dask, notes)) as results,
     ):
         for index, outcome in results:
             outcomes[index] = outcome
             on_outcome(outcome)
             advance(outcome)
     return [outcomes[index] for index in range(len(tasks))]
+
+
+def _run(
+    worker: Worker, tasks: Sequence[Task], jobs: int | None, dask: str | None, notes: Path | None
+) -> Generator[tuple[int, Outcome]]:
+    if dask is None:
+        return _run_in_pool(worker, tasks, jobs or default_jobs(0))
+    # Slow to load, and not there for those who do not ask for it.
+    from common.dask_cluster import run_on_cluster
+
+    return run_on_cluster(worker, tasks, dask, jobs, notes)
 
 
 # --- in a worker process ---------------------------------------------------------------------

@@ -28,6 +28,7 @@ def write_report(
     outcomes: Sequence[Outcome],
     jobs: int | None,
     software: str,
+    dask: str | None = None,
 ) -> None:
     """Write the page; one that shows just these studies already is left as it is.
 
@@ -41,6 +42,8 @@ def write_report(
         Worker processes.
     software : str
         Another version's page is made anew.
+    dask : str, optional
+        Address of a dask scheduler whose workers do the work.
     """
     digests = call_apart(read_digests, studies_file)
     absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
@@ -51,7 +54,7 @@ def write_report(
     folder = stage.parts_folder(studies_file) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in digests]
-    rendered = run_studies(render_card, tasks, jobs)
+    rendered = run_studies(render_card, tasks, jobs, dask=dask, notes=folder)
     absent += [outcome for outcome in rendered if outcome.status != "written"]
     shown = [task.payload.path for task in tasks if task.payload.path.exists()]
     cards = itertools.chain(

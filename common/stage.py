@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 from common.atomic_files import behind_links, clear_write_errors, sync, writing
 from common.locking import locked
 from common.machine import default_jobs
-from common.parallel import run_studies
+from common.parallel import LOCAL_CLUSTER, run_studies
 from common.processes import call_apart
 from common.progress import PROGRESS
 from common.worker import Outcome, Task, Worker
@@ -83,6 +84,7 @@ def run_stage(
     before_replacing: BeforeReplacing = lambda path, outcomes: None,
     failures_of: str = "",
     known_skips: Mapping[str, str] | None = None,
+    dask: str | None = None,
 ) -> list[Outcome]:
     """Compute what is missing, then replace the output; return the outcomes in study order.
 
@@ -107,6 +109,8 @@ def run_stage(
         The stage's name, where failed studies are to be listed beside the output.
     known_skips : dict of hash to reason, optional
         Skipped studies that an earlier run told of already.
+    dask : str, optional
+        Address of a dask scheduler whose workers do the work.
     """
     parts = parts_folder(output)
     kept = [s for s in studies if finished.get(s.hash) == s.fingerprint and s.all_beside]
@@ -126,10 +130,15 @@ def run_stage(
         for outcome in run_studies(
             worker,
             tasks,
-            _worker_processes(jobs, todo),
+            worker_processes(jobs, dask, todo),
             lambda outcome: report(outcome, known_skips or {}),
+            dask,
+            parts,
         )
     }
+    if dask is not None and part_of:
+        # A file server's client may remember that parts were not there; this makes it look again.
+        os.listdir(parts)
     outcomes = [
         Outcome(study.hash, "unchanged")
         if study.hash in kept_hashes
@@ -149,8 +158,9 @@ def run_stage(
     return outcomes
 
 
-def _worker_processes(jobs: int | None, todo: Sequence[Study]) -> int:
-    if jobs is not None:
+def worker_processes(jobs: int | None, dask: str | None, todo: Sequence[Study]) -> int | None:
+    """Return how many worker processes to start; None where a cluster has its own."""
+    if jobs is not None or dask not in (None, LOCAL_CLUSTER):
         return jobs
     needed = max((study.memory_bytes for study in todo), default=0)
     jobs = default_jobs(needed)
@@ -221,7 +231,8 @@ def _part_name(study: Study, output: Path) -> str:
 @contextmanager
 def writing_part(part: Path) -> Iterator[Path]:
     """Yield a temporary path; what is written there becomes the finished part, or nothing does."""
-    with writing(part, part.with_name(f"{part.name}.{os.getpid()}.tmp")) as temporary:
+    here = f"{socket.gethostname()}.{os.getpid()}"
+    with writing(part, part.with_name(f"{part.name}.{here}.tmp")) as temporary:
         yield temporary
 
 

@@ -173,7 +173,7 @@ def complaint(ending: Ending) -> str:
     return ending.verdict or ""
 
 
-def run_here(worker, tasks, jobs=None, on_outcome=lambda outcome: None):
+def run_here(worker, tasks, jobs, on_outcome, *cluster):
     """Run studies without workers: every batch of cases has a process of its own."""
     outcomes = [attempt(worker, task) for task in tasks]
     for outcome in outcomes:

@@ -1,0 +1,301 @@
+"""Studies on a dask.distributed cluster: the workers, tasks and parts of the pool, elsewhere.
+
+The one module that knows dask, which is loaded only when asked for. The scheduler retries what a
+lost worker had under way. A study that has killed its worker process three times is failed; it
+alone, since what was begun and never ended is noted beside the parts: the scheduler's own count
+blames studies that were only waiting for the same worker.
+
+The nested function that goes over the wire is pickled by value, and finds this code by its path
+on the file system that all workers share.
+"""
+
+# Else the types of the portable function, of this code, would go with it to the scheduler.
+from __future__ import annotations
+
+import importlib.util
+import logging
+import queue
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from common.dask_worker import MOST_DEATHS, Answer, environment, killer
+from common.errors import StageError
+from common.interruption import uninterrupted
+from common.machine import default_jobs
+from common.parallel import LOCAL_CLUSTER
+from common.worker import Line, Outcome, Task, Worker
+
+logger = logging.getLogger("tumorvolume")
+
+_POLL_S = 0.1
+_LOOK_S = 1.0
+_CONNECT_S = 15
+_CLOSE_S = 5
+_ANSWER_S = 30
+_NO_WORKER_S = 600
+_TELL_S = 60
+
+_TALKATIVE = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
+
+
+def run_on_cluster(
+    worker: Worker, tasks: Sequence[Task], address: str, jobs: int | None, notes: Path | None
+) -> Generator[tuple[int, Outcome]]:
+    """Yield the number of each task and its outcome, in the order in which they end.
+
+    Parameters
+    ----------
+    worker : function
+    tasks : sequence of Task
+        All their paths are absolute.
+    address : str
+        Of the scheduler, or the path of its scheduler file, or "local".
+    jobs : int, optional
+        Workers of a local cluster; elsewhere, how many studies may be under way at once.
+    notes : Path, optional
+        Folder that all workers share, for notes on the studies under way; without it the
+        scheduler's setting ``allowed-failures`` decides when a study is failed.
+
+    Raises
+    ------
+    StageError
+        Raised by a worker for all; no scheduler there, or none any more; workers with another
+        software; no worker for ten minutes.
+    """
+    if not tasks:
+        return
+    with uninterrupted() as raise_interruption, _client(address, jobs, len(tasks)) as client:
+        raise_interruption()
+        send = _sender(client, worker, tasks, notes)
+        waiting = deque(range(len(tasks)))
+        under_way: dict[str, tuple[int, Any]] = {}
+        lost: Counter[int] = Counter()
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        room = _room(client, None if address == LOCAL_CLUSTER else jobs)
+        while waiting or under_way:
+            raise_interruption()
+            most = next(room)
+            while waiting and len(under_way) < most:
+                index = waiting.popleft()
+                future = send(index)
+                under_way[future.key] = index, future
+                future.add_done_callback(ended.put)
+            try:
+                future = ended.get(timeout=_POLL_S)
+                answer = _answer(future)
+            except queue.Empty:
+                continue
+            except TimeoutError:
+                # Its result is on the way, or went down with its worker and is made again.
+                ended.put(future)
+                continue
+            index, _ = under_way.pop(future.key)
+            future.release()
+            if answer is not None:
+                yield index, _outcome(*answer)
+            elif notes is not None and lost[index] < MOST_DEATHS:
+                lost[index] += 1
+                waiting.append(index)
+            else:
+                yield index, killer(tasks[index])
+
+
+def _outcome(outcome: Outcome | StageError, lines: Sequence[Line]) -> Outcome:
+    for level, line in lines:
+        logger.log(level, "%s", line)
+    if isinstance(outcome, StageError):
+        raise outcome
+    return outcome
+
+
+# --- scheduler and client --------------------------------------------------------------------
+
+
+@contextmanager
+def _client(address: str, jobs: int | None, n_tasks: int) -> Iterator[Any]:
+    """Yield a client of the cluster; at the end what is under way is given up."""
+    import distributed
+
+    for name in _TALKATIVE:
+        logging.getLogger(name).handlers = [logging.NullHandler()]
+        logging.getLogger(name).propagate = False
+    if address == LOCAL_CLUSTER:
+        with (
+            _local_cluster(min(jobs or default_jobs(0), n_tasks)) as cluster,
+            distributed.Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+        return
+    at = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
+    try:
+        client = distributed.Client(**at, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise StageError(
+            f"--dask {address}: no scheduler answers there: check the address, and that it runs"
+        ) from error
+    try:
+        yield client
+    finally:
+        with suppress(TimeoutError, OSError):
+            client.close(timeout=_CLOSE_S)
+
+
+@contextmanager
+def _local_cluster(n_workers: int) -> Iterator[Any]:
+    import dask
+    import distributed
+
+    with (
+        tempfile.TemporaryDirectory(prefix="dask-", ignore_cleanup_errors=True) as folder,
+        dask.config.set({"temporary-directory": folder}),
+    ):
+        # Ctrl-C is for this process alone. Workers inherit the mask from the threads that start
+        # them; the tracker would change it, if it were started with the first of them.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            cluster = distributed.LocalCluster(
+                n_workers=n_workers,
+                threads_per_worker=1,
+                memory_limit=0,
+                dashboard_address="127.0.0.1:0",
+                local_directory=folder,
+                silence_logs=logging.CRITICAL,
+            )
+        except (OSError, RuntimeError, TimeoutError) as error:
+            raise StageError(
+                f"the local dask cluster cannot be started ({type(error).__name__}): run without "
+                "--dask"
+            ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if importlib.util.find_spec("bokeh") is not None:
+            logger.info("dashboard: %s", cluster.dashboard_link)
+        try:
+            yield cluster
+        finally:
+            with suppress(TimeoutError, OSError):
+                cluster.close(timeout=_CLOSE_S)
+
+
+def _room(client: Any, jobs: int | None) -> Iterator[int]:
+    """Yield how many studies may be under way: two a worker process, so that none waits."""
+    n_workers, last_look, last_seen, last_told = 0, 0.0, time.monotonic(), 0.0
+    while True:
+        now = time.monotonic()
+        if now - last_look > _LOOK_S:
+            last_look = now
+            n_workers = _count_workers(client)
+        if n_workers:
+            last_seen = now
+        elif now - last_seen > _NO_WORKER_S:
+            raise StageError(
+                "no worker has been connected to the dask scheduler for ten minutes: start "
+                "workers, and run again; finished studies are kept"
+            )
+        elif now - last_told > _TELL_S and now - last_seen > _LOOK_S:
+            last_told = now
+            logger.warning("no worker is connected to the dask scheduler: waiting for one")
+        yield max(1, jobs or 0, 0 if jobs else 2 * n_workers)
+
+
+def _count_workers(client: Any) -> int:
+    try:
+        return len(client.sync(client.scheduler.ncores, callback_timeout=_ANSWER_S))
+    except (OSError, TimeoutError) as error:
+        raise _scheduler_gone() from error
+
+
+def _scheduler_gone() -> StageError:
+    return StageError(
+        "the dask scheduler does not answer any more: start it, and run again; finished studies "
+        "are kept"
+    )
+
+
+def _sender(
+    client: Any, worker: Worker, tasks: Sequence[Task], notes: Path | None
+) -> Callable[[int], Any]:
+    """Return what submits the task of a number and returns its future."""
+    import cloudpickle
+
+    function = _portable(cloudpickle.dumps(worker))
+    # Another run on the same scheduler may have the same studies.
+    run = uuid.uuid4().hex
+    numbers = iter(range(sys.maxsize))
+
+    def send(index: int) -> Any:
+        task = tasks[index]
+        note = None if notes is None else notes / f"{task.hash}.begun.tmp"
+        return client.submit(
+            function,
+            cloudpickle.dumps(task),
+            note,
+            key=f"{task.hash}-{run}-{next(numbers)}",
+            pure=False,
+            retries=0,
+        )
+
+    return send
+
+
+def _answer(future: Any) -> Answer | None:
+    """Return what a worker sent back; None where the scheduler has lost too many workers to it.
+
+    Raises
+    ------
+    TimeoutError
+        The answer is not there yet.
+    """
+    import distributed
+
+    try:
+        answer: Answer | str = future.result(timeout=_POLL_S)
+    except distributed.KilledWorker:
+        return None
+    except TimeoutError:
+        raise
+    except distributed.CancelledError as error:
+        raise _scheduler_gone() from error
+    except Exception as error:
+        raise StageError(
+            f"the dask workers cannot load the work ({type(error).__name__}): give them the Python "
+            "and the packages of this machine"
+        ) from error
+    if isinstance(answer, str):
+        raise StageError(answer)
+    return answer
+
+
+def _portable(worker: bytes) -> Callable[[bytes, Path | None], Answer | str]:
+    """Return a function that any Python can load, and that never raises.
+
+    Dask logs the arguments of a function that raises: they hold the raw project's paths.
+    """
+    root = str(Path(__file__).resolve().parents[1])
+    expected = environment()
+
+    def attempt_there(task: bytes, note: Path | None) -> Answer | str:
+        import sys
+
+        if root not in sys.path:
+            sys.path.append(root)
+        try:
+            from common.dask_worker import attempt_on_worker
+        except Exception as error:
+            return (
+                f"a dask worker cannot load this software ({type(error).__name__}): workers need "
+                "the file system and the packages of this machine"
+            )
+        return attempt_on_worker(worker, task, note, expected)
+
+    return attempt_there

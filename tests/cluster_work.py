@@ -1,0 +1,51 @@
+"""What the workers of a dask cluster do in tests; they load this module, and little else."""
+
+import logging
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+from common.errors import IncompleteStudy, StageError, StudyError
+
+SECRET = "Doe^Jane"
+
+ERRORS = {
+    "StudyError": StudyError("no weight: give one", "private text"),
+    "IncompleteStudy": IncompleteStudy("no mask"),
+    "StageError": StageError("the disk is full"),
+    "ValueError": ValueError(SECRET),
+    "SystemExit": SystemExit(SECRET),
+}
+
+
+def behave(payload):
+    """Do as the payload says: a kind of behaviour, and its argument."""
+    kind, argument = payload
+    if kind == "warn":
+        return [argument]
+    if kind == "sleep":
+        time.sleep(argument)
+    elif kind == "raise":
+        raise ERRORS[argument]
+    elif kind == "say":
+        print(SECRET, flush=True)
+        os.write(2, SECRET.encode())
+        warnings.warn(SECRET, stacklevel=1)
+        logging.getLogger("pydicom").warning(SECRET)
+        logging.getLogger("tumorvolume").info("said nothing")
+    elif kind == "die":
+        die(*argument)
+    elif kind == "pid":
+        return [str(os.getpid())]
+    return []
+
+
+def die(folder: Path, times: int) -> None:
+    """Kill this process as often as told, and note each time in a folder."""
+    deaths = len(list(folder.iterdir()))
+    if deaths < times:
+        (folder / f"{deaths}").touch()
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
