@@ -3,17 +3,27 @@
 Knows pydicom. Headers are read once; pixels stay in the files until `dicom_pixels` fetches them.
 """
 
+import os
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from common.dicom_values import functional_group, items, joined_text, required_numbers, texts
+from common.dicom_values import (
+    functional_group,
+    items,
+    joined_text,
+    required_numbers,
+    tag_of,
+    texts,
+)
 from common.errors import StudyError
 
 IMAGE_CLASSES = {
@@ -39,7 +49,31 @@ _NO_SLICE = re.compile(
 GREYSCALE = ("MONOCHROME2", "MONOCHROME1", "")
 """Values of PhotometricInterpretation, which a header without pixels may lack."""
 
-_CLASSES_WITH_MODALITY = frozenset({""}.union(*IMAGE_CLASSES.values()))
+DICOM_SUFFIXES = (".dcm", ".ima")
+
+LARGEST_INFLATED, MOST_INFLATION = 2**28, 100
+"""Bytes of a deflated file that need no reason; inflation by which it may be larger."""
+
+_OBJECT_OF_SERIES = "1.2.840.10008.5.1.4.1.1."
+"""How the SOP class of every object of a series begins."""
+
+_MASK_CLASSES = {
+    "1.2.840.10008.5.1.4.1.1.66.4",  # Segmentation
+    "1.2.840.10008.5.1.4.1.1.66.7",  # Label Map Segmentation
+    "1.2.840.10008.5.1.4.1.1.481.3",  # RT Structure Set
+}
+_ROLE_OF_CLASS = {
+    sop_class: f" of the {role}"
+    for role, classes in (
+        ("CT", IMAGE_CLASSES["CT"]),
+        ("PET", IMAGE_CLASSES["PT"]),
+        ("mask", _MASK_CLASSES),
+    )
+    for sop_class in classes
+}
+
+_PREAMBLE, _MOST_OF_META = 132, 1024
+_BLOCK = 2**20
 _FIRST_VRS = (b"UL", b"OB", b"CS", b"UI", b"SH", b"DA", b"LO")
 
 
@@ -93,32 +127,43 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
     Raises
     ------
     StudyError
-        DICOM by its first bytes, but damaged.
+        DICOM by its first bytes but damaged, or by its name but empty.
     """
+    start, is_marked = b"", False
     try:
         with open(path, "rb") as stream:
-            start = stream.read(132)
-            is_marked = start[128:] == b"DICM"
+            start = stream.read(_MOST_OF_META)
+            is_marked = start[128:_PREAMBLE] == b"DICM"
+            if _is_empty(start) and name.lower().endswith(DICOM_SUFFIXES):
+                raise _damaged(start, name)
             if not is_marked and not _looks_like_bare_dataset(start):
                 return None
+            if DeflatedExplicitVRLittleEndian.encode() in start:
+                _refuse_bomb(stream, name)
             stream.seek(0)
             header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
             offset = stream.tell()
+            is_damaged = _is_cut_off(header, stream)
         is_object = "Modality" in header
-        is_damaged = _is_cut_off(header, offset) or (
-            not is_object and _sop_class(header) in _CLASSES_WITH_MODALITY
-        )
+        is_damaged |= not is_object and _is_of_series(header)
+    except StudyError:
+        raise
     except OSError as error:
         raise StudyError(
             f"a file cannot be read ({error.strerror}): check it and its permissions", name
         ) from error
     except Exception as error:  # pydicom raises nearly every type on damaged files
         if is_marked:
-            raise _damaged(name) from error
+            raise _damaged(start, name) from error
         return None
     if is_damaged and (is_marked or is_object):
-        raise _damaged(name)
+        raise _damaged(start, name)
     return DicomFile(path, name, header, offset) if is_object else None
+
+
+def _is_empty(start: bytes) -> bool:
+    """Tell whether a file is too short for a header, or was never filled."""
+    return len(start) < _PREAMBLE or not start.strip(b"\0")
 
 
 def _looks_like_bare_dataset(start: bytes) -> bool:
@@ -129,25 +174,56 @@ def _looks_like_bare_dataset(start: bytes) -> bool:
     return group_0002 or (group_0008 and (start[4:6] in _FIRST_VRS or implicit_length <= 64))
 
 
-def _is_cut_off(header: pydicom.FileDataset, offset: int) -> bool:
-    """Tell whether an element reaches beyond `offset`, where reading ended; pydicom does not."""
+def _refuse_bomb(stream: BinaryIO, name: str) -> None:
+    """Refuse a deflated file that would fill the memory, before pydicom inflates all of it."""
+    stream.seek(_PREAMBLE + 8)
+    length_of_meta = int.from_bytes(stream.read(4), "little")
+    stream.seek(length_of_meta, os.SEEK_CUR)
+    most = max(LARGEST_INFLATED, MOST_INFLATION * os.fstat(stream.fileno()).st_size)
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while block := inflater.unconsumed_tail or stream.read(_BLOCK):
+        size += len(inflater.decompress(block, _BLOCK))
+        if size > most:
+            raise StudyError(
+                f"a deflated DICOM file inflates beyond {most} bytes "
+                f"({tag_of('TransferSyntaxUID')}): export it again, uncompressed",
+                name,
+            )
+
+
+def _is_cut_off(header: pydicom.FileDataset, stream: BinaryIO) -> bool:
+    """Tell whether a file ends within an element, at which pydicom takes no offence.
+
+    `stream` is where reading ended: before the pixel data, or at the end of the file.
+    """
     if header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         return False
-    return any(
-        isinstance(element, RawDataElement) and element.value_tell + element.length > offset
-        for element in (*header.file_meta.values(), *header.values())
-    )
+    end_of_reading = stream.tell()
+    elements = [*header.file_meta.values(), *header.values()]
+    ends = [e.value_tell + e.length for e in elements if isinstance(e, RawDataElement)]
+    if any(end > end_of_reading for end in ends):
+        return True
+    if not ends or not isinstance(elements[-1], RawDataElement) or stream.read(1):
+        return False
+    stream.seek(max(ends))
+    beginning_of_another = stream.read()
+    return bool(beginning_of_another.strip(b"\0"))
 
 
-def _sop_class(header: pydicom.FileDataset) -> str:
-    return joined_text(header.file_meta, "MediaStorageSOPClassUID") or joined_text(
+def _is_of_series(header: pydicom.FileDataset) -> bool:
+    """Tell whether an object has to have a Modality, by its SOP class if that is known."""
+    sop_class = joined_text(header.file_meta, "MediaStorageSOPClassUID") or joined_text(
         header, "SOPClassUID"
     )
+    return not sop_class or sop_class.startswith(_OBJECT_OF_SERIES)
 
 
-def _damaged(name: str) -> StudyError:
+def _damaged(start: bytes, name: str) -> StudyError:
+    """Return the error that names the role which the file's first bytes tell."""
+    sop_class = re.search(re.escape(_OBJECT_OF_SERIES).encode() + rb"[\d.]+", start)
+    role = _ROLE_OF_CLASS.get(sop_class[0].decode() if sop_class else "", "")
     return StudyError(
-        "a DICOM file is damaged (its header cannot be read): export the study again", name
+        f"a DICOM file{role} is damaged (its header cannot be read): export the study again", name
     )
 
 

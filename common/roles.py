@@ -21,14 +21,13 @@ from common.candidates import (
     roles_by_words,
     words,
 )
-from common.dicom import DicomFile, Series, group_series, read_dicom_file
+from common.dicom import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
 from common.dicom_values import joined_text, tag_of
 from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
 from common.raw_project import files_below
 
 _MASK_MODALITIES = ("SEG", "RTSTRUCT")
-_DICOM_SUFFIXES = (".dcm", ".ima")
 _OTHER_FORMATS = (
     ".nrrd",
     ".mha",
@@ -207,14 +206,14 @@ def _read_files(folder: str) -> _Files:
         elif (found := read_dicom_file(path, file.name)) is not None:
             dicom.append(found)
         else:
-            n_no_dicom += file.name.lower().endswith(_DICOM_SUFFIXES)
+            n_no_dicom += file.name.lower().endswith(DICOM_SUFFIXES)
             other_formats.update(s for s in _OTHER_FORMATS if file.name.lower().endswith(s))
     remarks = []
     if n_dangling:
         remarks.append(f"links that lead nowhere ({n_dangling}) are left out: restore their target")
     if n_no_dicom:
         remarks.append(
-            f"files named as DICOM ({n_no_dicom}) are left out, empty, damaged or without "
+            f"files named as DICOM ({n_no_dicom}) are left out, damaged or without "
             f"{tag_of('Modality')}: check that no slice is lost"
         )
     return _Files(nifti, dicom, sorted(other_formats), tuple(remarks))

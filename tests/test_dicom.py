@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import resource
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pydicom
 import pytest
@@ -163,7 +166,9 @@ def test_a_derived_coronal_enhanced_object_is_no_candidate(tmp_path):
 # --- damage ----------------------------------------------------------------------------------
 
 
-DAMAGED_HEADER = "a DICOM file is damaged (its header cannot be read): export the study again"
+DAMAGED_HEADER = (
+    "a DICOM file of the CT is damaged (its header cannot be read): export the study again"
+)
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES)
@@ -174,11 +179,43 @@ def test_a_file_cut_short_is_never_passed_over(tmp_path, modality, syntax):
         tmp_path, slices(noise((40, 40, 4)), modality=modality), SYNTAXES[syntax]
     )
     content = last.read_bytes()
-    for end in (*range(150, 1000, 41), *range(1000, len(content) - 40, len(content) // 6)):
+    for end in (0, 131, *range(132, 1000, 41), *range(1000, len(content) - 40, len(content) // 6)):
         last.write_bytes(content[:end])
         # Cut off before its series is named, a slice is a second candidate: ambiguous.
         with contextlib.suppress(NotOneCandidate), pytest.raises(StudyError):
             read_image(tmp_path, modality)
+
+
+@pytest.mark.parametrize("padding", [b"\0", bytes(7), bytes(512), b"\n"])
+def test_bytes_after_the_last_element_are_padding_only_if_they_are_zeros(tmp_path, padding):
+    """Fewer than eight others may be all that is left of the next element, such as contours."""
+    mask = layouts.write_rtstruct(tmp_path / "RS.dcm")
+    mask.write_bytes(mask.read_bytes() + padding)
+    if any(padding):
+        with pytest.raises(StudyError, match=r"^a DICOM file of the mask is damaged"):
+            read_dicom_file(str(mask), mask.name)
+    else:
+        assert read_dicom_file(str(mask), mask.name) is not None
+
+
+@pytest.mark.parametrize("megabytes", [1, 600])
+def test_a_deflated_file_that_would_fill_the_memory_is_refused(tmp_path, megabytes):
+    (dataset,) = slices(noise((4, 4, 1)))
+    write_file(tmp_path / "IM", dataset, uid.DeflatedExplicitVRLittleEndian)
+    content = (tmp_path / "IM").read_bytes()
+    start = 144 + int.from_bytes(content[140:144], "little")
+    deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    whole = deflater.compress(zlib.decompress(content[start:], -zlib.MAX_WBITS))
+    whole += deflater.flush(zlib.Z_FULL_FLUSH)
+    megabyte = deflater.compress(bytes(2**20)) + deflater.flush(zlib.Z_FULL_FLUSH)
+    (tmp_path / "IM").write_bytes(content[:start] + whole + megabyte * megabytes + deflater.flush())
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if megabytes == 1:
+        assert read_files(tmp_path)
+        return
+    with pytest.raises(StudyError, match=r"^a deflated DICOM file inflates beyond"):
+        read_files(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 100_000  # kB
 
 
 def with_elements(path, before, elements):

@@ -392,7 +392,7 @@ def test_an_incomplete_study_tells_of_several_candidates_too(tmp_path):
         ("tumor.nrrd", ".nrrd files are not read: convert or unpack them"),
         ("masks.zip", ".zip files are not read"),
         ("RS.dcm.gz", ".gz files are not read"),
-        ("RS.dcm", "files named as DICOM (1) are left out, empty, damaged or without Modality"),
+        ("RS.dcm", "files named as DICOM (1) are left out, damaged or without Modality"),
     ],
 )
 def test_a_missing_mask_is_told_with_what_may_have_been_it(tmp_path, instead, hint):
@@ -428,10 +428,16 @@ def test_an_ordinary_name_of_a_study_is_not_blamed(tmp_path, name):
 # --- what is left out ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", bytes(500)], ids=["empty", "zeros"])
-def test_a_slice_that_is_no_longer_dicom_is_not_lost_silently(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", bytes(100), bytes(500)], ids=["empty", "short", "zeros"])
+def test_a_slice_at_the_end_that_is_empty_fails_its_study(tmp_path, content):
     study = layouts.subfolders(tmp_path)
     (study / "PET" / "pet_005.dcm").write_bytes(content)
+    assert str(refusal(study)).startswith("a DICOM file is damaged")
+
+
+def test_a_file_named_as_dicom_that_is_none_is_not_lost_silently(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    (study / "PET" / "pet_005.dcm").write_text("<html>404</html>" * 20)
     found = roles_of(study)
     assert found.pet.n_images == layouts.N_SLICES - 1
     assert "check that no slice is lost" in found.warnings[0]

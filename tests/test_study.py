@@ -26,7 +26,7 @@ from pet_headers import (
 )
 
 from common.candidates import Patterns
-from common.errors import StudyError
+from common.errors import IncompleteStudy, StudyError
 from common.roles import find_roles
 from common.study import Conversion, plan_study, read_study
 
@@ -79,6 +79,33 @@ def test_every_layout_is_the_same_study(tmp_path, layout):
     images = read(layout(tmp_path))
     assert_is_the_phantom(images)
     assert images.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("layout", "pattern", "role"),
+    [
+        (layouts.subfolders, "MASK/RS.dcm", "mask"),
+        (layouts.tcia, "300*/1-1.dcm", "mask"),
+        (layouts.subfolders, "CT/pet_000.dcm", "CT"),
+        (layouts.subfolders, "PET/pet_005.dcm", "PET"),
+        (layouts.nifti_with_header, "PET_header.dcm", "PET"),
+    ],
+)
+def test_a_file_cut_short_fails_its_study_and_never_counts_as_absent(
+    tmp_path, layout, pattern, role
+):
+    study = layout(tmp_path)
+    (path,) = study.glob(pattern)
+    content = path.read_bytes()
+    # A header is complete without pixels.
+    end = len(content) if role != "PET" else content.index(b"\x28\x00\x52\x10")
+    for cut in (0, 1, 131, *range(132, end, max(1, end // 40)), end - 1):
+        path.write_bytes(content[:cut])
+        with pytest.raises(StudyError) as caught:
+            read(study)
+        assert not isinstance(caught.value, IncompleteStudy), (cut, caught.value)
+        if 400 < cut < content.index(b"\x08\x00\x60\x00"):
+            assert f"of the {role} is damaged" in str(caught.value)
 
 
 def test_autopet_is_taken_as_it_is(tmp_path):
