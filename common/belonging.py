@@ -1,8 +1,10 @@
 """Whether the files and images of a study belong together: one patient, one space, one place."""
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import numpy as np
 
-from common.candidates import ROLE_NAMES
+from common.candidates import ROLE_NAMES, Candidate
 from common.dicom import DicomFile, Series
 from common.dicom_masks import frame_of_reference
 from common.dicom_values import joined_text, tag_of
@@ -25,35 +27,56 @@ def check_identity(roles: Roles, *, trusted: bool) -> list[str]:
 
     Where the user trusts them, what differs is returned as warnings.
     """
-    headers = {
-        ROLE_NAMES[role]: source.files[0].header if isinstance(source, Series) else source.header
+    files = {
+        ROLE_NAMES[role]: found
         for role in ROLE_NAMES
-        if isinstance(source := getattr(roles, role), Series | DicomFile)
+        if (found := _dicom_files(getattr(roles, role)))
     }
-    keywords = ("PatientID", "PatientBirthDate")
-    stated = {k: {name: joined_text(each, k) for name, each in headers.items()} for k in keywords}
-    stated["FrameOfReferenceUID"] = {
-        name: frame_of_reference(each) or "" for name, each in headers.items()
+    stated = {
+        keyword: {name: _values(each, keyword) for name, each in files.items()}
+        for keyword in ("PatientID", "PatientBirthDate", "FrameOfReferenceUID")
     }
     if isinstance(roles.pet, Series):
         stated["SeriesInstanceUID"] = {
-            name: joined_text(headers[name], "SeriesInstanceUID")
+            name: _values(files[name], "SeriesInstanceUID")
             for name in (ROLE_NAMES["pet"], ROLE_NAMES["header"])
-            if name in headers
+            if name in files
         }
     warnings = []
     for keyword, by_name in stated.items():
-        by_value: dict[str, list[str]] = {}
-        for name, value in by_name.items():
-            by_value.setdefault(value, []).append(name)
-        by_value.pop("", None)
-        if len(by_value) > 1:
-            sides = " versus ".join(" and ".join(names) for names in by_value.values())
-            trouble = f"{sides} do not belong together ({tag_of(keyword)} differs)"
+        for who in _who_differ(by_name):
+            trouble = f"{who} do not belong together ({tag_of(keyword)} differs)"
             if not trusted:
                 raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
             warnings.append(f"{trouble}: trusted")
     return warnings
+
+
+def _dicom_files(source: Candidate | None) -> Sequence[DicomFile]:
+    if isinstance(source, Series):
+        return source.files
+    return [source] if isinstance(source, DicomFile) else []
+
+
+def _values(files: Sequence[DicomFile], keyword: str) -> frozenset[str]:
+    """Return what headers say, leaving out those that say nothing."""
+    if keyword == "FrameOfReferenceUID":
+        found = {frame_of_reference(each.header) or "" for each in files}
+    else:
+        found = {joined_text(each.header, keyword) for each in files}
+    return frozenset(found - {""})
+
+
+def _who_differ(by_name: Mapping[str, frozenset[str]]) -> Iterator[str]:
+    """Yield the roles whose files differ among themselves, or who else differs from whom."""
+    mixed = [name for name, values in by_name.items() if len(values) > 1]
+    yield from (f"the files of the {name}" for name in mixed)
+    by_value: dict[str, list[str]] = {}
+    for name, values in by_name.items():
+        for value in values if name not in mixed else ():
+            by_value.setdefault(value, []).append(name)
+    if len(by_value) > 1:
+        yield " versus ".join(" and ".join(names) for names in by_value.values())
 
 
 def check_overlap(ct: Image, pet: Image) -> None:

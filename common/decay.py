@@ -33,6 +33,9 @@ SERIES_TOLERANCE_S = 1.0
 DISAGREEMENT_S = 60.0
 """Difference [s] between two statements of one moment that is worth a warning."""
 
+LONGEST_SCAN_S = 43_200.0
+"""Span [s] of the acquisitions of one series beyond which one of their dates must be wrong."""
+
 _SERIES_TIME = "SeriesDate (0008,0021), SeriesTime (0008,0031)"
 _ACQUISITION_TIME = "AcquisitionDate (0008,0022), AcquisitionTime (0008,0032)"
 _FRAME_REFERENCE_TIME = "FrameReferenceTime (0054,1300)"
@@ -247,6 +250,11 @@ def _frame_average_s(times: Timeline, half_life_s: float) -> Array:
 def _acquisition_s(times: Timeline) -> Array:
     if np.isnan(times.acquisition_s).any():
         raise StudyError(_no_acquisition_time())
+    if np.ptp(times.acquisition_s) > LONGEST_SCAN_S:
+        raise StudyError(
+            f"the slices were acquired more than half a day apart ({_ACQUISITION_TIME}), as if the "
+            "date had not changed at midnight: correct it in the header"
+        )
     return times.acquisition_s
 
 

@@ -92,6 +92,12 @@ class Stack:
         """Headers in slice order, each file's once."""
         return tuple(file.header for file in dict.fromkeys(item.file for item in self.slices))
 
+    @property
+    def header_and_frame(self) -> tuple[tuple[int, int], ...]:
+        """Of each slice, the index of its header in `headers` and its frame there."""
+        place = {id(header): i for i, header in enumerate(self.headers)}
+        return tuple((place[id(item.file.header)], item.frame) for item in self.slices)
+
 
 def stack_slices(series: Series) -> Stack:
     """Order the slices of a series and find the grid they make up.
@@ -103,7 +109,7 @@ def stack_slices(series: Series) -> Stack:
         duplicate or unevenly spaced slices, a slice without its place or rescaling.
     """
     role = {"PT": "PET", "CT": "CT"}[series.modality]
-    _refuse_moving(series, role)
+    refuse_moving(series)
     slices = [item for file in series.files for item in _slices_of(file)]
     _refuse_mixed(slices, role)
     normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
@@ -197,8 +203,14 @@ def _slice(
 # --- what forbids a stack --------------------------------------------------------------------
 
 
-def _refuse_moving(series: Series, role: str) -> None:
-    """Refuse a PET that says it is dynamic or gated, be it in SeriesType or ImageType."""
+def refuse_moving(series: Series) -> None:
+    """Refuse a PET that says it is dynamic or gated, be it in SeriesType or ImageType.
+
+    Raises
+    ------
+    StudyError
+        It does.
+    """
     if series.modality != "PT":
         return
     for file in series.files:
@@ -207,7 +219,7 @@ def _refuse_moving(series: Series, role: str) -> None:
             kind = next((m for m in _MOVING if words and m in words[0].upper()), None)
             if kind is not None:
                 raise StudyError(
-                    f"the {role} is {kind.lower()} ({tag_of(keyword)}): "
+                    f"the PET is {kind.lower()} ({tag_of(keyword)}): "
                     "give a static or whole-body series"
                 )
 

@@ -200,6 +200,15 @@ def date_time(header: Dataset, keyword: str, zone: timezone | None) -> datetime 
     return None if value is None else _parse_date_time(value, zone, tag_of(keyword))
 
 
+def has_creator(header: Dataset, private: PrivateTag) -> bool:
+    """Tell whether a header has a block of a private attribute's creator."""
+    try:
+        header.private_block(private.group, private.creator)
+    except KeyError:
+        return False
+    return True
+
+
 def private_number(header: Dataset, private: PrivateTag) -> float | None:
     """Return a private number; None where it is unreadable, too."""
     try:

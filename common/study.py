@@ -19,7 +19,7 @@ from common.dicom_masks import referenced_images, referenced_series
 from common.dicom_pixels import read_ct, read_pet
 from common.dicom_rtstruct import read_rtstruct
 from common.dicom_seg import read_seg
-from common.dicom_stack import Stack, stack_slices
+from common.dicom_stack import Stack, refuse_moving, stack_slices
 from common.dicom_values import items, joined_text, tag_of
 from common.errors import StudyError
 from common.header_planes import factors_on, planes_of_headers, require_planes_of
@@ -154,10 +154,10 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         for image in (roles.ct, roles.pet)
     )
     header: Series | Stack | None = None if isinstance(pet, Stack) else roles.header
-    if isinstance(header, Series) and items(
-        header.files[0].header, "PerFrameFunctionalGroupsSequence"
-    ):
-        header = stack_slices(header)
+    if isinstance(header, Series):
+        refuse_moving(header)
+        if items(header.files[0].header, "PerFrameFunctionalGroupsSequence"):
+            header = stack_slices(header)
     suv = _suv(pet if isinstance(pet, Stack) else header, conversion)
     for stack in (ct, pet):
         warnings += stack.warnings if isinstance(stack, Stack) else ()
@@ -186,9 +186,7 @@ def _series_if_readable(source: Series | Stack | None, conversion: Conversion) -
 
 def _pet_series(source: Series | Stack | None, conversion: Conversion) -> PetSeries:
     if isinstance(source, Stack):
-        several_frames = len(source.headers) < len(source.slices)
-        frames = [each.frame for each in source.slices] if several_frames else None
-        return read_pet_series(source.headers, conversion.tracer, frames)
+        return read_pet_series(source.headers, conversion.tracer, source.header_and_frame)
     headers = [file.header for file in source.files] if source else []
     return read_pet_series(headers, conversion.tracer)
 

@@ -46,6 +46,8 @@ LEVELS = {
         "mapping",
         "nifti",
         "nifti_header",
+        "pet_attributes",
+        "pet_frames",
         "pet_header",
         "pictures",
         "raw_project",
@@ -91,7 +93,7 @@ FORMAT_LIBRARY = {
     "hdf5plugin": {"hdf5_chunks"},
     "pydicom": {
         *("dicom", "dicom_masks", "dicom_pixels", "dicom_rtstruct", "dicom_seg", "dicom_stack"),
-        *("dicom_values", "pet_header"),
+        *("dicom_values", "pet_attributes", "pet_frames", "pet_header"),
     },
     "isal": {"hdf5_chunks", "nifti"},
     "zipfile": {"archive"},

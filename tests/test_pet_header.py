@@ -101,6 +101,23 @@ def test_manufacturer(name: str | None, manufacturer: str) -> None:
     assert read_one(Manufacturer=name).manufacturer == manufacturer
 
 
+@pytest.mark.parametrize("name", [None, "", "REMOVED"])
+@pytest.mark.parametrize(
+    ("tag", "creator", "manufacturer"),
+    [
+        (0x0009100D, "GEMS_PETD_01", "GE"),
+        (0x00711022, "SIEMENS MED PT", "SIEMENS"),
+        (0x70531000, "Philips PET Private Group", "PHILIPS"),
+        (0x70531000, "", "OTHER"),
+    ],
+)
+def test_a_manufacturer_whose_name_was_removed_is_told_by_the_private_blocks(
+    name: str | None, tag: int, creator: str, manufacturer: str
+) -> None:
+    private = {tag: (creator, "LO", "1")}
+    assert read_one(private=private, Manufacturer=name).manufacturer == manufacturer
+
+
 def test_codes_are_dicoms_own() -> None:
     series = read_one(Units="bqml ", DecayCorrection="Doe", SUVType="JANE", PatientSex="X")
     assert series.units == "BQML"
@@ -449,9 +466,9 @@ def test_frames_are_taken_in_the_order_asked_for() -> None:
     times = [moment(4000 + 100 * index) for index in range(3)]
     header = enhanced_pet_header(3, DecayCorrected="NO", frame_references=[dt(t) for t in times])
     assert [each.decay_reference for each in read_pet_series([header]).slices] == times
-    turned = read_pet_series([header], frame_order=[2, 0, 1]).slices
+    turned = read_pet_series([header], frame_order=[(0, 2), (0, 0), (0, 1)]).slices
     assert [each.decay_reference for each in turned] == [times[2], times[0], times[1]]
-    factors = suv_factors(read_pet_series([header], frame_order=[2, 0, 1])).factors
+    factors = suv_factors(read_pet_series([header], frame_order=[(0, 2), (0, 0), (0, 1)])).factors
     after = np.array([4200.0, 4000.0, 4100.0])
     assert factors * activity_per_suv(after) == pytest.approx(np.ones(3), rel=1e-9)
 
@@ -490,8 +507,43 @@ def test_enhanced_object_without_frames() -> None:
     assert "PerFrameFunctionalGroupsSequence (5200,9230)" in refusal(header)
 
 
-def test_several_enhanced_objects() -> None:
-    assert "several multi-frame PET objects" in refusal(*[enhanced_pet_header(1)] * 2)
+def test_several_enhanced_objects_are_one_series() -> None:
+    beds = [
+        enhanced_pet_header(2, DecayCorrectionDateTime=dt(moment(after_s)))
+        for after_s in (3600, 4200)
+    ]
+    series = read_pet_series(beds)
+    assert [each.decay_reference for each in series.slices] == [
+        moment(after_s) for after_s in (3600, 3600, 4200, 4200)
+    ]
+    order = [(1, 0), (0, 1), (0, 0), (1, 1)]
+    factors = suv_factors(read_pet_series(beds, frame_order=order)).factors
+    after = np.array([4200.0, 3600.0, 3600.0, 4200.0])
+    assert factors * activity_per_suv(after) == pytest.approx(np.ones(4), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("other", "keyword"),
+    [
+        ({"PatientWeight": 80}, "PatientWeight (0010,1030)"),
+        ({"RadionuclideTotalDose": 1e8}, "RadionuclideTotalDose (0018,1074)"),
+        ({"unit": "g/ml"}, "Units (0054,1001)"),
+        ({"DecayCorrected": "NO"}, "DecayCorrection (0054,1102)"),
+    ],
+)
+def test_enhanced_objects_that_contradict_each_other(other: dict[str, Any], keyword: str) -> None:
+    message = refusal(enhanced_pet_header(1), enhanced_pet_header(1, **other))
+    assert f"contradict each other ({keyword} differs)" in message
+
+
+def test_a_correction_counts_in_every_enhanced_object_only() -> None:
+    headers = [enhanced_pet_header(1), enhanced_pet_header(1, AttenuationCorrected="NO")]
+    assert read_pet_series(headers).corrected_image == {"DECY"}
+
+
+def test_enhanced_objects_among_single_images() -> None:
+    message = refusal(enhanced_pet_header(1), *pet_headers(1))
+    assert "single images and multi-frame objects in one PET series" in message
 
 
 def test_enhanced_intercept() -> None:

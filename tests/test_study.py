@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from pathlib import Path
 
 import layouts
@@ -16,6 +17,7 @@ from pet_headers import (
     DURATION_S,
     REFERENCE_S,
     PerSlice,
+    activity_per_suv,
     da,
     dt,
     enhanced_pet_header,
@@ -404,6 +406,48 @@ def test_headers_without_a_place_stand_for_slices_of_one_factor_only(tmp_path):
     assert "give the header of every slice" in refusal(study)
 
 
+def write_beds(study, **of_second):
+    """Write the PET as two Enhanced PET objects, each with the decay reference of its bed."""
+    k, slope = np.arange(N_SLICES), float(activity_per_suv(REFERENCE_S)) / 1000
+    for bed, chosen in enumerate((k[:4], k[4:])):
+        header = enhanced_pet_header(
+            len(chosen),
+            slopes=[slope] * len(chosen),
+            **{
+                **layouts.PATIENT,
+                "SeriesInstanceUID": layouts.PET_UID,
+                "FrameOfReferenceUID": layouts.FRAME_UID,
+                "SOPInstanceUID": f"{layouts.PET_UID}.{bed}",
+                **(of_second if bed else {}),
+            },
+        )
+        for frame, slice_ in zip(header.PerFrameFunctionalGroupsSequence, chosen, strict=True):
+            frame.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 4 * int(slice_)]
+        write_enhanced_pet(
+            study / "PET" / f"bed{1 - bed}.dcm", header, np.rint(SUV * 1000)[..., chosen]
+        )
+
+
+def test_several_enhanced_objects_of_one_series_are_one_pet(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    shutil.rmtree(study / "PET")
+    write_beds(study)
+    assert_is_the_phantom(read(study))
+    later = {"DecayCorrectionDateTime": dt(moment(REFERENCE_S + 600))}
+    write_beds(study, **later)
+    suv = SUV * np.where(np.arange(N_SLICES) < 4, 1, 2 ** (600 / 6586.2))
+    assert_is_the_phantom(read(study), suv)
+    write_beds(study, PatientWeight=80)
+    assert "contradict each other (PatientWeight (0010,1030) differs)" in refusal(study)
+
+
+@pytest.mark.parametrize("kind", ["DYNAMIC", "GATED"])
+def test_the_header_of_a_moving_series_is_refused(tmp_path, kind):
+    study = layouts.write_nifti_images(tmp_path / "a" / "b")
+    layouts.write_pet(study / "header", SeriesType=[kind, "IMAGE"])
+    assert refusal(study).startswith(f"the PET is {kind.lower()} (SeriesType (0054,1000))")
+
+
 def test_an_enhanced_object_gives_each_slice_its_factor(tmp_path):
     study = layouts.write_nifti_images(tmp_path / "a" / "b")
     header = enhanced_pet_header(
@@ -502,6 +546,16 @@ def test_images_that_differ_in_identity_are_refused(tmp_path, role, keyword, tag
     images = read(study, trust_geometry=True)
     assert_is_the_phantom(images)
     assert any("differs): trusted" in warning for warning in images.warnings)
+
+
+@pytest.mark.parametrize("keyword", ["PatientID", "FrameOfReferenceUID"])
+@pytest.mark.parametrize("role", ["CT", "PET"])
+def test_slices_that_differ_in_identity_within_one_series_are_refused(tmp_path, role, keyword):
+    study = layouts.subfolders(tmp_path)
+    usual = {"PatientID": "ID-4711", "FrameOfReferenceUID": layouts.FRAME_UID}[keyword]
+    WRITERS[role](study, **{keyword: PerSlice(*[usual] * (N_SLICES - 1), "1.9.8")})
+    assert refusal(study).startswith(f"the files of the {role} do not belong together ({keyword} ")
+    assert len(read(study, trust_geometry=True).warnings) == 1
 
 
 @pytest.mark.parametrize("keyword", ["PatientID", "PatientBirthDate", "FrameOfReferenceUID"])

@@ -24,6 +24,7 @@ from pet_headers import (
     WEIGHT_KG,
     PerSlice,
     activity_per_suv,
+    da,
     dt,
     moment,
     pet_headers,
@@ -42,7 +43,10 @@ from suv_cases import (
     REFUSE,
     SIEMENS,
     SIEMENS_REFERENCE,
+    VENDORS,
     Case,
+    of_each,
+    on_days,
     two_beds,
 )
 
@@ -422,6 +426,30 @@ def test_long_half_lives_need_the_day() -> None:
 def test_the_series_must_start_with_the_first_bed(series_s: float, rule: str) -> None:
     series = read_pet_series(pet_headers(N_SLICES, **two_beds(SIEMENS, series_s)))
     assert suv_factors(series).provenance["rule"] == rule
+
+
+@pytest.mark.parametrize("decay_correction", ["START", "NONE"])
+@pytest.mark.parametrize("vendor", VENDORS.values())
+def test_a_date_that_did_not_change_at_midnight_is_refused(
+    vendor: str, decay_correction: str
+) -> None:
+    """The beds after midnight had factors 9000 times too large."""
+    start = datetime(2025, 1, 1, 23, 55)
+    beds = [start, start, start + timedelta(minutes=10), start + timedelta(minutes=10)]
+    header = on_days(
+        start,
+        datetime(2025, 1, 1, 22, 30),
+        Manufacturer=vendor,
+        DecayCorrection=decay_correction,
+        AcquisitionTime=of_each(tm, beds),
+    )
+    if decay_correction == "NONE":
+        header["CorrectedImage"] = ["ATTN"]
+    with pytest.raises(StudyError, match=r"more than half a day apart \(AcquisitionDate"):
+        suv_factors(read_pet_series(pet_headers(4, **header)))
+    header["AcquisitionDate"] = of_each(da, beds)
+    factors = suv_factors(read_pet_series(pet_headers(4, **header))).factors
+    assert factors.max() / factors.min() < 1.1
 
 
 def test_one_injection_for_slices_on_both_sides_of_midnight() -> None:

@@ -1,0 +1,149 @@
+"""Headers of Enhanced PET objects: what their functional groups say of each frame.
+
+Knows pydicom.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydicom.dataset import Dataset
+
+from common.dicom_values import code, date_time, items, number, tag_of, text, utc_offset
+from common.errors import StudyError
+from common.pet_attributes import common_fields, require_no_intercept, series_fields
+from common.pet_series import PetSeries, PetSlice
+
+SAME_SLOPE = 1e-6
+"""Relative difference up to which two slopes are one."""
+
+UNITS_OF_UCUM = {
+    "Bq/ml": ("BQML", None),
+    "{counts}": ("CNTS", None),
+    "{counts}/s": ("CPS", None),
+    "{propcounts}": ("PROPCNTS", None),
+    "{propcounts}/s": ("PROPCPS", None),
+    "g/ml": ("GML", None),
+    "g/ml{SUVbw}": ("GML", "BW"),
+    "g/ml{SUVlbm}": ("GML", "LBM"),
+    "g/ml{SUVlbm(James128)}": ("GML", "LBMJAMES128"),
+    "g/ml{SUVlbm(Janma)}": ("GML", "LBMJANMA"),
+    "g/ml{SUVibw}": ("GML", "IBW"),
+    "cm2/ml": ("CM2ML", None),
+    "cm2/ml{SUVbsa}": ("CM2ML", "BSA"),
+}
+"""Units and SUVType of the units of Enhanced PET (DICOM CID 84)."""
+
+
+def series_of_frames(
+    headers: Sequence[Dataset], tracer: int | None, frame_order: Sequence[tuple[int, int]] | None
+) -> PetSeries:
+    """Read the headers of Enhanced PET objects that make up one series; see `read_pet_series`."""
+    frames = [_frames(header) for header in headers]
+    order = frame_order or [(i, k) for i, each in enumerate(frames) for k in range(len(each))]
+    fields = [_fields(header, each, tracer) for header, each in zip(headers, frames, strict=True)]
+    return PetSeries(
+        slices=tuple(_slice_of_frame(frames[i][k]) for i, k in order),
+        corrected_image=frozenset.intersection(*map(_corrections, headers)),
+        enhanced=True,
+        **common_fields(fields),
+    )
+
+
+def _frames(header: Dataset) -> list[tuple[Dataset, ...]]:
+    """Return where the functional groups of each frame are: its own, the shared, the object."""
+    per_frame = items(header, "PerFrameFunctionalGroupsSequence")
+    if not per_frame:
+        raise StudyError(
+            f"no frames ({tag_of('PerFrameFunctionalGroupsSequence')} is missing): "
+            "export the series anew"
+        )
+    shared = (items(header, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    return [(frame, shared, header) for frame in per_frame]
+
+
+def _fields(
+    header: Dataset, frames: Sequence[Sequence[Dataset]], tracer: int | None
+) -> dict[str, Any]:
+    fields = series_fields(header, tracer)
+    fields["units"], fields["suv_type"] = _units_of_frames(frames, fields)
+    fields["decay_correction"] = {"YES": "START", "NO": "NONE"}.get(_decay_corrected(header) or "")
+    fields["series_start"] = None
+    if fields["injection"] is not None:
+        fields["injection_clock"] = None
+    return fields
+
+
+def _decay_corrected(header: Dataset) -> str | None:
+    return code(header, "DecayCorrected", frozenset({"YES", "NO"}))
+
+
+def _group(groups: Sequence[Dataset], keyword: str) -> list[Dataset]:
+    """Items of a functional group: of the frame, else shared, else of the whole object."""
+    return next(filter(None, (items(each, keyword) for each in groups)), [])
+
+
+def _slice_of_frame(groups: Sequence[Dataset]) -> PetSlice:
+    header = groups[-1]
+    zone = utc_offset(header)
+    for rescaling in _group(groups, "PixelValueTransformationSequence"):
+        require_no_intercept(rescaling)
+    if _decay_corrected(header) == "YES":
+        return PetSlice(decay_reference=date_time(header, "DecayCorrectionDateTime", zone))
+    content = (_group(groups, "FrameContentSequence") or [Dataset()])[0]
+    return PetSlice(decay_reference=date_time(content, "FrameReferenceDateTime", zone))
+
+
+def _corrections(header: Dataset) -> frozenset[str]:
+    yes = frozenset({"YES"})
+    return frozenset(
+        correction
+        for correction, keyword in (("ATTN", "AttenuationCorrected"), ("DECY", "DecayCorrected"))
+        if code(header, keyword, yes) == "YES"
+    )
+
+
+def _units_of_frames(
+    frames: Sequence[Sequence[Dataset]], fields: dict[str, Any]
+) -> tuple[str | None, str | None]:
+    """Units and SUVType; those of the header itself where the frames name none."""
+    found = {_units_of_frame(groups) for groups in frames}
+    if len(found) > 1:
+        raise StudyError(
+            f"the frames differ in unit ({tag_of('MeasurementUnitsCodeSequence')}): "
+            "export the series as Bq/ml"
+        )
+    units, suv_type = found.pop() or (fields["units"], None)
+    return units, suv_type or fields["suv_type"]
+
+
+def _units_of_frame(groups: Sequence[Dataset]) -> tuple[str, str | None] | None:
+    """Units and SUVType of a frame's rescaled values, None where it names none."""
+    rescaling = _group(groups, "PixelValueTransformationSequence")
+    mappings = _group(groups, "RealWorldValueMappingSequence")
+    if mappings:
+        slope = number(rescaling[0], "RescaleSlope") if rescaling else None
+        carriers = [each for each in mappings if _has_slope(each, slope)]
+        if not carriers:
+            raise StudyError(
+                f"the unit of the rescaled values is unknown ({tag_of('RealWorldValueSlope')} "
+                f"differs from {tag_of('RescaleSlope')}): export the series as Bq/ml"
+            )
+    else:
+        carriers = [*groups, *rescaling]
+    names = {
+        (text(unit, "CodeValue") or "").replace("mL", "ml")
+        for each in carriers
+        for unit in items(each, "MeasurementUnitsCodeSequence")
+    }
+    if len(names) > 1:
+        raise StudyError(
+            f"several units for one frame ({tag_of('MeasurementUnitsCodeSequence')}): "
+            "export the series as Bq/ml"
+        )
+    return UNITS_OF_UCUM.get(names.pop(), ("UNKNOWN", None)) if names else None
+
+
+def _has_slope(mapping: Dataset, slope: float | None) -> bool:
+    own = number(mapping, "RealWorldValueSlope")
+    expected = 1.0 if slope is None else slope
+    return own is None or abs(own - expected) <= SAME_SLOPE * abs(expected)
