@@ -90,9 +90,10 @@ def read_pet(stack: Stack, factors: NDArray[np.float64]) -> Image:
     StudyError
         A RescaleIntercept other than 0, or pixels that cannot be read.
     """
-    if any(item.intercept != 0 for item in stack.slices):
+    offset = next((item.intercept for item in stack.slices if item.intercept != 0), 0)
+    if offset:
         raise StudyError(
-            f"{tag_of('RescaleIntercept')} of the PET is not 0: DICOM demands 0 for PET; "
+            f"{tag_of('RescaleIntercept')} of the PET is {offset:g}: DICOM demands 0 for PET; "
             "export the original series"
         )
     data = np.empty(stack.shape, np.float32, order="F")

@@ -76,6 +76,11 @@ def read_rtstruct(
 
 
 def _contours_by_region(dataset: Dataset) -> dict[int, list[Dataset]]:
+    if "ROIContourSequence" not in dataset:
+        raise StudyError(
+            f"the RTSTRUCT ends before its contours ({tag_of('ROIContourSequence')} is missing): "
+            "export it again"
+        )
     contours: dict[int, list[Dataset]] = {}
     for region in items(dataset, "ROIContourSequence"):
         drawn = contours.setdefault(whole_number(region, "ReferencedROINumber"), [])

@@ -186,7 +186,7 @@ def _slice(
     slope = required_number(rescaling, "RescaleSlope")
     if slope < 0:
         raise StudyError(
-            f"{tag_of('RescaleSlope')} is negative: export the series again", file.name
+            f"{tag_of('RescaleSlope')} is {slope:g}, negative: export the series again", file.name
         )
     return Slice(
         file,

@@ -132,6 +132,9 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         for role, found in candidates.items()
     }
     remarks = files.remarks
+    for role in ("ct",) if nifti_pet else ("ct", "pet"):
+        fitting[role], left_out = _without_single_slices(fitting[role])
+        remarks += left_out
     if nifti_pet and "pet" not in patterns.by_role:
         # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
         remarks += _passed_over(fitting["pet"])
@@ -248,6 +251,31 @@ def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) ->
     return [
         file for file in files if role in roles_by_words(file.name) and not patterns.name_any(file)
     ]
+
+
+def _without_single_slices(
+    candidates: Sequence[Candidate],
+) -> tuple[list[Candidate], tuple[str, ...]]:
+    """Leave out single slices of another plane or matrix than the volumes: scouts and the like.
+
+    One like those of a volume may have been torn from it: it stays, and the study is ambiguous.
+    """
+    volumes = [each for each in candidates if isinstance(each, Series) and each.n_images > 1]
+    geometries = {_geometry(each) for each in volumes}
+    single = [
+        each
+        for each in candidates
+        if isinstance(each, Series) and each.n_images == 1 and _geometry(each) not in geometries
+    ]
+    if not single or not volumes:
+        return [*candidates], ()
+    remark = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
+    return [each for each in candidates if each not in single], (remark,)
+
+
+def _geometry(series: Series) -> tuple[str, ...]:
+    keywords = ("ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+    return tuple(joined_text(series.files[0].header, keyword) for keyword in keywords)
 
 
 # --- what to say -----------------------------------------------------------------------------

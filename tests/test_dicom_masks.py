@@ -69,6 +69,13 @@ def assert_mask_is(mask, labels, affine):
 # --- SEG
 
 
+def test_a_structure_set_that_ends_before_its_contours_is_refused():
+    dataset = build_rtstruct({"A": []})
+    del dataset.ROIContourSequence
+    with pytest.raises(StudyError, match=r"ROIContourSequence \(3006,0039\) is missing"):
+        read_rtstruct(dataset, SHAPE, AXIAL)
+
+
 @pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("affine", [AXIAL, oblique_affine((1.9, 2.3, 4.1))])

@@ -107,8 +107,8 @@ def test_values_without_their_scale_are_refused(tmp_path, modality, missing):
 @pytest.mark.parametrize(
     ("modality", "options", "message"),
     [
-        ("PT", {"intercept": -1}, "RescaleIntercept (0028,1052) of the PET is not 0"),
-        ("PT", {"slopes": -1}, "RescaleSlope (0028,1053) is negative"),
+        ("PT", {"intercept": -1}, "RescaleIntercept (0028,1052) of the PET is -1"),
+        ("PT", {"slopes": -1}, "RescaleSlope (0028,1053) is -1, negative"),
         ("CT", {"slopes": 1e300}, IMPLAUSIBLE_SCALE),
         ("CT", {"intercept": -1e300}, IMPLAUSIBLE_SCALE),
         ("CT", {"BitsAllocated": 64}, "no plain grey values (SamplesPerPixel (0028,0002)"),

@@ -6,6 +6,7 @@ import shutil
 import unicodedata
 
 import layouts
+import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -241,6 +242,32 @@ def test_localizers_and_screen_saves_are_no_candidates(tmp_path):
 
 
 # --- several candidates ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "is_scout"),
+    [
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, True),
+        ({"PixelSpacing": [1, 1]}, True),
+        ({}, False),
+        ({"SeriesInstanceUID": ""}, False),
+    ],
+)
+def test_a_single_slice_is_no_second_ct_unless_it_may_be_torn_from_the_first(
+    tmp_path, change, is_scout
+):
+    study = layouts.subfolders(tmp_path)
+    extra = pydicom.dcmread(study / "CT" / "pet_005.dcm")
+    extra.SeriesInstanceUID, extra.ImageType = "1.2.826.77", ["ORIGINAL", "PRIMARY"]
+    for keyword, value in change.items():
+        setattr(extra, keyword, value)
+    extra.save_as(study / "CT" / "extra")
+    if is_scout:
+        found = roles_of(study)
+        assert found.ct.n_images == layouts.N_SLICES
+        assert found.warnings == ("DICOM series of one CT slice (1) are left out",)
+    else:
+        assert "2 candidates for CT (DICOM series of 1; DICOM" in str(refusal(study))
 
 
 def with_second_ct(tmp_path):
