@@ -17,6 +17,7 @@ from common.dicom_values import (
     date_time,
     has_creator,
     items,
+    joined_text,
     number,
     tag_of,
     texts,
@@ -31,6 +32,15 @@ UNITS = frozenset(
 SUV_TYPES = frozenset({"BSA", "BW", "LBM", "LBMJANMA", "LBMJAMES128", "IBW"})
 DECAY_CORRECTIONS = frozenset({"NONE", "START", "ADMIN"})
 SEXES = frozenset({"M", "F", "O"})
+
+NUCLIDE_HALF_LIFE_S = {
+    **dict.fromkeys(("C-111A1", "77004003"), 6586.2),  # F-18
+    **dict.fromkeys(("C-131A3", "35337001"), 4057.7),  # Ga-68
+    **dict.fromkeys(("C-105A1", "40565003"), 1221.8),  # C-11
+    **dict.fromkeys(("C-127A2", "3932008"), 45_723.6),  # Cu-64
+    **dict.fromkeys(("C-168A4", "63360001"), 282_276.0),  # Zr-89
+}
+"""Half-lives [s] by SRT and SNOMED CT codes of DICOM CID 4020 (NNDC, Brookhaven)."""
 
 PHILIPS_SUV_FACTOR = PrivateTag(0x7053, 0x00, "Philips PET Private Group")
 PHILIPS_ACTIVITY_FACTOR = PrivateTag(0x7053, 0x09, "Philips PET Private Group")
@@ -49,6 +59,7 @@ _KEYWORD_OF_FIELD = {
     "sex": "PatientSex",
     "dose_bq": "RadionuclideTotalDose",
     "half_life_s": "RadionuclideHalfLife",
+    "nuclide_half_life_s": "RadionuclideCodeSequence",
     "injection": "RadiopharmaceuticalStartDateTime",
     "injection_clock": "RadiopharmaceuticalStartTime",
     "series_start": "SeriesTime",
@@ -69,6 +80,7 @@ def series_fields(header: Dataset, tracer: int | None) -> dict[str, Any]:
         "sex": code(header, "PatientSex", SEXES),
         "dose_bq": number(tracer_item, "RadionuclideTotalDose"),
         "half_life_s": number(tracer_item, "RadionuclideHalfLife"),
+        "nuclide_half_life_s": _nuclide_half_life_s(tracer_item),
         "injection": date_time(tracer_item, "RadiopharmaceuticalStartDateTime", zone),
         "injection_clock": clock_time(tracer_item, "RadiopharmaceuticalStartTime", zone),
         "series_start": date_and_time(header, "SeriesDate", "SeriesTime", zone),
@@ -117,6 +129,12 @@ def _tracer_item(header: Dataset, tracer: int | None) -> Dataset:
             f"choose one by --tracer 1 to {len(tracers)}"
         )
     return tracers[(tracer or 1) - 1] if tracers else Dataset()
+
+
+def _nuclide_half_life_s(tracer_item: Dataset) -> float | None:
+    nuclides = items(tracer_item, "RadionuclideCodeSequence")
+    codes = [joined_text(each, "CodeValue") for each in nuclides]
+    return NUCLIDE_HALF_LIFE_S.get(codes[0]) if len(codes) == 1 else None
 
 
 def _manufacturer(header: Dataset) -> str:

@@ -66,6 +66,8 @@ class PetSeries:
         PatientSex.
     dose_bq, half_life_s : float or None
         RadionuclideTotalDose and RadionuclideHalfLife.
+    nuclide_half_life_s : float or None
+        Half-life of the nuclide that RadionuclideCodeSequence names.
     injection : datetime or None
         RadiopharmaceuticalStartDateTime.
     injection_clock : time or None
@@ -90,6 +92,7 @@ class PetSeries:
     sex: str | None = None
     dose_bq: float | None = None
     half_life_s: float | None = None
+    nuclide_half_life_s: float | None = None
     injection: datetime | None = None
     injection_clock: time | None = None
     series_start: datetime | None = None

@@ -46,6 +46,9 @@ LEAST_WEIGHT_IN_GRAMS = 1000.0
 LEAST_DOSE_IN_BQ = 10_000.0
 """RadionuclideTotalDose below which it must be in MBq."""
 
+SAME_HALF_LIFE = 0.01
+"""Relative difference of a half-life from that of the nuclide that is worth a warning."""
+
 _WEIGHT = "PatientWeight (0010,1030)"
 _DOSE = "RadionuclideTotalDose (0018,1074)"
 _HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
@@ -246,7 +249,7 @@ def _ratio(to_type: str, from_type: str, series: PetSeries, weight_kg: float | N
 
 def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[str, Array, Array]:
     """Rule, time from injection [s] and dose left then [Bq] of each slice."""
-    dose_bq, half_life_s = _dose_bq(series, remarks), _half_life_s(series)
+    dose_bq, half_life_s = _dose_bq(series, remarks), _half_life_s(series, remarks)
     if series.decay_correction == "ADMIN":
         at_injection = np.zeros(len(series.slices))
         return "11", at_injection, at_injection + dose_bq
@@ -267,11 +270,17 @@ def _dose_bq(series: PetSeries, remarks: Remarks) -> float:
     return dose * 1e6
 
 
-def _half_life_s(series: PetSeries) -> float:
+def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
     half_life_s = series.half_life_s
     if half_life_s is None or half_life_s <= 0:
         state = "is missing" if half_life_s is None else f"is {half_life_s:g}"
         raise StudyError(f"no half-life ({_HALF_LIFE} {state}): set it in the header [s]")
+    of_nuclide_s = series.nuclide_half_life_s
+    if of_nuclide_s and abs(half_life_s / of_nuclide_s - 1) > SAME_HALF_LIFE:
+        remarks.warnings.append(
+            f"half-life disagrees: {_HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
+            f"RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; the former is used"
+        )
     return half_life_s
 
 

@@ -466,6 +466,30 @@ def test_one_injection_for_slices_on_both_sides_of_midnight() -> None:
     assert minutes == pytest.approx([60 + 2.493, 65 + 2.493], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("code", "half_life_s", "warned"),
+    [
+        ("C-111A1", 6586.2, False),
+        ("77004003", 6588.0, False),
+        ("C-111A1", 4057.7, True),
+        ("C-111A1", 109.77, True),
+        ("35337001", 6586.2, True),
+        ("35337001", 4062.6, False),
+        ("no such code", 1200.0, False),
+    ],
+)
+def test_a_half_life_of_another_nuclide_is_a_warning(
+    code: str, half_life_s: float, warned: bool
+) -> None:
+    headers = pet_headers(2, RadionuclideHalfLife=half_life_s)
+    for header in headers:
+        nuclide = pydicom.Dataset()
+        nuclide.CodeValue = code
+        header.RadiopharmaceuticalInformationSequence[0].RadionuclideCodeSequence = [nuclide]
+    warnings = suv_factors(read_pet_series(headers)).provenance["warnings"]
+    assert any(each.startswith("half-life disagrees") for each in warnings) is warned
+
+
 def test_disagreeing_times_of_injection_are_a_warning() -> None:
     series = read_pet_series(pet_headers(RadiopharmaceuticalStartTime=tm(moment(-600))))
     (warning,) = suv_factors(series).provenance["warnings"]
