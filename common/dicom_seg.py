@@ -8,7 +8,7 @@ standard, which are common, are read all the same.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -18,36 +18,12 @@ from pydicom.pixels import iter_pixels
 
 from common.dicom_masks import LabelArray, Mask, matching, names_by_number, refusing_malformed
 from common.dicom_pixels import decoding_plugin
+from common.dicom_seg_planes import group_of_frames, place_frames
 from common.dicom_values import functional_group, items, joined_text, number, tag_of, whole_number
 from common.errors import StudyError
 
-POSITION_TOLERANCE = 0.1
-"""Distance of a plane from the evenly spaced grid [slice spacings]: as for image series."""
-
-SAME_PLANE_MM = 0.01
-"""Frames of several segments repeat the position of their plane, rounded differently at worst."""
-
-ORIENTATION_TOLERANCE = 2e-3
-"""Direction cosines are often written with 3 or 4 decimals."""
-
-LARGEST_MM, SMALLEST_MM = 1e4, 1e-3
-"""Beyond 10 m from the origin, and for spacings below 1 um, numbers are damaged."""
-
 MOST_VOXELS = 2**31
 """2 GiB of labels: a damaged position must not ask for a volume without end."""
-
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-FloatArray = NDArray[np.float64]
-
-
-class _Stack(NamedTuple):
-    """Where the frames of a SEG lie."""
-
-    slice_of_frame: NDArray[np.intp]
-    n_slices: int
-    affine: FloatArray
-    warnings: list[str]
 
 
 def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask:
@@ -77,7 +53,7 @@ def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask
         names = names_by_number(dataset, "SegmentSequence", "SegmentNumber", "SegmentLabel")
         chosen = matching(names, roi, "SegmentLabel")
         frames = _described_frames(dataset)
-        stack = _stack(dataset, frames)
+        stack = place_frames(dataset, frames)
         labels_of = _frame_labels(dataset, names, chosen)
         segments = _segment_of_frames(dataset, frames, names)
         shape = (whole_number(dataset, "Columns"), whole_number(dataset, "Rows"), stack.n_slices)
@@ -172,15 +148,6 @@ def _described_frames(dataset: Dataset) -> list[Dataset]:
     return frames
 
 
-def _group_of_frames(dataset: Dataset, frames: Sequence[Dataset], keyword: str) -> list[Dataset]:
-    """Return a functional group for each frame."""
-    groups = [functional_group(dataset, frame, keyword) for frame in frames]
-    present = [group for group in groups if group is not None]
-    if len(present) < len(frames):
-        raise StudyError(f"the SEG has frames without {tag_of(keyword)}: give the mask as NIfTI")
-    return present
-
-
 def _segment_of_frames(
     dataset: Dataset, frames: Sequence[Dataset], names: Mapping[int, str]
 ) -> list[int]:
@@ -189,7 +156,7 @@ def _segment_of_frames(
     is_label_map = joined_text(dataset, "SegmentationType") == "LABELMAP"
     if is_label_map or (len(names) == 1 and not identified):
         return [min(names)] * len(frames)
-    groups = _group_of_frames(dataset, frames, keyword)
+    groups = group_of_frames(dataset, frames, keyword)
     segments = [whole_number(group, "ReferencedSegmentNumber") for group in groups]
     if not set(segments) <= set(names):
         raise StudyError(
@@ -197,135 +164,3 @@ def _segment_of_frames(
             f"({tag_of('ReferencedSegmentNumber')}): export it again"
         )
     return segments
-
-
-def _stack(dataset: Dataset, frames: Sequence[Dataset]) -> _Stack:
-    """Place the frames on an evenly spaced stack of slices, absent planes included."""
-    measures = _group_of_frames(dataset, frames, "PixelMeasuresSequence")
-    row_mm, column_mm = _common([_numbers(item, "PixelSpacing", 2) for item in measures], 0.01)
-    cosines = _common(
-        [
-            _numbers(item, "ImageOrientationPatient", 6)
-            for item in _group_of_frames(dataset, frames, "PlaneOrientationSequence")
-        ],
-        ORIENTATION_TOLERANCE,
-    ).reshape(2, 3)
-    skew = abs(cosines @ cosines.T - np.eye(2)).max()
-    if skew > ORIENTATION_TOLERANCE or min(row_mm, column_mm) < SMALLEST_MM:
-        raise StudyError(
-            f"the SEG's axes are not perpendicular ({tag_of('ImageOrientationPatient')}) or its "
-            f"{tag_of('PixelSpacing')} is not positive: export it again"
-        )
-    positions = np.array(
-        [
-            _numbers(item, "ImagePositionPatient", 3)
-            for item in _group_of_frames(dataset, frames, "PlanePositionSequence")
-        ]
-    )
-    normal = np.cross(*cosines)
-    plane_of_frame, plane_mm = _planes(positions @ normal)
-    slice_of_plane, spacing_mm, warnings = _slices(plane_mm, measures[0])
-    slice_of_frame = slice_of_plane[plane_of_frame]
-    first, last = slice_of_frame.argmin(), slice_of_frame.argmax()
-    n_steps = int(slice_of_frame[last])
-    # Not along the normal where the gantry was tilted.
-    step = (positions[last] - positions[first]) / n_steps if n_steps else normal * spacing_mm
-    off_grid_mm = np.linalg.norm(
-        positions - positions[first] - slice_of_frame[:, np.newaxis] * step, axis=1
-    )
-    if off_grid_mm.max() > POSITION_TOLERANCE * spacing_mm:
-        raise StudyError(
-            f"the SEG's frames are shifted against each other ({tag_of('ImagePositionPatient')}): "
-            "give the mask as NIfTI"
-        )
-    affine = np.eye(4)
-    affine[:3] = np.column_stack(
-        [cosines[0] * column_mm, cosines[1] * row_mm, step, positions[first]]
-    )
-    return _Stack(slice_of_frame, n_steps + 1, _LPS_TO_RAS @ affine, warnings)
-
-
-def _planes(along_mm: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
-    """Return the plane of each frame, and each plane's position along the normal, ascending."""
-    order = np.argsort(along_mm, kind="stable")
-    starts = np.diff(along_mm[order], prepend=-np.inf) > SAME_PLANE_MM
-    plane_of_frame = np.empty(len(order), dtype=np.intp)
-    plane_of_frame[order] = np.cumsum(starts) - 1
-    return plane_of_frame, along_mm[order][starts]
-
-
-def _slices(plane_mm: FloatArray, measures: Dataset) -> tuple[NDArray[np.intp], float, list[str]]:
-    """Number the slices on which the planes lie; return also the spacing [mm] and warnings.
-
-    The declared spacing rules, for only it tells which planes are absent.
-    """
-    declared_mm = _positive(measures, "SpacingBetweenSlices")
-    thickness_mm = _positive(measures, "SliceThickness")
-    if len(plane_mm) == 1:
-        spacing_mm = declared_mm or thickness_mm
-        if spacing_mm is None:
-            raise StudyError(
-                f"the SEG has one plane and no {tag_of('SpacingBetweenSlices')}: give the mask as "
-                "NIfTI"
-            )
-        return np.zeros(1, dtype=np.intp), spacing_mm, []
-    gaps_mm = np.diff(plane_mm)
-    for candidate_mm in (declared_mm, float(gaps_mm.min()), thickness_mm):
-        if candidate_mm is None:
-            continue
-        # Gap by gap: small deviations of real tables must not add up along the stack.
-        steps = np.rint(gaps_mm / candidate_mm).astype(np.intp)
-        slice_of_plane = np.concatenate([[0], np.cumsum(steps)])
-        spacing_mm = float((plane_mm[-1] - plane_mm[0]) / max(slice_of_plane[-1], 1))
-        off_mm = abs(plane_mm - plane_mm[0] - slice_of_plane * spacing_mm).max()
-        if (
-            steps.min() > 0
-            and abs(spacing_mm - candidate_mm) <= POSITION_TOLERANCE * candidate_mm
-            and off_mm <= POSITION_TOLERANCE * spacing_mm
-        ):
-            return slice_of_plane, spacing_mm, _spacing_notes(steps, spacing_mm, declared_mm)
-    raise StudyError(
-        f"the SEG's planes are not evenly spaced ({tag_of('ImagePositionPatient')}): "
-        "give the mask as NIfTI"
-    )
-
-
-def _spacing_notes(
-    steps: NDArray[np.intp], spacing_mm: float, declared_mm: float | None
-) -> list[str]:
-    keyword = tag_of("SpacingBetweenSlices")
-    if declared_mm is None or abs(spacing_mm - declared_mm) > POSITION_TOLERANCE * declared_mm:
-        return [f"{keyword} is absent or wrong: spacing of {spacing_mm:.3f} mm from the planes"]
-    if steps.min() > 1:
-        return [f"no two planes are neighbours by {keyword}, {spacing_mm:.3f} mm: taken as sparse"]
-    return []
-
-
-def _positive(item: Dataset, keyword: str) -> float | None:
-    """Return a length [mm] without its sign (some spacings are negative); None if absent or 0."""
-    if item.get(keyword) is None:
-        return None
-    value = abs(float(_numbers(item, keyword, 1)[0]))
-    return value if value >= SMALLEST_MM else None
-
-
-def _numbers(item: Dataset, keyword: str, count: int) -> FloatArray:
-    try:
-        numbers = np.atleast_1d(np.array(item.get(keyword), dtype=np.float64))
-    except (TypeError, ValueError) as error:
-        raise StudyError(f"{tag_of(keyword)} is not a number: export the mask again") from error
-    if numbers.shape != (count,) or not (abs(numbers) < LARGEST_MM).all():
-        raise StudyError(
-            f"{tag_of(keyword)} is not {count} plausible number(s): export the mask again"
-        )
-    return numbers
-
-
-def _common(values: Sequence[FloatArray], tolerance: float) -> FloatArray:
-    """Return the first of values that must agree in all frames."""
-    if np.ptp(values, axis=0).max() > tolerance:
-        raise StudyError(
-            f"the SEG's frames differ in {tag_of('ImageOrientationPatient')} or "
-            f"{tag_of('PixelSpacing')}: give the mask as NIfTI"
-        )
-    return values[0]

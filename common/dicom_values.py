@@ -9,7 +9,6 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta, timezone
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,6 @@ UNKNOWN_CODE = "UNKNOWN"
 """Stands for a code that DICOM does not define for the attribute."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_DATE = re.compile(r"(\d{4})\.?(\d{2})\.?(\d{2})", re.ASCII)
-_TIME = re.compile(r"(\d{2}):?(\d{2}):?(?:(\d{2})(?:\.(\d*))?)?", re.ASCII)
-_DATE_TIME = re.compile(r"(\d{8})(\d{4}(?:\d{2}(?:\.\d*)?)?)([+-]\d{4})?", re.ASCII)
-_DATE_TIME_WITHOUT_MINUTES = re.compile(r"\d{4}(\d{2}){0,3}([+-]\d{4})?", re.ASCII)
-_OFFSET = re.compile(r"([+-])(\d{2})([0-5]\d)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def whole_number(header: Dataset, keyword: str) -> int:
     """
     value = required_number(header, keyword)
     if not value.is_integer():
-        raise _malformed(tag_of(keyword), "a whole number")
+        raise malformed(tag_of(keyword), "a whole number")
     return int(value)
 
 
@@ -140,7 +134,7 @@ def required_numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.fl
     values = texts(header, keyword)
     if len(values) != count:
         expected = "a number" if count == 1 else f"{count} numbers"
-        raise _malformed(label, expected)
+        raise malformed(label, expected)
     return np.array([_parse_number(value, label) for value in values])
 
 
@@ -156,7 +150,7 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
     if value is None:
         return []
     if not isinstance(value, Sequence):
-        raise _malformed(tag_of(keyword), "a sequence")
+        raise malformed(tag_of(keyword), "a sequence")
     return list(value)
 
 
@@ -168,38 +162,6 @@ def functional_group(header: Dataset, frame: Dataset, keyword: str) -> Dataset |
     return None
 
 
-def utc_offset(header: Dataset) -> timezone | None:
-    """Return TimezoneOffsetFromUTC."""
-    keyword = "TimezoneOffsetFromUTC"
-    value = text(header, keyword)
-    return None if value is None else _parse_offset(value, tag_of(keyword))
-
-
-def clock_time(header: Dataset, keyword: str, zone: timezone | None) -> time | None:
-    """Return a time of day (TM), aware of `zone` if there is one."""
-    value = text(header, keyword)
-    return None if value is None else _parse_time(value, tag_of(keyword)).replace(tzinfo=zone)
-
-
-def date_and_time(
-    header: Dataset, date_keyword: str, time_keyword: str, zone: timezone | None
-) -> datetime | None:
-    """Return the moment that a date (DA) and a time (TM) make up, None unless both are there."""
-    day, clock = text(header, date_keyword), clock_time(header, time_keyword, zone)
-    if day is None or clock is None:
-        return None
-    return _parse_moment(day, clock, tag_of(date_keyword))
-
-
-def date_time(header: Dataset, keyword: str, zone: timezone | None) -> datetime | None:
-    """Return a moment (DT), aware of its own UTC offset, else of `zone`.
-
-    None also where it has no minutes, as DICOM allows.
-    """
-    value = text(header, keyword)
-    return None if value is None else _parse_date_time(value, zone, tag_of(keyword))
-
-
 def has_creator(header: Dataset, private: PrivateTag) -> bool:
     """Tell whether a header has a block of a private attribute's creator."""
     try:
@@ -209,22 +171,22 @@ def has_creator(header: Dataset, private: PrivateTag) -> bool:
     return True
 
 
+def private_text(header: Dataset, private: PrivateTag) -> str | None:
+    """Return a private value as text.
+
+    Raises
+    ------
+    StudyError
+        Unreadable, or several values.
+    """
+    return _text(header, _private_tag(header, private), private.creator)
+
+
 def private_number(header: Dataset, private: PrivateTag) -> float | None:
     """Return a private number; None where it is unreadable, too."""
     try:
-        value = _text(header, _private_tag(header, private), private.creator)
+        value = private_text(header, private)
         return None if value is None else _parse_number(value, private.creator)
-    except StudyError:
-        return None
-
-
-def private_date_time(
-    header: Dataset, private: PrivateTag, zone: timezone | None
-) -> datetime | None:
-    """Return a private moment (DT); None where it is unreadable, too."""
-    try:
-        value = _text(header, _private_tag(header, private), private.creator)
-        return None if value is None else _parse_date_time(value, zone, private.creator)
     except StudyError:
         return None
 
@@ -250,7 +212,7 @@ def _value(header: Dataset, tag: int, label: str) -> Any:
         element = header.get(tag)
         return None if element is None else element.value
     except Exception as error:  # pydicom converts on access, with errors of many types
-        raise _malformed(label, "readable") from error
+        raise malformed(label, "readable") from error
 
 
 def _texts(header: Dataset, tag: int, label: str) -> list[str]:
@@ -258,7 +220,7 @@ def _texts(header: Dataset, tag: int, label: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, Sequence):
-        raise _malformed(label, "a plain value")
+        raise malformed(label, "a plain value")
     if isinstance(value, bytes):  # VR UN
         value = value.decode("latin-1")
     elif isinstance(value, PersonName):  # iterates over its characters
@@ -270,61 +232,19 @@ def _texts(header: Dataset, tag: int, label: str) -> list[str]:
 def _text(header: Dataset, tag: int, label: str) -> str | None:
     values = _texts(header, tag, label)
     if len(values) > 1:
-        raise _malformed(label, "a single value")
+        raise malformed(label, "a single value")
     return values[0] or None if values else None
 
 
 def _parse_number(value: str, label: str) -> float:
     parsed = float(value) if _NUMBER.fullmatch(value) else math.nan
     if not math.isfinite(parsed):
-        raise _malformed(label, "a number")
+        raise malformed(label, "a number")
     return parsed
 
 
-def _parse_time(value: str, label: str) -> time:
-    match = _TIME.fullmatch(value)
-    if match is None:
-        raise _malformed(label, "a time of day")
-    hour, minute, second, fraction = match.groups()
-    microsecond = int((fraction or "").ljust(6, "0")[:6])
-    try:
-        # DICOM allows a leap second, which datetime does not.
-        return time(int(hour), int(minute), min(int(second or 0), 59), microsecond)
-    except ValueError as error:
-        raise _malformed(label, "a time of day") from error
-
-
-def _parse_moment(day: str, clock: time, label: str) -> datetime:
-    match = _DATE.fullmatch(day)
-    try:
-        year, month, day_of_month = map(int, match.groups() if match else ())
-        return datetime.combine(date(year, month, day_of_month), clock)
-    except ValueError as error:
-        raise _malformed(label, "a date") from error
-
-
-def _parse_date_time(value: str, zone: timezone | None, label: str) -> datetime | None:
-    if _DATE_TIME_WITHOUT_MINUTES.fullmatch(value):
-        return None
-    match = _DATE_TIME.fullmatch(value)
-    if match is None:
-        raise _malformed(label, "a date-time")
-    day, clock, offset = match.groups()
-    own_zone = _parse_offset(offset, label) if offset else zone
-    return _parse_moment(day, _parse_time(clock, label).replace(tzinfo=own_zone), label)
-
-
-def _parse_offset(value: str, label: str) -> timezone:
-    match = _OFFSET.fullmatch(value)
-    try:
-        sign, hours, minutes = match.groups() if match else ()
-        offset = timedelta(hours=int(hours), minutes=int(minutes))
-        return timezone(-offset if sign == "-" else offset)
-    except ValueError as error:
-        raise _malformed(label, "a UTC offset") from error
-
-
-def _malformed(label: str, expected: str) -> StudyError:
+def malformed(label: str, expected: str) -> StudyError:
+    """Return the error that an attribute is not what it should be."""
     return StudyError(
         f"malformed header ({label} is not {expected}): correct it, or export the series anew"
     )

@@ -9,19 +9,16 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
+from common.dicom_times import clock_time, date_and_time, date_time, utc_offset
 from common.dicom_values import (
     PrivateTag,
-    clock_time,
     code,
-    date_and_time,
-    date_time,
     has_creator,
     items,
     joined_text,
     number,
     tag_of,
     texts,
-    utc_offset,
 )
 from common.errors import StudyError
 

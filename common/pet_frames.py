@@ -8,7 +8,8 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from common.dicom_values import code, date_time, items, number, tag_of, text, utc_offset
+from common.dicom_times import date_time, utc_offset
+from common.dicom_values import code, items, number, tag_of, text
 from common.errors import StudyError
 from common.pet_attributes import common_fields, require_no_intercept, series_fields
 from common.pet_series import PetSeries, PetSlice

@@ -7,17 +7,8 @@ from collections.abc import Sequence
 
 from pydicom.dataset import Dataset
 
-from common.dicom_values import (
-    date_and_time,
-    date_time,
-    number,
-    private_date_time,
-    private_number,
-    tag_of,
-    text,
-    texts,
-    utc_offset,
-)
+from common.dicom_times import date_and_time, date_time, private_date_time, utc_offset
+from common.dicom_values import number, private_number, tag_of, text, texts
 from common.errors import StudyError
 from common.pet_attributes import (
     DECAY_REFERENCE,

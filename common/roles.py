@@ -3,44 +3,33 @@
 Where several fit, a pattern of the user decides; none is picked silently.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.candidates import (
-    CT_WORDS,
-    MASK_WORDS,
-    PET_WORDS,
     ROLE_NAMES,
     Candidate,
     NiftiFile,
     Patterns,
     kind,
-    labels,
     modality_of,
     roles_by_words,
-    words,
 )
-from common.dicom import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
-from common.dicom_values import joined_text, tag_of
+from common.dicom import DicomFile, Series, group_series
+from common.dicom_values import joined_text
 from common.errors import IncompleteStudy, StudyError
-from common.nifti import is_nifti_name
-from common.raw_project import files_below
+from common.role_hints import (
+    hints_of_folder,
+    hints_of_roles,
+    is_header,
+    passed_over,
+    private_name,
+    several_candidates,
+    several_examinations,
+)
+from common.study_files import read_files
 
 _MASK_MODALITIES = ("SEG", "RTSTRUCT")
-_OTHER_FORMATS = (
-    ".nrrd",
-    ".mha",
-    ".mhd",
-    ".hdr",
-    ".img",
-    ".mat",
-    ".zip",
-    ".7z",
-    ".rar",
-    ".tar",
-    ".gz",
-)
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
     StudyError
         A folder or file cannot be read.
     """
-    files = _read_files(folder)
+    files = read_files(folder)
     nifti_pet = _nifti_in_role("pet", files.nifti, patterns)
     headers = [] if nifti_pet else _files_for_header_alone(files.dicom, patterns)
     slices = [file for file in files.dicom if file not in headers]
@@ -137,15 +126,18 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         remarks += left_out
     if nifti_pet and "pet" not in patterns.by_role:
         # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
-        remarks += _passed_over(fitting["pet"])
+        remarks += passed_over(fitting["pet"])
         fitting["pet"] = [*nifti_pet]
     nameless = [
         file.name
         for file in files.nifti
         if not roles_by_words(file.name) and not patterns.name_any(file)
     ]
-    names = [_private(role, each) for role, found in candidates.items() for each in found]
-    hints = (*_hints(fitting, files, patterns, len(nameless)), *_hints_of_folder(folder, files))
+    names = [private_name(role, each) for role, found in candidates.items() for each in found]
+    hints = (
+        *hints_of_roles(fitting, files, patterns, len(nameless)),
+        *hints_of_folder(folder, files),
+    )
     return Survey(fitting, remarks, hints, (*names, *nameless))
 
 
@@ -163,14 +155,14 @@ def choose(found: Survey) -> Roles:
     missing = [role for role, each in fitting.items() if not each]
     several = [role for role, each in fitting.items() if len(each) > 1]
     reasons = [", ".join(f"no {ROLE_NAMES[role]}" for role in missing)] if missing else []
-    reasons += [_several(role, fitting[role]) for role in several]
+    reasons += [several_candidates(role, fitting[role]) for role in several]
     if several:
-        reasons += ["the mapping file names them", *_several_examinations(fitting)]
+        reasons += ["the mapping file names them", *several_examinations(fitting)]
     if missing:
         reasons += [*found.hints, *found.remarks]
         raise IncompleteStudy("; ".join(reasons), "; ".join(found.names))
     if several:
-        names = [_private(role, each) for role in several for each in fitting[role]]
+        names = [private_name(role, each) for role in several for each in fitting[role]]
         raise StudyError("; ".join(reasons), "; ".join(names))
     ct, pet, mask = (fitting[role][0] for role in ("ct", "pet", "mask"))
     header = fitting["header"][0] if "header" in fitting else None
@@ -185,43 +177,6 @@ def find_roles(folder: str, patterns: Patterns, *, header_needed: bool = True) -
 # --- files by kind and name ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of a study by kind, suffixes of other image formats, and remarks on the rest."""
-
-    nifti: Sequence[NiftiFile]
-    dicom: Sequence[DicomFile]
-    other_formats: Sequence[str]
-    remarks: tuple[str, ...]
-
-
-def _read_files(folder: str) -> _Files:
-    nifti: list[NiftiFile] = []
-    dicom: list[DicomFile] = []
-    other_formats: set[str] = set()
-    n_dangling = n_no_dicom = 0
-    for file in files_below(folder):
-        path = os.path.join(folder, file.name)
-        if file.size is None:
-            n_dangling += 1
-        elif is_nifti_name(file.name):
-            nifti.append(NiftiFile(path, file.name))
-        elif (found := read_dicom_file(path, file.name)) is not None:
-            dicom.append(found)
-        else:
-            n_no_dicom += file.name.lower().endswith(DICOM_SUFFIXES)
-            other_formats.update(s for s in _OTHER_FORMATS if file.name.lower().endswith(s))
-    remarks = []
-    if n_dangling:
-        remarks.append(f"links that lead nowhere ({n_dangling}) are left out: restore their target")
-    if n_no_dicom:
-        remarks.append(
-            f"files named as DICOM ({n_no_dicom}) are left out, damaged or without "
-            f"{tag_of('Modality')}: check that no slice is lost"
-        )
-    return _Files(nifti, dicom, sorted(other_formats), tuple(remarks))
-
-
 def _files_for_header_alone(dicom: Sequence[DicomFile], patterns: Patterns) -> list[DicomFile]:
     """Return the files that --header or the word "header" sets apart from the slices of a PET.
 
@@ -231,14 +186,10 @@ def _files_for_header_alone(dicom: Sequence[DicomFile], patterns: Patterns) -> l
     named = [
         file
         for file in pet
-        if (patterns.name("header", file) if "header" in patterns.by_role else _is_header(file))
+        if (patterns.name("header", file) if "header" in patterns.by_role else is_header(file))
         and not patterns.name("pet", file)
     ]
     return named if len(named) < len(pet) else []
-
-
-def _is_header(file: DicomFile) -> bool:
-    return "header" in words(file.name)
 
 
 def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) -> list[NiftiFile]:
@@ -276,81 +227,3 @@ def _without_single_slices(
 def _geometry(series: Series) -> tuple[str, ...]:
     keywords = ("ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
     return tuple(joined_text(series.files[0].header, keyword) for keyword in keywords)
-
-
-# --- what to say -----------------------------------------------------------------------------
-
-
-def _passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    """Say that a whole DICOM PET series serves as the header of a NIfTI PET."""
-    return tuple(
-        f"the NIfTI file is taken as the PET and the {kind(each)} as its header: if the series is "
-        "meant, choose it with --pet PATTERN"
-        for each in candidates
-        if isinstance(each, Series) and each.n_images > 1 and not all(map(_is_header, each.files))
-    )
-
-
-def _private(role: str, candidate: Candidate) -> str:
-    """Return a candidate's description and path, for the private mapping alone."""
-    return f"{ROLE_NAMES[role]}: {kind(candidate)}: {' | '.join(labels(candidate)[:2])}"
-
-
-def _several(role: str, candidates: Sequence[Candidate]) -> str:
-    kinds = "; ".join(kind(each) for each in candidates)
-    return (
-        f"{len(candidates)} candidates for {ROLE_NAMES[role]} ({kinds}): choose with "
-        f"--{role} PATTERN"
-    )
-
-
-def _several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator[str]:
-    examinations = {
-        joined_text(
-            (each.files[0] if isinstance(each, Series) else each).header, "StudyInstanceUID"
-        )
-        for candidates in fitting.values()
-        for each in candidates
-        if not isinstance(each, NiftiFile)
-    }
-    if len(examinations) > 1:
-        yield (
-            f"the files are of {len(examinations)} examinations ({tag_of('StudyInstanceUID')}): "
-            "give each its own study folder"
-        )
-
-
-def _hints(
-    fitting: Mapping[str, Sequence[Candidate]],
-    files: _Files,
-    patterns: Patterns,
-    n_nameless: int,
-) -> Iterator[str]:
-    """Yield why roles are missing, and what to do."""
-    missing = [role for role, found in fitting.items() if not found]
-    yield from (f"--{role} fits no candidate" for role in missing if role in patterns.by_role)
-    for role, modality in (("ct", "CT"), ("pet", "PT")):
-        n_files = sum(modality_of(file) == modality for file in files.dicom)
-        if role in missing and n_files and not group_series(files.dicom, modality):
-            yield (
-                f"DICOM files ({n_files}) of {tag_of('Modality')} {modality} are localizers, "
-                "screen saves or reformats: export the original series"
-            )
-    if "header" in missing:
-        yield "give one DICOM file of the PET, or --pet-units suv if its values are SUV"
-    if n_nameless and missing and missing != ["header"]:
-        yield (
-            f"NIfTI files ({n_nameless}) have no word for a role in their path: choose with "
-            f"--{missing[0]} PATTERN"
-        )
-
-
-def _hints_of_folder(folder: str, files: _Files) -> Iterator[str]:
-    if files.other_formats:
-        yield f"{', '.join(files.other_formats)} files are not read: convert or unpack them"
-    named = frozenset(words(os.path.basename(folder)))
-    if named and any(named <= of_role for of_role in (MASK_WORDS, PET_WORDS, CT_WORDS)):
-        yield (
-            "the study's folder is named like a role: move CT, PET and mask into one "
-            "RAW_PROJECT/<patient>/<study>/"
-        )

@@ -16,9 +16,6 @@ Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, 
 pseudo-code; conformance statements of the vendors.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from common.body_mass import SUV_UNITS, body_quantity
@@ -27,7 +24,8 @@ from common.errors import StudyError
 from common.pet_series import PetSeries, PetSlice
 from common.pet_units import compare_with_vendor, scale_of_units
 from common.remarks import Remarks, refuse_reinterpretations
-from common.suv_alternatives import ALTERNATIVES, alternative_factors
+from common.suv_alternatives import alternative_factors
+from common.suv_provenance import SuvConversion, provenance, rounded, value_range
 from common.timeline import Array, timeline
 
 __all__ = [
@@ -56,42 +54,6 @@ _DECAY_CORRECTION = "DecayCorrection (0054,1102)"
 _CORRECTED_IMAGE = "CorrectedImage (0028,0051)"
 _SUV_FACTOR = "SUV scale factor (7053,1000)"
 _ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
-
-
-@dataclass(frozen=True, eq=False)
-class SuvConversion:
-    """How a series becomes SUV.
-
-    Attributes
-    ----------
-    factors : (n_slices,) float64 array
-        SUV per rescaled value.
-    provenance : dict
-        How they came about; JSON-serialisable, without identity:
-
-        ``suv_type``, ``suv_units``
-            Type and unit of the SUV.
-        ``units``, ``header_suv_type``, ``decay_correction``, ``manufacturer``
-            What the header says.
-        ``rule``
-            What fired; see the modules `common.suv` and `common.decay`.
-        ``minutes_to_reference``
-            [least, largest] from injection to the moment that the values refer to, or None.
-        ``factor_range``
-            [least, largest] of `factors`.
-        ``weight_kg``
-            Body weight, or None.
-        ``vendor_factor``
-            Median factor to SUVbw that Philips states beside Units BQML, or None.
-        ``reinterpretations``, ``warnings``
-            Lists of sentences.
-        ``alternatives``
-            Median factors by other rules, or None; see `common.suv_alternatives`.
-
-    """
-
-    factors: Array
-    provenance: dict[str, Any]
 
 
 def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -> SuvConversion:
@@ -130,7 +92,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         refuse_reinterpretations(remarks)
     return SuvConversion(
         factors,
-        _provenance(
+        provenance(
             suv_type,
             "+".join(filter(None, (scale.rule, rule))),
             factors,
@@ -140,8 +102,8 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
             header_suv_type=series.suv_type,
             decay_correction=series.decay_correction,
             manufacturer=series.manufacturer,
-            minutes_to_reference=None if uptake is None else _range(uptake / 60),
-            vendor_factor=None if vendor_factor is None else _rounded(vendor_factor),
+            minutes_to_reference=None if uptake is None else value_range(uptake / 60),
+            vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
             alternatives=_alternatives(suv_type, series, weight_kg),
         ),
     )
@@ -167,7 +129,7 @@ def already_suv(
     factors = np.ones(n_slices)
     return SuvConversion(
         factors,
-        _provenance(
+        provenance(
             suv_type,
             "given as SUV",
             factors,
@@ -300,39 +262,3 @@ def _alternatives(
     except StudyError:
         per_suvbw = None
     return alternative_factors(series, per_suvbw)
-
-
-def _provenance(
-    suv_type: str,
-    rule: str,
-    factors: Array,
-    weight_kg: float | None,
-    remarks: Remarks,
-    **found: Any,
-) -> dict[str, Any]:
-    return {
-        "suv_type": suv_type,
-        "suv_units": SUV_UNITS[suv_type],
-        "units": None,
-        "header_suv_type": None,
-        "decay_correction": None,
-        "manufacturer": None,
-        "rule": rule,
-        "minutes_to_reference": None,
-        "factor_range": _range(factors),
-        "weight_kg": weight_kg,
-        "vendor_factor": None,
-        "reinterpretations": remarks.reinterpretations,
-        "warnings": remarks.warnings,
-        "alternatives": dict.fromkeys(ALTERNATIVES),
-        **found,
-    }
-
-
-def _range(values: Array) -> list[float]:
-    return [_rounded(float(values.min())), _rounded(float(values.max()))]
-
-
-def _rounded(value: float) -> float:
-    # 12 digits: the same on every machine, whatever the last bit of its exponential function.
-    return float(f"{value:.12g}")
