@@ -14,17 +14,17 @@ import os
 import re
 import secrets
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from common import archive, cli, mapping, raw_project, roles, stage
 from common.candidates import ROLE_NAMES, Patterns
 from common.errors import IncompleteStudy, StageError, StudyError
-from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint, pseudonym
+from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
 from common.parallel import run_studies
+from common.pseudonyms import studies_by_hash
 from common.raw_project import StudyFolder
 from common.study import Conversion, plan_study, read_study
 from common.suv import SUV_UNITS
@@ -254,31 +254,8 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
 
 def pseudonymised(options: argparse.Namespace) -> dict[str, StudyFolder]:
     """Return this shard's study folders by hash, after checking the hashes of all."""
-    folders: dict[str, StudyFolder] = {}
-    patients: dict[str, str] = {}
-    n_patient, n_study = options.hash_length
-    for folder in raw_project.list_studies(options.raw_project):
-        study_hash = pseudonym(folder.patient, folder.study, options.key, (n_patient, n_study))
-        namesake = patients.setdefault(study_hash[:n_patient], folder.patient)
-        if namesake != folder.patient:
-            refuse_collision("patients", namesake, folder.patient, (n_patient + 5, n_study))
-        if study_hash in folders:
-            namesake = folders[study_hash].study
-            refuse_collision("studies", namesake, folder.study, (n_patient, n_study + 5))
-        folders[study_hash] = folder
+    folders = studies_by_hash(options.raw_project, options.key, options.hash_length)
     return {h: f for h, f in folders.items() if cli.in_shard(h, options.shard)}
-
-
-def refuse_collision(what: str, one: str, other: str, longer: tuple[int, int]) -> NoReturn:
-    """Stop the run where two folders have one pseudonym."""
-    if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
-        raise StageError(
-            f"two {what} have folders of the same name, but for the Unicode spelling of its "
-            "accents: rename one, or put both into one folder"
-        )
-    raise StageError(
-        f"two {what} share a pseudonym: lengthen it with --hash-length {longer[0]} {longer[1]}"
-    )
 
 
 def plan(

@@ -52,6 +52,7 @@ LEVELS = {
         "pet_frames",
         "pet_header",
         "pictures",
+        "pseudonyms",
         "raw_project",
         "report",
         "role_hints",
