@@ -104,16 +104,24 @@ def referenced_series(dataset: Dataset) -> tuple[str, ...]:
 
 
 def referenced_images(dataset: Dataset) -> tuple[str, ...]:
-    """Return the SOPInstanceUIDs an RTSTRUCT was drawn on, named by series and by contour.
+    """Return the SOPInstanceUIDs that an RTSTRUCT names with the series it was drawn on.
 
-    They find the images where the series is not named.
+    They find the series where it is not named itself.
     """
     with refusing_malformed("mask object"):
-        groups = _rt_referenced_series(dataset)
-        for region in items(dataset, "ROIContourSequence"):
-            groups += items(region, "ContourSequence")
-        images = [image for group in groups for image in items(group, "ContourImageSequence")]
-        return _unique(images, "ReferencedSOPInstanceUID")
+        return _images_of(_rt_referenced_series(dataset))
+
+
+def contoured_images(dataset: Dataset) -> tuple[str, ...]:
+    """Return the SOPInstanceUIDs that the contours of an RTSTRUCT name themselves."""
+    with refusing_malformed("mask object"):
+        regions = items(dataset, "ROIContourSequence")
+        return _images_of(each for r in regions for each in items(r, "ContourSequence"))
+
+
+def _images_of(groups: Iterable[Dataset]) -> tuple[str, ...]:
+    images = (image for group in groups for image in items(group, "ContourImageSequence"))
+    return _unique(images, "ReferencedSOPInstanceUID")
 
 
 def frame_of_reference(dataset: Dataset) -> str | None:

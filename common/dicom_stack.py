@@ -14,6 +14,7 @@ from common.dicom import DicomFile, Series
 from common.dicom_values import (
     functional_group,
     items,
+    joined_text,
     number,
     required_number,
     required_numbers,
@@ -196,8 +197,16 @@ def _slice(
         pixel_spacing_mm,
         (whole_number(file.header, "Columns"), whole_number(file.header, "Rows")),
         slope,
-        required_number(rescaling, "RescaleIntercept"),
+        _intercept(file, rescaling),
     )
+
+
+def _intercept(file: DicomFile, rescaling: Dataset) -> float:
+    """Return the intercept; of a PET that lacks it 0, which is all that DICOM allows there."""
+    is_pet = joined_text(file.header, "Modality") == "PT"
+    if is_pet and number(rescaling, "RescaleIntercept") is None:
+        return 0.0
+    return required_number(rescaling, "RescaleIntercept")
 
 
 # --- what forbids a stack --------------------------------------------------------------------

@@ -123,7 +123,10 @@ def _units_of_frame(groups: Sequence[Dataset]) -> tuple[str, str | None] | None:
     mappings = _group(groups, "RealWorldValueMappingSequence")
     if mappings:
         slope = number(rescaling[0], "RescaleSlope") if rescaling else None
-        carriers = [each for each in mappings if _has_slope(each, slope)]
+        # A slope of 1 is often written for values that are rescaled already.
+        carriers = [m for m in mappings if _has_slope(m, slope)] or [
+            m for m in mappings if _has_slope(m, 1.0)
+        ]
         if not carriers:
             raise StudyError(
                 f"the unit of the rescaled values is unknown ({tag_of('RealWorldValueSlope')} "

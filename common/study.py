@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from common.belonging import check_identity, check_mask, check_overlap
 from common.candidates import NiftiFile, modality_of
 from common.dicom import DicomFile, Series
-from common.dicom_masks import referenced_images, referenced_series
+from common.dicom_masks import contoured_images, referenced_images, referenced_series
 from common.dicom_pixels import read_ct, read_pet
 from common.dicom_rtstruct import read_rtstruct
 from common.dicom_seg import read_seg
@@ -202,12 +202,18 @@ def _role_drawn_on(roles: Roles) -> str | None:
         for file in source.files
         for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
     }
-    for uid in (
-        *referenced_series(roles.mask.header),
-        *referenced_images(roles.mask.header),
-    ):
-        if uid in role_of:
-            return role_of[uid]
+    drawn_on: set[str] = set()
+    for named_by in (referenced_series, contoured_images, referenced_images):
+        named = {role_of[uid] for uid in named_by(roles.mask.header) if uid in role_of}
+        if len(named) == 1:
+            return named.pop()
+        drawn_on |= named
+    if drawn_on:
+        raise StudyError(
+            "the RTSTRUCT was drawn on both the CT and the PET of the study "
+            f"({tag_of('RTReferencedSeriesSequence')}): export it for one, or convert the mask to "
+            "NIfTI"
+        )
     raise StudyError(
         "the RTSTRUCT was drawn on a series that is neither the CT nor the PET of the study "
         f"({tag_of('RTReferencedSeriesSequence')}): add that series or choose it with --ct or "

@@ -25,7 +25,12 @@ from mask_builders import (
 from pydicom.data import get_testdata_file
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
-from common.dicom_masks import frame_of_reference, referenced_images, referenced_series
+from common.dicom_masks import (
+    contoured_images,
+    frame_of_reference,
+    referenced_images,
+    referenced_series,
+)
 from common.dicom_rtstruct import read_rtstruct
 from common.dicom_seg import read_seg
 from common.errors import StudyError
@@ -514,7 +519,8 @@ def test_what_a_structure_set_was_drawn_on():
     contour = pydicom.Dataset()
     contour.ContourImageSequence = [image]
     by_image.ROIContourSequence[0].ContourSequence = [contour]
-    assert referenced_images(by_image) == (IMAGE_UID, "1.2.9")
+    assert referenced_images(by_image) == (IMAGE_UID,)
+    assert contoured_images(by_image) == ("1.2.9",)
     rtstruct.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.8"
     with pytest.raises(StudyError, match="2 frames of reference"):
         frame_of_reference(rtstruct)

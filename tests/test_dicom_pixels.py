@@ -95,13 +95,24 @@ def test_a_slope_of_zero_is_for_empty_slices_alone(tmp_path):
     assert refusal(tmp_path, "PT") == IMPLAUSIBLE_SCALE
 
 
-@pytest.mark.parametrize("missing", ["RescaleSlope", "RescaleIntercept"])
-@pytest.mark.parametrize("modality", ["CT", "PT"])
+@pytest.mark.parametrize(
+    ("modality", "missing"),
+    [("CT", "RescaleSlope"), ("CT", "RescaleIntercept"), ("PT", "RescaleSlope")],
+)
 def test_values_without_their_scale_are_refused(tmp_path, modality, missing):
     datasets = slices(modality=modality)
     del datasets[2][missing]
     write_slices(tmp_path, datasets)
     assert f"malformed header ({missing} (0028,105" in refusal(tmp_path, modality)
+
+
+def test_a_pet_without_intercept_has_the_only_one_that_dicom_allows(tmp_path):
+    stored = noise(SHAPE)
+    datasets = slices(stored, modality="PT", slopes=0.5)
+    for dataset in datasets:
+        del dataset.RescaleIntercept
+    write_slices(tmp_path, datasets)
+    assert_image_is(read_image(tmp_path, "PT"), stored * 0.5, affine_of(), np.float32)
 
 
 @pytest.mark.parametrize(

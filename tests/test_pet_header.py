@@ -573,6 +573,8 @@ def test_the_unit_is_that_of_the_rescaled_values() -> None:
     assert read_pet_series([header]).units == "BQML"
     frame.RealWorldValueMappingSequence = [suv]
     assert "RealWorldValueSlope (0040,9225) differs" in refusal(header)
+    suv.RealWorldValueSlope = 1.0
+    assert read_pet_series([header]).suv_type == "BW"
     suv.RealWorldValueSlope = 2.0
     frame.RealWorldValueMappingSequence = [suv, mapping]
     assert "several units for one frame" in refusal(header)

@@ -148,6 +148,30 @@ def test_contours_drawn_on_the_series_of_a_nifti_pet_are_filled_on_it(tmp_path):
     assert_is_the_phantom(read(study))
 
 
+@pytest.mark.parametrize("drawn_on", ["pet", "ct", ""])
+def test_contours_tell_which_of_two_series_they_were_drawn_on(tmp_path, drawn_on):
+    """The first series that was named counted, be it the CT and the contours on the PET."""
+    study = layouts.subfolders(tmp_path)
+    path = layouts.write_rtstruct(study / "MASK" / "RS.dcm", layouts.CT_UID)
+    rtstruct = pydicom.dcmread(path)
+    (frame,) = rtstruct.ReferencedFrameOfReferenceSequence
+    other = pydicom.Dataset()
+    other.SeriesInstanceUID = layouts.PET_UID
+    frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence.append(other)
+    if drawn_on:
+        image = pydicom.Dataset()
+        slice_ = pydicom.dcmread(study / drawn_on.upper() / "pet_000.dcm")
+        image.ReferencedSOPInstanceUID = slice_.SOPInstanceUID
+        for contour in rtstruct.ROIContourSequence[0].ContourSequence:
+            contour.ContourImageSequence = [image]
+    rtstruct.save_as(path)
+    if drawn_on:
+        images = read(study)
+        assert images.mask.data.shape == getattr(images, drawn_on).data.shape
+    else:
+        assert refusal(study).startswith("the RTSTRUCT was drawn on both the CT and the PET")
+
+
 def test_contours_drawn_on_a_series_that_is_not_there_are_refused(tmp_path):
     study = layouts.subfolders(tmp_path)
     layouts.write_rtstruct(study / "MASK" / "RS.dcm", "1.2.3.999")
