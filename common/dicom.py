@@ -74,6 +74,7 @@ _ROLE_OF_CLASS = {
 
 _PREAMBLE, _MOST_OF_META = 132, 1024
 _BLOCK = 2**20
+_META_VRS = (b"UL", b"OB", b"UI")
 _FIRST_VRS = (b"UL", b"OB", b"CS", b"UI", b"SH", b"DA", b"LO")
 
 
@@ -133,12 +134,13 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
     try:
         with open(path, "rb") as stream:
             start = stream.read(_MOST_OF_META)
-            is_marked = start[128:_PREAMBLE] == b"DICM"
+            is_marked = start[128:_PREAMBLE] == b"DICM" or _begins_with_meta(start)
             if _is_empty(start) and name.lower().endswith(DICOM_SUFFIXES):
                 raise _damaged(start, name)
-            if not is_marked and not _looks_like_bare_dataset(start):
+            if not is_marked and not _begins_with_dataset(start):
                 return None
             if DeflatedExplicitVRLittleEndian.encode() in start:
+                stream.seek(_end_of_meta(start))
                 _refuse_bomb(stream, name)
             stream.seek(0)
             header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
@@ -166,19 +168,33 @@ def _is_empty(start: bytes) -> bool:
     return len(start) < _PREAMBLE or not start.strip(b"\0")
 
 
-def _looks_like_bare_dataset(start: bytes) -> bool:
-    """Tell whether a file without preamble begins as group 0002, or an element of 0008, does."""
-    group_0002 = start[:8] == b"\x02\x00\x00\x00UL\x04\x00"
-    group_0008 = start[:2] == b"\x08\x00" and start[2:4] <= b"\x18\x00"
+def _begins_with_meta(start: bytes) -> bool:
+    """Tell whether a file without preamble begins as an element of group 0002 does."""
+    return start[:2] == b"\x02\x00" and start[2:4] <= b"\x18\x00" and start[4:6] in _META_VRS
+
+
+def _begins_with_dataset(start: bytes) -> bool:
+    """Tell whether a file without preamble begins as an element of group 0008 does."""
     implicit_length = int.from_bytes(start[4:8], "little")
-    return group_0002 or (group_0008 and (start[4:6] in _FIRST_VRS or implicit_length <= 64))
+    return (
+        start[:2] == b"\x08\x00"
+        and start[2:4] <= b"\x18\x00"
+        and (start[4:6] in _FIRST_VRS or implicit_length <= 64)
+    )
+
+
+def _end_of_meta(start: bytes) -> int:
+    """Return where the file meta information ends."""
+    place = _PREAMBLE if start[128:_PREAMBLE] == b"DICM" else 0
+    while start[place : place + 2] == b"\x02\x00":
+        is_long = start[place + 4 : place + 6] in (b"OB", b"UN")
+        length = start[place + 8 : place + 12] if is_long else start[place + 6 : place + 8]
+        place += (12 if is_long else 8) + int.from_bytes(length, "little")
+    return place
 
 
 def _refuse_bomb(stream: BinaryIO, name: str) -> None:
-    """Refuse a deflated file that would fill the memory, before pydicom inflates all of it."""
-    stream.seek(_PREAMBLE + 8)
-    length_of_meta = int.from_bytes(stream.read(4), "little")
-    stream.seek(length_of_meta, os.SEEK_CUR)
+    """Refuse deflated data that would fill the memory, before pydicom inflates all of it."""
     most = max(LARGEST_INFLATED, MOST_INFLATION * os.fstat(stream.fileno()).st_size)
     inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
     while block := inflater.unconsumed_tail or stream.read(_BLOCK):

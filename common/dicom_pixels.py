@@ -157,7 +157,7 @@ def _plane_reader(file: DicomFile) -> Iterator[PlaneReader]:
     layout = _layout(file)
     syntax = joined_text(file.header.file_meta, "TransferSyntaxUID")
     if syntax == DeflatedExplicitVRLittleEndian:
-        pixels = pydicom.dcmread(file.path).PixelData
+        pixels = pydicom.dcmread(file.path, force=True).PixelData
         yield partial(_uncompressed_plane, BytesIO(pixels), 0, len(pixels), layout)
         return
     with open(file.path, "rb") as stream:

@@ -49,7 +49,7 @@ def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask
         Malformed, undecodable, no segment matches, or the frames form no regular volume.
     """
     with refusing_malformed("SEG"):
-        dataset = source if isinstance(source, Dataset) else pydicom.dcmread(source)
+        dataset = source if isinstance(source, Dataset) else pydicom.dcmread(source, force=True)
         names = names_by_number(dataset, "SegmentSequence", "SegmentNumber", "SegmentLabel")
         chosen = matching(names, roi, "SegmentLabel")
         frames = _described_frames(dataset)

@@ -54,6 +54,17 @@ def test_files_without_preamble_are_read(tmp_path, implicit):
     assert_image_is(read_image(tmp_path), stored, affine_of(), np.int16)
 
 
+@pytest.mark.parametrize("syntax", ["explicit", "deflated", "RLE"])
+def test_files_that_begin_with_their_meta_information_are_read(tmp_path, syntax):
+    """As pydicom 3 writes a dataset that never had a preamble: they were passed over."""
+    stored = noise(SHAPE)
+    for path in write_slices(tmp_path, slices(stored), SYNTAXES[syntax]):
+        content = path.read_bytes()
+        without_group_length = content[144:]
+        path.write_bytes(without_group_length)
+    assert_image_is(read_image(tmp_path), stored, affine_of(), np.int16)
+
+
 def test_bits_beside_the_stored_ones_are_no_values(tmp_path):
     """Overlays lie above the stored bits of old files; some have values at the upper end."""
     stored = noise(SHAPE, 12, signed=True)

@@ -110,6 +110,15 @@ def test_a_file_cut_short_fails_its_study_and_never_counts_as_absent(
             assert f"of the {role} is damaged" in str(caught.value)
 
 
+def test_masks_without_preamble_are_read(tmp_path):
+    """As pydicom 3 writes a dataset that never had one."""
+    for layout in (layouts.subfolders, layouts.tcia):
+        study = layout(tmp_path)
+        (path,) = [*study.glob("MASK/*"), *study.glob("300*/*")]
+        path.write_bytes(path.read_bytes()[132:])
+        assert_is_the_phantom(read(study))
+
+
 def test_autopet_is_taken_as_it_is(tmp_path):
     study = layouts.autopet(tmp_path)
     images = read(study, {"ct": "*CTres*", "pet": "*SUV*"}, pet_units="suv")
