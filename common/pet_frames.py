@@ -9,9 +9,14 @@ from typing import Any
 from pydicom.dataset import Dataset
 
 from common.dicom_times import date_time, utc_offset
-from common.dicom_values import code, items, number, tag_of, text
+from common.dicom_values import code, items, number, tag_of, text, texts
 from common.errors import StudyError
-from common.pet_attributes import common_fields, require_no_intercept, series_fields
+from common.pet_attributes import (
+    DECAY_CORRECTIONS,
+    common_fields,
+    require_no_intercept,
+    series_fields,
+)
 from common.pet_series import PetSeries, PetSlice
 
 SAME_SLOPE = 1e-6
@@ -75,7 +80,12 @@ def _fields(
 
 
 def _decay_corrected(header: Dataset) -> str | None:
-    return code(header, "DecayCorrected", frozenset({"YES", "NO"}))
+    """Return YES or NO; by the attribute of single-frame PET where that of objects is missing."""
+    single_frame = code(header, "DecayCorrection", DECAY_CORRECTIONS)
+    return code(header, "DecayCorrected", frozenset({"YES", "NO"})) or {
+        "START": "YES",
+        "NONE": "NO",
+    }.get(single_frame or "")
 
 
 def _group(groups: Sequence[Dataset], keyword: str) -> list[Dataset]:
@@ -95,11 +105,14 @@ def _slice_of_frame(groups: Sequence[Dataset]) -> PetSlice:
 
 
 def _corrections(header: Dataset) -> frozenset[str]:
-    yes = frozenset({"YES"})
+    """Return what was corrected for; by CorrectedImage where the object does not say."""
+    attenuation = code(header, "AttenuationCorrected", frozenset({"YES"}))
+    states = {"ATTN": attenuation, "DECY": _decay_corrected(header)}
+    as_single_frame = {each.upper() for each in texts(header, "CorrectedImage")}
     return frozenset(
         correction
-        for correction, keyword in (("ATTN", "AttenuationCorrected"), ("DECY", "DecayCorrected"))
-        if code(header, keyword, yes) == "YES"
+        for correction, state in states.items()
+        if state == "YES" or (state is None and correction in as_single_frame)
     )
 
 

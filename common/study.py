@@ -23,7 +23,7 @@ from common.dicom_stack import Stack, refuse_moving, stack_slices
 from common.dicom_values import items, joined_text, tag_of
 from common.errors import StudyError
 from common.header_planes import factors_on, planes_of_headers, require_planes_of
-from common.image import Image
+from common.image import Image, embedded
 from common.nifti import read_nifti_file
 from common.pet_header import read_pet_series
 from common.pet_series import PetSeries
@@ -272,12 +272,15 @@ def _read_mask(
     roi = re.compile(conversion.roi, re.IGNORECASE) if conversion.roi else None
     if isinstance(source, NiftiFile):
         return _labels(read_nifti_file(source.path, "mask")), ()
-    if plan.drawn_on is None:
-        mask = read_seg(source.path, roi)
-    else:
+    if plan.drawn_on is not None:
         grid = images[plan.drawn_on]
         mask = read_rtstruct(source.header, grid.data.shape, grid.affine, roi)
-    return Image(mask.labels, mask.affine), mask.warnings
+        return Image(mask.labels, mask.affine), mask.warnings
+    mask = read_seg(source.path, roi)
+    drawn = Image(mask.labels, mask.affine)
+    # A SEG may leave out empty planes of the image that it was drawn on.
+    whole = embedded(drawn, images["pet"])
+    return whole if whole is not drawn else embedded(drawn, images["ct"]), mask.warnings
 
 
 def _labels(mask: Image) -> Image:

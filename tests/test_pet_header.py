@@ -501,6 +501,15 @@ def test_enhanced_refusals_of_the_conversion(overrides: dict[str, Any], what: st
     assert what in str(caught.value)
 
 
+def test_enhanced_objects_may_tell_corrections_as_single_frames_do() -> None:
+    told = {"AttenuationCorrected": None, "DecayCorrected": None}
+    told |= {"CorrectedImage": ["ATTN", "DECY"], "DecayCorrection": "START"}
+    plain, other = (enhanced_pet_header(2, **each) for each in ({}, told))
+    assert read_pet_series([other]) == read_pet_series([plain])
+    refuted = read_pet_series([enhanced_pet_header(2, **told | {"AttenuationCorrected": "NO"})])
+    assert refuted.corrected_image == {"DECY"}
+
+
 def test_enhanced_object_without_frames() -> None:
     header = enhanced_pet_header(1)
     del header.PerFrameFunctionalGroupsSequence

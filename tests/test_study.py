@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import BQ_PER_ML, CT_AFFINE, HU, LABELS, N_SLICES, PET_AFFINE, SUV
+from mask_builders import build_seg
 from pet_headers import (
     DURATION_S,
     REFERENCE_S,
@@ -185,6 +186,34 @@ def test_contours_drawn_on_a_series_that_is_not_there_are_refused(tmp_path):
     study = layouts.subfolders(tmp_path)
     layouts.write_rtstruct(study / "MASK" / "RS.dcm", "1.2.3.999")
     assert "RTReferencedSeriesSequence (3006,0014)" in refusal(study)
+
+
+@pytest.mark.parametrize("role", ["pet", "ct"])
+def test_planes_that_a_seg_leaves_out_are_empty_slices_of_the_image_it_was_drawn_on(tmp_path, role):
+    """Labels could not be laid over the PET voxel by voxel."""
+    study = layouts.tcia(tmp_path)
+    labels = np.zeros_like(LABELS)
+    labels[2, 3, 2], labels[5, 5, 4] = 1, 1
+    affine = PET_AFFINE
+    if role == "ct":
+        labels, affine = np.kron(labels, np.ones((2, 2, 1), np.uint8)), CT_AFFINE
+    path = next(study.glob("*Seg*")) / "1-1.dcm"
+    seg = build_seg(labels, affine, ["Lesion"])
+    seg.PatientID = layouts.PATIENT["PatientID"]
+    seg.save_as(path)
+    assert seg.NumberOfFrames == 2
+    images = read(study)
+    grid = getattr(images, role)
+    assert np.array_equal(images.mask.data, labels)
+    assert np.array_equal(images.mask.affine, grid.affine)
+
+
+def test_a_seg_on_a_grid_of_its_own_keeps_it(tmp_path):
+    study = layouts.tcia(tmp_path)
+    seg = build_seg(LABELS, moved(PET_AFFINE, 1, 0, 0), ["Lesion"])
+    seg.PatientID = layouts.PATIENT["PatientID"]
+    seg.save_as(next(study.glob("*Seg*")) / "1-1.dcm")
+    assert np.allclose(read(study).mask.affine, moved(PET_AFFINE, 1, 0, 0))
 
 
 def test_regions_are_chosen_by_name(tmp_path):
