@@ -59,8 +59,11 @@ def planes_of_headers(header: Series | Stack) -> Planes | None:
     return Planes(position_mm, orientation, spacing_mm, np.array(matrix))
 
 
-def require_planes_of(image: Image, planes: Planes) -> None:
-    """Refuse headers whose slices are none of a NIfTI PET: they belong to another series."""
+def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[str, ...]:
+    """Refuse headers whose slices are none of a NIfTI PET: they belong to another series.
+
+    Where the user trusts them, that is returned as a warning.
+    """
     corners = planes.first_and_last_pixel_in(image)
     voxels = first, last = np.rint(corners)
     on_voxels = np.abs(corners[0] - first).max() <= ON_GRID_VOXELS
@@ -70,13 +73,19 @@ def require_planes_of(image: Image, planes: Planes) -> None:
     of_matrix = np.sort(np.insert(planes.matrix - 1, 0, 0, axis=1))
     of_slice = [np.sort(np.where(np.arange(3) == axis, 0, end)) for axis in range(3)]
     whole_slices = (extents == of_matrix).all() and any((extents == s).all() for s in of_slice)
-    if not (on_voxels and inside and whole_slices):
-        raise StudyError(
-            f"the header belongs to another series than the PET ({tag_of('Rows')}, "
-            f"{tag_of('Columns')}, {tag_of('PixelSpacing')}, {tag_of('ImagePositionPatient')} or "
-            f"{tag_of('ImageOrientationPatient')} does not fit): give a header of this PET, or "
-            "--trust-geometry if the PET was cropped or resampled"
-        )
+    if on_voxels and inside and whole_slices:
+        return ()
+    trouble = (
+        f"the header belongs to another series than the PET ({tag_of('Rows')}, "
+        f"{tag_of('Columns')}, {tag_of('PixelSpacing')}, {tag_of('ImagePositionPatient')} or "
+        f"{tag_of('ImageOrientationPatient')} does not fit)"
+    )
+    if trusted:
+        return (f"{trouble}: trusted",)
+    raise StudyError(
+        f"{trouble}: give a header of this PET, or --trust-geometry if the PET was cropped or "
+        "resampled"
+    )
 
 
 def factors_on(image: Image, suv: SuvConversion, planes: Planes | None) -> FloatArray:

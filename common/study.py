@@ -22,7 +22,7 @@ from common.dicom_seg import read_seg
 from common.dicom_stack import Stack, refuse_moving, stack_slices
 from common.dicom_values import items, joined_text, tag_of
 from common.errors import StudyError
-from common.header_planes import factors_on, planes_of_headers, require_planes_of
+from common.header_planes import check_planes_of, factors_on, planes_of_headers
 from common.image import Image, embedded
 from common.nifti import read_nifti_file
 from common.pet_header import read_pet_series
@@ -97,10 +97,10 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
     """
     plan = plan_study(roles, conversion)
     ct = _read_ct(plan.ct)
-    pet = _read_pet(plan, conversion)
+    pet, pet_warnings = _read_pet(plan, conversion)
     check_overlap(ct, pet)
     mask, mask_warnings = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
-    warnings = (*plan.warnings, *mask_warnings, *_implausible(pet))
+    warnings = (*plan.warnings, *pet_warnings, *mask_warnings, *_implausible(pet))
     warnings += check_mask(mask, pet, allow_empty=conversion.allow_empty_mask)
     return StudyImages(ct, pet, mask, plan.suv.provenance, warnings)
 
@@ -240,15 +240,16 @@ def compact_ct(ct: Image) -> Image:
     return Image(ct.data.astype(np.float32, copy=False), ct.affine)
 
 
-def _read_pet(plan: Plan, conversion: Conversion) -> Image:
+def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[str, ...]]:
     if isinstance(plan.pet, Stack):
-        return read_pet(plan.pet, plan.suv.factors)
+        return read_pet(plan.pet, plan.suv.factors), ()
     image = read_nifti_file(plan.pet.path, "PET")
     planes = planes_of_headers(plan.header) if plan.header else None
-    if planes is not None and not conversion.trust_geometry:
-        require_planes_of(image, planes)
+    warnings: tuple[str, ...] = ()
+    if planes is not None:
+        warnings = check_planes_of(image, planes, trusted=conversion.trust_geometry)
     factors = factors_on(image, plan.suv, planes).astype(np.float32)
-    return Image(image.data.astype(np.float32, copy=False) * factors, image.affine)
+    return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), warnings
 
 
 def _implausible(pet: Image) -> tuple[str, ...]:

@@ -551,7 +551,9 @@ def test_a_header_of_another_series_is_refused(tmp_path, other):
         setattr(header, keyword, value)
     header.save_as(study / "PET_header.dcm")
     assert refusal(study).startswith("the header belongs to another series than the PET (Rows")
-    assert_is_the_phantom(read(study, trust_geometry=True))
+    images = read(study, trust_geometry=True)
+    assert_is_the_phantom(images)
+    assert images.warnings[0].endswith("does not fit): trusted")
 
 
 @pytest.mark.parametrize("offset_voxels", [0.05, -0.05, 0.15])
