@@ -185,11 +185,11 @@ def regex(text: str) -> str:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
     inputs = [options.raw_project, *([options.key_file] if options.key_file else [])]
-    cli.check_paths(parser, inputs, options.output)
+    cli.check_paths(parser, options, inputs)
     options.mapping = options.mapping or options.output.with_name(
         f"{options.output.stem}_mapping.csv"
     )
-    check_mapping(parser, options.mapping, [*inputs, options.output])
+    cli.check_side_output(parser, options.mapping, options, inputs)
     if not options.raw_project.is_dir():
         parser.error(f"{options.raw_project} is not a folder")
     if max(options.hash_length) > LONGEST_DIGEST:
@@ -198,14 +198,6 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if not options.name.isprintable() or not re.fullmatch(r"(?!\.\.?$)[^/\\:]+", options.name):
         parser.error(f"--name {options.name!r} can't be a folder's name: choose another by --name")
     options.key = read_key(parser, options.key_file) if options.key_file else None
-
-
-def check_mapping(parser: argparse.ArgumentParser, path: Path, others: Sequence[Path]) -> None:
-    """End with status 2 where the mapping can't be written, or would replace another file."""
-    if path.is_dir() or not path.parent.is_dir():
-        parser.error(f"--mapping {path} is a folder, or in none: name a file in a folder there is")
-    if path.resolve() in [other.resolve() for other in others]:
-        parser.error(f"--mapping {path} is another file of this run: choose another name")
 
 
 def read_key(parser: argparse.ArgumentParser, path: Path) -> bytes:
@@ -305,15 +297,22 @@ def status_of(error: StudyError) -> Status:
     return "skipped" if isinstance(error, IncompleteStudy) else "failed"
 
 
-def finished_studies(options: argparse.Namespace, known: Sequence[mapping.Row]) -> dict[str, str]:
-    """Return the fingerprints of the studies that the present zip holds, unknown ones empty."""
-    if options.force or not options.output.exists():
+def finished_studies(
+    options: argparse.Namespace, known: Sequence[mapping.Row]
+) -> dict[str, str] | None:
+    """Return the fingerprints of the studies that the present zip holds, unknown ones empty.
+
+    None where it is not known what it holds.
+    """
+    if not options.output.exists():
         return {}
+    if options.force:
+        return None
     try:
         archived = archive.read_directory(options.output)
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
-        return {}
+        return None
     input_of = {row.output: row.input for row in known}
     finished = {study.hash: input_of.get(study.content, "") for study in archived.values()}
     if not all(finished.values()):

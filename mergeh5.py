@@ -97,10 +97,11 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         for path in options.inputs:
             if not path.exists():
                 parser.error(f"input {path} does not exist")
+        cli.check_log_file(parser, options, options.inputs)
         return
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
-    cli.check_paths(parser, options.inputs, options.output)
+    cli.check_paths(parser, options, options.inputs)
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
     if options.splits_dir is not None and options.splits is None:

@@ -172,7 +172,7 @@ def orientation(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    cli.check_paths(parser, [options.zip], options.output)
+    cli.check_paths(parser, options, [options.zip])
     if min(options.spacing) <= 0:
         parser.error("--spacing: voxel sizes must be above 0 mm")
     if len(options.shape) not in (2, 3):
@@ -180,14 +180,15 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for name, (least, greatest) in (("ct", options.ct_range), ("suv", options.suv_range)):
         if not least < greatest:
             parser.error(f"--{name}-range: MIN must be below MAX")
-    if not 0 < options.iso_threshold <= 100:
-        parser.error("--iso-threshold: give a percentage above 0, at most 100")
+    if not 0 <= options.iso_threshold <= 100:
+        parser.error("--iso-threshold: give a percentage from 0 to 100")
     if options.iso_suv is not None and options.iso_suv <= 0:
         parser.error("--iso-suv: give an SUV above 0")
     if options.measures is not None:
-        cli.check_side_output(parser, options.measures, options.output)
+        cli.check_side_output(parser, options.measures, options, [options.zip])
     if options.report is not None:
-        cli.check_side_output(parser, options.report, options.output)
+        beside = [options.zip, *([options.measures] if options.measures else [])]
+        cli.check_side_output(parser, options.report, options, beside)
     if options.save_nifti is not None:
         cli.check_folder(parser, options.save_nifti)
     if options.compression == "blosc" and not hdf5_chunks.has_blosc():
@@ -291,15 +292,17 @@ def nifti_paths(folder: Path, study_hash: str) -> dict[str, Path]:
     }
 
 
-def finished_studies(options: argparse.Namespace) -> dict[str, str]:
-    """Return the fingerprints of the studies that the present output holds."""
-    if options.force or not options.output.exists():
+def finished_studies(options: argparse.Namespace) -> dict[str, str] | None:
+    """Return the fingerprints of the studies that the present output holds; None: not known."""
+    if not options.output.exists():
         return {}
+    if options.force:
+        return None
     try:
         return dict(call_apart(hdf5.read_fingerprints, options.output))
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
-        return {}
+        return None
 
 
 # --- one study -------------------------------------------------------------------------------

@@ -128,12 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    cli.check_paths(parser, [options.input], options.output)
+    cli.check_paths(parser, options, [options.input])
     try:
         options.all_angles = projection_angles(*options.angles)
     except ValueError as error:
         parser.error(f"--angles: {error}")
-    cli.check_side_output(parser, csv_path(options.output), options.output)
+    cli.check_side_output(parser, csv_path(options.output), options, [options.input])
     for folder in (options.gif, options.png):
         if folder is not None:
             cli.check_folder(parser, folder)
@@ -236,15 +236,17 @@ def plan(
     return studies
 
 
-def finished_studies(options: argparse.Namespace) -> dict[str, str]:
-    """Return the fingerprints of the studies that the present output holds."""
-    if options.force or not options.output.exists():
+def finished_studies(options: argparse.Namespace) -> dict[str, str] | None:
+    """Return the fingerprints of the studies that the present output holds; None: not known."""
+    if not options.output.exists():
         return {}
+    if options.force:
+        return None
     try:
         return dict(call_apart(hdf5_assembly.read_projected, options.output))
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
-        return {}
+        return None
 
 
 def write_list(
@@ -256,6 +258,9 @@ def write_list(
     """Write the CSV that lists the projections in the order of their keys."""
     held = {outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")}
     keys = sorted(key for key, study in by_key.items() if study in held)
+    if not keys and csv_path(options.output).exists():
+        # Then the old output stays, too.
+        return
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("number", "hash", "angle", "project", "dataset"))

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import errno
 import importlib.util
 import logging
 import os
@@ -160,8 +159,11 @@ def in_shard(study_hash: str, part: tuple[int, int]) -> bool:
     return int(fingerprint(study_hash), 16) % count == index - 1
 
 
-def check_paths(target: argparse.ArgumentParser, inputs: Sequence[Path], output: Path) -> None:
-    """End with status 2 where an input is missing, or the output can't be or is an input."""
+def check_paths(
+    target: argparse.ArgumentParser, options: argparse.Namespace, inputs: Sequence[Path]
+) -> None:
+    """End with status 2 where an input is missing, or the output or the log can't be or is one."""
+    output: Path = options.output
     for path in inputs:
         if not path.exists():
             target.error(f"input {path} does not exist")
@@ -169,18 +171,46 @@ def check_paths(target: argparse.ArgumentParser, inputs: Sequence[Path], output:
             target.error(f"output {output} is an input: choose another name")
     if output.is_dir():
         target.error(f"output {output} is a folder: give a file name")
+    if output.exists() and not output.is_file():
+        target.error(f"output {output} is a device or pipe: give a file name")
     if not output.resolve().parent.is_dir():
         target.error(
             f"folder {output.resolve().parent} of the output does not exist: make it first"
         )
+    check_log_file(target, options, [*inputs, output])
 
 
-def check_side_output(target: argparse.ArgumentParser, path: Path, output: Path) -> None:
-    """End with status 2 where a file beside the output can't be written or is the output."""
-    if path.resolve() == output.resolve():
-        target.error(f"{path} is the output too: choose another name")
-    if path.is_dir() or not path.parent.is_dir():
-        target.error(f"{path} can't be written: it or its folder is not what it should be")
+def check_log_file(
+    target: argparse.ArgumentParser, options: argparse.Namespace, others: Sequence[Path]
+) -> None:
+    """End with status 2 where the log would go into another file of this run."""
+    if options.log_file is not None:
+        _check_is_none_of(target, options.log_file, others)
+
+
+def check_side_output(
+    target: argparse.ArgumentParser, path: Path, options: argparse.Namespace, inputs: Sequence[Path]
+) -> None:
+    """End with status 2 where a file beside the output can't be written or is another one."""
+    _check_is_none_of(target, path, [*inputs, options.output])
+    if options.log_file is not None:
+        _check_is_none_of(target, path, [options.log_file])
+    if path.exists() and not path.is_file():
+        target.error(f"{path} is a folder, device or pipe: give a file name")
+    if not path.parent.is_dir():
+        target.error(f"folder {path.parent} of {path.name} does not exist: make it first")
+    if not os.access(path.parent, os.W_OK):
+        target.error(
+            f"folder {path.parent} of {path.name} can't be written to: see its permissions"
+        )
+
+
+def _check_is_none_of(target: argparse.ArgumentParser, path: Path, others: Sequence[Path]) -> None:
+    for other in others:
+        if path.resolve() == other.resolve() or (
+            path.exists() and other.exists() and path.samefile(other)
+        ):
+            target.error(f"{path} is another file of this run: choose another name")
 
 
 def check_folder(target: argparse.ArgumentParser, path: Path) -> None:
@@ -311,8 +341,6 @@ def _set_up_logging(options: argparse.Namespace) -> None:
     console.setLevel(level)
     logger.addHandler(console)
     if options.log_file is not None:
-        if options.log_file.resolve() == options.output.resolve():
-            raise OSError(errno.EEXIST, "is the output too: choose another name")
         file = logging.FileHandler(options.log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         file.setLevel(min(level, logging.INFO))
@@ -324,7 +352,7 @@ class _BarFriendlyHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if sys.stderr.isatty():
+            if sys.stderr is not None and sys.stderr.isatty():
                 # Of no use elsewhere.
                 import tqdm
 

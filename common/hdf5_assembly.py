@@ -102,7 +102,7 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
         content = []
         for group in GROUPS:
             attributes = all_attributes(file[group][key])
-            attributes["sha256"] = _digest(file[group][key])
+            attributes["sha256"] = array_digest(file[group][key][()])
             # Where the values came from may differ between equal ones: other compression, say.
             for name in ("fingerprint", ATTRIBUTES_DIGEST):
                 attributes.pop(name, None)

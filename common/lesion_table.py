@@ -20,8 +20,9 @@ def lesion_table(
 ) -> str:
     """Return the CSV of studies, each its hash, project, measures and warnings.
 
-    The total row has sums of volumes and TLG, the maxima of SUVmax and SUVpeak, and the
-    measures of the study as a whole. Units are in the columns' names; SUV in g/ml.
+    The total row has sums of volumes and TLG, the mean SUV of all lesions' voxels, the maxima of
+    SUVmax and SUVpeak, and the measures of the study as a whole. Units are in the columns' names;
+    SUV in g/ml.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
@@ -50,11 +51,17 @@ def _total_row(measures: Mapping[str, Any]) -> dict[str, str]:
         "iso_mtv_ml": study["iso_tmtv_ml"],
         "tlg_g": study["tlg_g"],
         "iso_tlg_g": study["iso_tlg_g"],
+        "suv_mean": _ratio(study["tlg_g"], study["tmtv_ml"]),
+        "iso_suv_mean": _ratio(study["iso_tlg_g"], study["iso_tmtv_ml"]),
         "suv_max": max((lesion["suv_max"] for lesion in lesions), default=None),
         "suv_peak": max((lesion["suv_peak"] for lesion in lesions), default=None),
         **{name: study[name] for name in _OF_STUDY},
     }
     return {name: _number(value) for name, value in totals.items()}
+
+
+def _ratio(tlg_g: float, volume_ml: float) -> float | None:
+    return tlg_g / volume_ml if volume_ml else None
 
 
 def _number(value: float | None) -> str:

@@ -12,13 +12,14 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.atomic_files import behind_links, clear_write_errors, sync, writing
+from common.errors import StageError
 from common.locking import locked
 from common.machine import default_jobs
 from common.parallel import LOCAL_CLUSTER, run_studies
@@ -77,7 +78,7 @@ BeforeReplacing = Callable[[Path, Sequence[Outcome]], None]
 def run_stage(
     output: Path,
     studies: Sequence[Study],
-    finished: Mapping[str, str],
+    finished: Mapping[str, str] | None,
     worker: Worker,
     assemble: Assemble,
     jobs: int | None,
@@ -94,8 +95,8 @@ def run_stage(
         Locked by the caller (`exclusive`).
     studies : sequence of Study
         All that the output shall hold; their hashes differ.
-    finished : dict of hash to fingerprint
-        What the present output holds.
+    finished : dict of hash to fingerprint, or None
+        What the present output holds, None where that is not known.
     worker : function
         Gets a `PartTask`, writes the part (`writing_part`) and returns warnings.
     assemble : function
@@ -111,8 +112,14 @@ def run_stage(
         Skipped studies that an earlier run told of already.
     dask : str, optional
         Address of a dask scheduler whose workers do the work.
+
+    Raises
+    ------
+    StageError
+        No study at all could be written, and the old output would be lost; or a full disk.
     """
     parts = parts_folder(output)
+    finished, is_known = finished or {}, finished is not None
     kept = [s for s in studies if finished.get(s.hash) == s.fingerprint and s.all_beside]
     kept_hashes = {study.hash for study in kept}
     part_of = {s.hash: parts / _part_name(s, output) for s in studies if s.hash not in kept_hashes}
@@ -120,7 +127,6 @@ def run_stage(
         s for s in studies if s.hash in part_of and not (part_of[s.hash].exists() and s.all_beside)
     ]
     _report_plan(studies, kept, todo, finished)
-
     with clear_write_errors(output):
         if part_of:
             parts.mkdir(exist_ok=True)
@@ -147,14 +153,18 @@ def run_stage(
     ]
     sources = {study.hash: output for study in kept}
     sources |= {o.hash: part_of[o.hash] for o in outcomes if o.status == "written"}
-    changed = sources.keys() != finished.keys() or len(kept) != len(sources)
-    if changed or not output.exists():
-        replace_output(output, assemble, sources, lambda path: before_replacing(path, outcomes))
-    else:
-        with clear_write_errors(output):
-            before_replacing(output, outcomes)
     if failures_of:
         _list_failures(output, failures_of, outcomes)
+    would_be_lost = output.exists() and not sources and (finished or not is_known)
+    is_unchanged = output.exists() and sources.keys() == finished.keys() == kept_hashes
+    if would_be_lost or is_unchanged:
+        with clear_write_errors(output):
+            before_replacing(output, outcomes)
+    else:
+        _report_dropped(finished, outcomes)
+        replace_output(output, assemble, sources, lambda path: before_replacing(path, outcomes))
+    if would_be_lost:
+        raise StageError(f"{output}: left as it was, for no study could be written: see above")
     return outcomes
 
 
@@ -178,13 +188,21 @@ def _report_plan(
     logger.info("%d studies: %d unchanged, %d to compute", len(studies), len(kept), len(todo))
     if resumed:
         logger.log(PROGRESS, "resuming: %d studies are finished already", resumed)
-    vanished = sorted(finished.keys() - {study.hash for study in studies})
-    if vanished:
-        logger.warning(
-            "%d studies of the old output are no longer in the input and stay out: %s",
-            len(vanished),
-            ", ".join(vanished[:10]) + (" ..." if len(vanished) > 10 else ""),
-        )
+    vanished = finished.keys() - {study.hash for study in studies}
+    _report_absent("are no longer in the input", vanished)
+
+
+def _report_dropped(finished: Mapping[str, str], outcomes: Sequence[Outcome]) -> None:
+    held = {o.hash for o in outcomes if o.status in ("written", "unchanged")}
+    _report_absent(
+        "failed or are incomplete now", {o.hash for o in outcomes} & finished.keys() - held
+    )
+
+
+def _report_absent(why: str, hashes: Set[str]) -> None:
+    if hashes:
+        listed = ", ".join(sorted(hashes)[:10]) + (" ..." if len(hashes) > 10 else "")
+        logger.warning("%d studies of the old output %s and stay out: %s", len(hashes), why, listed)
 
 
 def report(outcome: Outcome, known_skips: Mapping[str, str] | None = None) -> None:
@@ -213,6 +231,7 @@ def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> Non
     writer.writerow(("hash", "stage", "reason"))
     writer.writerows((outcome.hash, stage, outcome.reason) for outcome in failed)
     write_beside(path, text.getvalue())
+    logger.log(PROGRESS, "failed studies are listed in %s", path)
 
 
 # --- files that are complete or not there ----------------------------------------------------

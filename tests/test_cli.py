@@ -232,12 +232,15 @@ def test_a_log_file_that_cannot_be_written_is_status_2_before_any_work(tmp_path,
     )
 
 
-def test_the_output_is_no_log_file(tmp_path, capsys):
-    (tmp_path / "out.h5").write_bytes(b"precious")
-    given = options(tmp_path, "--log-file", str(tmp_path / "out.h5"))
-    assert cli.run(given, lambda: pytest.fail("work began")) == 2
-    assert "--log-file" in capsys.readouterr().err
-    assert (tmp_path / "out.h5").read_bytes() == b"precious"
+@pytest.mark.parametrize("other", ["in.h5", "out.h5"])
+def test_input_and_output_are_no_log_file(tmp_path, capsys, other):
+    (tmp_path / "in.h5").write_bytes(b"precious")
+    given = options(tmp_path, "--log-file", str(tmp_path / other))
+    with pytest.raises(SystemExit) as ended:
+        cli.check_paths(parser(), given, [tmp_path / "in.h5"])
+    assert ended.value.code == 2
+    assert "is another file of this run" in capsys.readouterr().err
+    assert (tmp_path / "in.h5").read_bytes() == b"precious"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -415,8 +418,9 @@ def test_paths_that_cannot_be_are_refused(tmp_path, capsys):
         (["in.h5"], "missing/out.h5", "does not exist: make it first"),
         (["in.h5"], "dangling.h5", "does not exist: make it first"),
     ):
+        given = argparse.Namespace(output=tmp_path / output, log_file=None)
         with pytest.raises(SystemExit) as ended:
-            cli.check_paths(parser(), [tmp_path / name for name in inputs], tmp_path / output)
+            cli.check_paths(parser(), given, [tmp_path / name for name in inputs])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
-    cli.check_paths(parser(), [tmp_path / "in.h5"], tmp_path / "out.h5")
+    cli.check_paths(parser(), options(tmp_path), [tmp_path / "in.h5"])

@@ -104,7 +104,6 @@ OUT_OF_RANGE = {
         ["--ct-range", 200, 100],
         ["--suv-range", 40, 0],
         ["--suv-range", 0, "nan"],
-        ["--iso-threshold", 0],
         ["--iso-threshold", -1],
         ["--iso-threshold", 101],
         ["--iso-suv", 0],
@@ -209,6 +208,41 @@ def test_output_equal_to_an_input(sound, tmp_path, capfd, script, alias):
         case "spelling":
             output = tmp_path / "." / ".." / tmp_path.name / "in"
     refuses(capfd, script, source, "-o", output, status=2, naming="is an input")
+
+
+@pytest.mark.parametrize("script", MAIN)
+def test_output_that_is_a_device(sound, capfd, script):
+    ending = end(capfd, script, sound / INPUT[script], "-o", "/dev/full")
+    assert ending.status == 2
+    assert "/dev/full is a device" in ending.said
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("preprocessing", "--measures"),
+        ("preprocessing", "--report"),
+        *((script, "--log-file") for script in ("preprocessing", "mergeh5", "project_2d")),
+    ],
+)
+def test_files_beside_the_output_never_replace_an_input(sound, tmp_path, capfd, script, option):
+    source = shutil.copy(sound / INPUT[script], tmp_path / "in")
+    before = source.read_bytes()
+    ending = end(capfd, script, source, "-o", tmp_path / "out", option, source)
+    assert ending.status == 2
+    assert "another file of this run" in ending.said
+    assert source.read_bytes() == before
+
+
+def test_measures_in_a_read_only_folder_end_before_any_work(sound, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    table = tmp_path / "closed" / "m.csv"
+    ending = mortal(
+        tmp_path, "preprocessing", sound / "project.zip", "-o", "3d.h5", "--measures", table
+    )
+    assert ending.status == 2, ending.said
+    assert "can't be written to" in ending.said
+    assert not (tmp_path / "3d.h5").exists()
 
 
 def test_output_in_the_raw_project_does_not_become_a_study(sound, tmp_path, capfd):

@@ -187,6 +187,14 @@ def test_first_or_last_file_wins(choice, winner, inputs, output):
     assert_holds(output, {A: inputs[winner], B: inputs["one"]})
 
 
+def test_a_voxel_that_was_changed_in_place_is_other_content(inputs, output, tmp_path, capsys):
+    edited = shutil.copy(inputs["one"], tmp_path / "edited.h5")
+    with h5py.File(edited, "r+") as file:
+        file["image"][A][0, 0, 0, 0] = 0.5
+    assert run(inputs["one"], edited, "-o", output) == 1
+    assert f"study {A} is in " in capsys.readouterr().err
+
+
 def test_same_content_is_no_duplicate(inputs, output, tmp_path):
     twin = shutil.copy(inputs["one"], tmp_path / "twin.h5")
     assert run(inputs["one"], twin, inputs["one"], "-o", output) == 0

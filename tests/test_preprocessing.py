@@ -361,6 +361,7 @@ def test_measures_have_a_row_a_lesion_and_a_total_on_the_pets_own_grid(tmp_path)
     assert total["lesion_count"] == "3"
     assert float(total["tmtv_ml"]) == pytest.approx(mask.sum() * voxel_ml, rel=1e-5)
     assert float(total["suv_max"]) == pytest.approx(suv[mask].max(), rel=1e-5)
+    assert float(total["suv_mean"]) == pytest.approx(suv[mask].mean(), rel=1e-5)
     assert float(total["dose_fraction"]) == pytest.approx(suv.sum() * voxel_ml / 50, rel=1e-5)
     assert float(total["dmax_mm"]) > 10
 
@@ -519,7 +520,7 @@ WRONG = {
     "range upside down": ["--ct-range", "1000", "-1000"],
     "range of nothing": ["--suv-range", "1", "1"],
     "threshold": ["--iso-threshold", "101"],
-    "threshold of zero": ["--iso-threshold", "0"],
+    "threshold below zero": ["--iso-threshold", "-1"],
     "fixed threshold": ["--iso-suv", "-1"],
     "dtype": ["--dtype", "float64"],
     "compression": ["--compression", "zip"],

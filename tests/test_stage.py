@@ -130,6 +130,36 @@ def test_with_nothing_new_the_output_is_not_touched(folder):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.parametrize("payload", ["fails", "incomplete"])
+def test_an_old_output_is_not_replaced_by_an_empty_one(folder, payload):
+    folder.run(studies(a="1"))
+    with pytest.raises(StageError, match="left as it was"):
+        folder.run(studies(a=payload))
+    assert folder.output.read_text() == "a 1\n"
+
+
+@pytest.mark.parametrize("payload", ["fails", "incomplete"])
+def test_what_is_no_output_of_ours_is_not_replaced_by_an_empty_one(folder, payload):
+    folder.output.write_text("old")
+    folder.known = None
+    with pytest.raises(StageError, match="left as it was"):
+        folder.run(studies(a=payload))
+    assert folder.output.read_text() == "old"
+
+
+def test_an_empty_output_stays_one_while_nothing_succeeds(folder):
+    for _ in range(2):
+        assert folder.run(studies(a="fails")) == ["failed"]
+        assert folder.output.read_text().strip() == ""
+
+
+def test_a_study_that_fails_now_drops_out_and_is_named(folder, logged):
+    folder.run(studies(a="1", b="1"))
+    folder.run(studies(a="fails", b="1"))
+    assert folder.output.read_text() == "b 1\n"
+    assert "failed or are incomplete now and stay out: a" in text_of(logged)
+
+
 def test_a_vanished_study_stays_out_and_is_named(folder, logged):
     folder.run(studies(a="1", b="1"))
     logged.clear()
