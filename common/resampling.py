@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,31 +65,31 @@ def resample_cubic(
 
     Notes
     -----
-    nilearn itself runs for grids that are not parallel, for unsigned integers (whose results
-    it rounds, ties at the mercy of the last bit) and for volumes with NaN or infinities.
+    nilearn itself runs for grids that are not parallel and for volumes with NaN or infinities.
+    Results of unsigned integers are whole numbers, as nilearn's are: they are computed in float64,
+    so that no more than ties, which hang on the last bit, may be rounded the other way.
     """
     if _same_for_nilearn(source, target):
         return volume.astype(np.float32)
     lines = axis_lines(source, target)
-    bounds = (float(min(volume.min(), 0)), float(max(volume.max(), 0))) if clip else None
     # One voxel that is NaN or infinite makes the sum so.
     with np.errstate(over="ignore", invalid="ignore"):
         finite = volume.dtype.kind != "f" or bool(np.isfinite(volume.sum()))
-    if lines is None or volume.dtype.kind == "u" or not finite:
+    if lines is None or not finite:
         return _nilearn_cubic(volume, source, target, fill_value, clip)
-    if bounds is not None:
-        fill_value = min(max(fill_value, bounds[0]), bounds[1])
+    finish = _Finish(volume.dtype.kind == "u", _bounds(volume, clip))
 
     slow_to_fast = _memory_order(volume)
     lines = [lines[axis] for axis in slow_to_fast]
-    steps = [axis_step(line) for line in lines]
+    steps = [axis_step(line, finish.precision) for line in lines]
     out = np.empty([line.n_target for line in lines], dtype=np.float32)
     inside = out[tuple(step.rows for step in steps)]
+    fill_value = finish(np.array(fill_value, finish.precision)).item()
     if inside.size < out.size:
         out[...] = fill_value
     if inside.size:
         used = volume.transpose(slow_to_fast)[tuple(step.used for step in steps)]
-        _resample_planes(used, steps, inside, bounds)
+        _resample_planes(used, steps, inside, finish)
     out = np.moveaxis(out, (0, 1, 2), [line.target_axis for line in lines])
     if not all(line.exact for line in lines):
         out[_outside(source, target)] = fill_value
@@ -162,47 +163,68 @@ def _memory_order(array: Array) -> list[int]:
     return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
 
 
+@dataclass(frozen=True)
+class _Finish:
+    """What becomes of interpolated values: `whole` numbers, within `bounds`."""
+
+    whole: bool
+    bounds: tuple[float, float] | None
+
+    @property
+    def precision(self) -> type[np.floating[Any]]:
+        return np.float64 if self.whole else np.float32
+
+    def __call__(self, values: Array) -> Array:
+        if self.whole:
+            values = np.floor(values + 0.5)
+        return values if self.bounds is None else np.clip(values, *self.bounds)
+
+
+def _bounds(volume: Array, clip: bool) -> tuple[float, float] | None:
+    """Least and greatest result: of the volume and 0, or of what unsigned integers can hold."""
+    if clip:
+        return float(min(volume.min(), 0)), float(max(volume.max(), 0))
+    return (0, np.iinfo(volume.dtype).max) if volume.dtype.kind == "u" else None
+
+
 def _resample_planes(
-    used: Array, steps: Sequence[AxisStep], inside: Image, bounds: tuple[float, float] | None
+    used: Array, steps: Sequence[AxisStep], inside: Image, finish: _Finish
 ) -> None:
-    """Resample along all axes into `inside`, clipped to `bounds`, holding few planes at a time."""
+    """Resample along all axes into `inside`, holding few planes at a time."""
     slow, rows, columns = steps
     if not slow.blocks:
         for plane, result in zip(used, inside, strict=True):
-            _resample_plane(plane, rows, columns, result)
-            _clip(result, bounds)
+            result[...] = finish(_resampled_plane(plane, rows, columns, finish.precision))
         return
     depth = max(block.columns.stop - block.columns.start for block in slow.blocks)
-    window = np.empty((depth, *inside.shape[1:]), dtype=np.float32)
+    window = np.empty((depth, *inside.shape[1:]), finish.precision)
     first = done = 0
     for block in slow.blocks:
         start, stop = block.columns.start, block.columns.stop
         kept = max(0, done - start)
         window[:kept] = window[start - first : start - first + kept]
         for index in range(start + kept, stop):
-            _resample_plane(used[index], rows, columns, window[index - start])
+            window[index - start] = _resampled_plane(used[index], rows, columns, finish.precision)
         first, done = start, stop
         stacked = block.weights @ window[: stop - start].reshape(stop - start, -1)
-        _clip(stacked, bounds)
-        inside[block.rows] = stacked.reshape(-1, *inside.shape[1:])
+        inside[block.rows] = finish(stacked).reshape(-1, *inside.shape[1:])
 
 
-def _resample_plane(plane: Array, rows: AxisStep, columns: AxisStep, result: Image) -> None:
-    values = np.ascontiguousarray(plane, dtype=np.float32)
+def _resampled_plane(
+    plane: Array, rows: AxisStep, columns: AxisStep, precision: type[np.floating[Any]]
+) -> Array:
+    values: Array = np.ascontiguousarray(plane, dtype=precision)
     if rows.blocks:
-        between = np.empty((result.shape[0], values.shape[1]), dtype=np.float32)
+        between = np.empty((rows.n_rows, values.shape[1]), precision)
         for block in rows.blocks:
             np.matmul(block.weights, values[block.columns], out=between[block.rows])
         values = between
-    if not columns.blocks:
-        result[...] = values
-    for block in columns.blocks:
-        np.matmul(values[:, block.columns], block.weights.T, out=result[:, block.rows])
-
-
-def _clip(values: Image, bounds: tuple[float, float] | None) -> None:
-    if bounds is not None:
-        np.clip(values, *bounds, out=values)
+    if columns.blocks:
+        result = np.empty((values.shape[0], columns.n_rows), precision)
+        for block in columns.blocks:
+            np.matmul(values[:, block.columns], block.weights.T, out=result[:, block.rows])
+        values = result
+    return values
 
 
 def _nilearn_cubic(

@@ -18,7 +18,7 @@ from common.grid import Grid
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
-Weights = npt.NDArray[np.float32]
+Weights = npt.NDArray[np.floating[Any]]
 
 DRIFT_VOXELS = 5e-5
 """Grids count as parallel while a line of voxels strays at most this far [voxel] to either side:
@@ -26,8 +26,8 @@ room for directions stored in float32, at an error below 1e-4 of the range."""
 
 # Coordinates this close to whole numbers [voxel] need no interpolation.
 _WHOLE_VOXELS = 1e-6
-# Spline weights below this share nothing with a float32 result.
-_NEGLIGIBLE_WEIGHT = 1e-7
+# Spline weights below this share nothing with a result of that type.
+_NEGLIGIBLE_WEIGHT = {np.float32: 1e-7, np.float64: 1e-16}
 # Source voxels spanned by one block of a banded matrix: wide enough for BLAS, narrow enough
 # to skip most of the zeros.
 _BLOCK_VOXELS = 32
@@ -74,6 +74,12 @@ class AxisStep:
     rows: slice
     used: slice
     blocks: tuple[Block, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        """Target voxels that `blocks` make."""
+        stops: list[int] = [block.rows.stop for block in self.blocks]
+        return max(stops)
 
 
 def voxel_map(source: Grid, target: Grid) -> FloatArray:
@@ -149,7 +155,7 @@ def nearest_on_line(line: Line) -> npt.NDArray[np.intp]:
     return nearest
 
 
-def axis_step(line: Line) -> AxisStep:
+def axis_step(line: Line, precision: type[np.floating[Any]] = np.float32) -> AxisStep:
     """What cubic spline interpolation does along an axis."""
     position = line.step * np.arange(line.n_target, dtype=np.float64) + line.start
     if line.exact:
@@ -163,7 +169,7 @@ def axis_step(line: Line) -> AxisStep:
     whole = np.rint(position[rows]).astype(int)
     if np.abs(position[rows] - whole).max() <= _WHOLE_VOXELS:
         return AxisStep(rows, as_slice(whole))
-    blocks = _banded(spline_matrix(position[rows], line.n_source), abs(line.step))
+    blocks = _banded(spline_matrix(position[rows], line.n_source), abs(line.step), precision)
     first, last = blocks[0].columns.start, max(block.columns.stop for block in blocks)
     return AxisStep(
         rows,
@@ -217,14 +223,14 @@ def spline_matrix(position: FloatArray, n_source: int) -> FloatArray:
     return matrix
 
 
-def _banded(matrix: FloatArray, step: float) -> list[Block]:
+def _banded(matrix: FloatArray, step: float, precision: type[np.floating[Any]]) -> list[Block]:
     """Cut a banded matrix into dense blocks, those of the first source voxels first."""
     height = max(1, round(_BLOCK_VOXELS / step))
     blocks = []
     for first in range(0, len(matrix), height):
         band = matrix[first : first + height]
-        columns = np.flatnonzero((np.abs(band) > _NEGLIGIBLE_WEIGHT).any(axis=0))
+        columns = np.flatnonzero((np.abs(band) > _NEGLIGIBLE_WEIGHT[precision]).any(axis=0))
         window = slice(int(columns[0]), int(columns[-1]) + 1)
-        weights = np.ascontiguousarray(band[:, window], dtype=np.float32)
+        weights = np.ascontiguousarray(band[:, window], dtype=precision)
         blocks.append(Block(slice(first, first + len(band)), window, weights))
     return sorted(blocks, key=lambda block: block.columns.start)

@@ -51,6 +51,7 @@ def compare_standard(folder: Path, repeats: int) -> Run:
     archive, plain_file, our_file = (folder / name for name in ("s.zip", "plain.h5", "ours.h5"))
     run_python(HERE / "standard_study.py", archive, "standard", 1)
     plain = run_python(Path(__file__), "--plain", archive, plain_file)
+    run_python(ROOT / "preprocessing.py", "--help")
     ours = median([preprocess(archive, our_file) for _ in range(repeats)])
     print(f"standard study, one core; ours is the median of {repeats}")
     print_comparison(plain, ours, "preprocessing.py", "nibabel, nilearn, scipy, h5py")

@@ -40,6 +40,7 @@ def main() -> None:
         plain = run_python(Path(__file__), "--plain", volumes, theirs, int(every))
         share = 1 if every else len(ANGLES) / len(SAMPLE)
         plain = Run(plain.seconds * share, plain.cpu_seconds * share, plain.peak_gb)
+        run_python(ROOT / "project_2d.py", "--help")
         arguments = [volumes, "-o", ours, "--force", "-q", "-j", 1]
         runs = [run_python(ROOT / "project_2d.py", *arguments) for _ in range(options.repeats)]
         print(f"36 angles of the standard study, one core; ours is the median of {len(runs)}")

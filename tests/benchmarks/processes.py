@@ -31,7 +31,10 @@ def run_python(script: Path, *arguments: object) -> Run:
 def run(command: Sequence[str]) -> Run:
     """Run a command; ends this process where that fails."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **ONE_THREAD})
+    environment = {**os.environ, **ONE_THREAD}
+    # As it is by default: modules are compiled once, not at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
