@@ -65,6 +65,14 @@ def test_training_image_is_pet_then_ct_from_their_ranges_to_0_and_1(dtype):
     np.testing.assert_allclose(image, expected, atol=2.5e-4 if dtype == "float16" else 1e-6)
 
 
+def test_float16_images_have_no_steps_below_2_to_minus_16():
+    values = np.linspace(0, 1 / 32, 7001, dtype=np.float32).reshape(1, 1, -1)
+    recipe = Recipe(ct_range=(0, 1), suv_range=(0, 1))
+    for channel in training_image(volume(values), volume(values), recipe):
+        expected = np.where(values < 2**-6, np.round(values * 2.0**16) / 2.0**16, values)
+        np.testing.assert_array_equal(channel, expected.astype(np.float16))
+
+
 def test_lesions_are_numbered_in_the_smallest_type():
     mask = np.zeros((40, 40, 3), np.uint16)
     mask[::4, ::4, 1] = 7
