@@ -5,16 +5,19 @@ Run by hand, on an otherwise idle machine::
     python tests/benchmarks/bench_hdf5.py [--patches N]
 
 A patch is 96 x 96 x 96 voxels of both channels at a random place of the standard study (200 x 200
-x 326, float16), read by h5py from a file in the page cache, by one thread. Sizes are those of
-image and both masks, relative to a file without chunks and compression. Blosc is measured where
+x 326, float16), read by h5py, by one thread: once from the disk, as of collections larger than
+memory, once from the page cache. Sizes are those of image and both masks, relative to a file
+without chunks and compression. Blosc is measured where
 hdf5plugin is installed. mergeh5.py is held against cp, both with what they wrote safe on disk.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -51,9 +54,9 @@ def print_compressions(folder: Path, n_patches: int) -> None:
         arrays = {group: next(iter(file[group].values()))[()] for group in file}
     path = folder / "contiguous.h5"
     seconds = write_contiguous(path, arrays)
-    size, patch = path.stat().st_size, median_patch(path, n_patches)
-    print(f"{'chunk':16}{'compression':13}{'size':>7}{'write':>9}{'patch':>10}{'':>9}")
-    print(f"{'none':16}{'none':13}{1:7.2f}{seconds:7.2f} s{patch * 1e3:7.1f} ms{1:7.1f} x")
+    size, plain = path.stat().st_size, median_patches(path, n_patches)
+    print(f"{'chunk':16}{'compression':13}{'size':>7}{'write':>9}{'from disk':>17}{'cached':>18}")
+    print_row("none", "none", 1, seconds, plain, plain)
     compressions = [c for c in hdf5_chunks.COMPRESSIONS if c != "blosc" or hdf5_chunks.has_blosc()]
     for edge in EDGES:
         for compression in compressions:
@@ -61,12 +64,27 @@ def print_compressions(folder: Path, n_patches: int) -> None:
             with mock.patch.object(hdf5_chunks, "PATCH_EDGE", edge):
                 seconds = write_chunked(path, arrays, compression)
                 chunk = " x ".join(map(str, hdf5_chunks.chunk_shape(arrays["image"].shape)[1:]))
-            found = median_patch(path, n_patches)
+            found = median_patches(path, n_patches)
             chosen = edge == hdf5_chunks.PATCH_EDGE and compression == hdf5_chunks.COMPRESSIONS[0]
-            print(
-                f"{chunk:16}{compression:13}{path.stat().st_size / size:7.2f}{seconds:7.2f} s"
-                f"{found * 1e3:7.1f} ms{found / patch:7.1f} x{'  default' if chosen else ''}"
-            )
+            share = path.stat().st_size / size
+            print_row(chunk, compression, share, seconds, found, plain, "  default" * chosen)
+
+
+def print_row(
+    chunk: str,
+    compression: str,
+    share: float,
+    seconds: float,
+    patches: Sequence[float],
+    plain: Sequence[float],
+    note: str = "",
+) -> None:
+    """Print a file's size, the time of writing it, and those of a patch from disk and cache."""
+    times = "".join(
+        f"{patch * 1e3:7.1f} ms{patch / of_plain:6.1f} x"
+        for patch, of_plain in zip(patches, plain, strict=True)
+    )
+    print(f"{chunk:16}{compression:13}{share:7.2f}{seconds:7.2f} s{times}{note}", flush=True)
 
 
 def write_contiguous(path: Path, arrays: dict[str, np.ndarray]) -> float:
@@ -87,18 +105,38 @@ def write_chunked(path: Path, arrays: dict[str, np.ndarray], compression: str) -
     return time.perf_counter() - start
 
 
-def median_patch(path: Path, n_patches: int) -> float:
-    """Return the median seconds of reading a random patch, the same ones of every file."""
-    random = np.random.default_rng(0)
-    seconds = []
+def median_patches(path: Path, n_patches: int) -> tuple[float, float]:
+    """Return the median seconds of reading a random patch from disk, and from the cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    corners = corners_of(path, n_patches)
+    from_disk, from_cache = (
+        statistics.median(patch_seconds(path, corner, cached=cached) for corner in corners)
+        for cached in (False, True)
+    )
+    return from_disk, from_cache
+
+
+def corners_of(path: Path, n_patches: int) -> np.ndarray:
+    """Return where random patches begin, the same ones of every file."""
+    with h5py.File(path) as file:
+        most = np.array(file["image"].shape[1:]) - PATCH + 1
+    return np.random.default_rng(0).integers(0, most, (n_patches, 3))
+
+
+def patch_seconds(path: Path, corner: np.ndarray, *, cached: bool) -> float:
+    """Return the seconds of reading one patch."""
+    patch = tuple(slice(at, at + PATCH) for at in corner)
+    with path.open("rb") as file:
+        if cached:
+            file.read()
+        else:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with h5py.File(path) as file:
         image = file["image"]
-        for corner in random.integers(0, np.array(image.shape[1:]) - PATCH + 1, (n_patches, 3)):
-            patch = tuple(slice(at, at + PATCH) for at in corner)
-            start = time.perf_counter()
-            image[(slice(None), *patch)]
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        start = time.perf_counter()
+        image[(slice(None), *patch)]
+        return time.perf_counter() - start
 
 
 def print_merging(folder: Path, gigabytes: float) -> None:
