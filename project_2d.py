@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from common import cli, hdf5, hdf5_assembly, hdf5_chunks, pictures, stage
+from common import cli, hdf5, hdf5_assembly, hdf5_chunks, stage
+from common.angles import angle_name, projection_angles
 from common.errors import StageError, StudyError
 from common.hashing import fingerprint
 from common.processes import call_apart
-from common.projection import angle_name, image_mips, mask_mips, projection_angles
 from common.volumes import ORIENTATIONS
 from common.worker import Outcome
 
@@ -278,6 +278,9 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
     work: StoredStudy = task.payload
     image, attributes = hdf5.read_dataset(work.path, "image", work.key)
     check_attributes(attributes)
+    # Slow to load, and of no use where nothing is new.
+    from common.projection import image_mips, mask_mips
+
     mips = {"image": np.clip(image_mips(image, work.angles), 0, 1).astype(image.dtype)}
     del image
     for group in ("mask", "mask_iso"):
@@ -334,6 +337,9 @@ def write_pictures(
     """Write the rotating projection and the still, where asked for."""
     if work.gif is None and work.png is None:
         return
+    # Slow to load, and only for those who ask for them.
+    from common import pictures
+
     frames = pictures.mip_frames(
         mips["image"][:, 0],
         mips["mask"][:, 0],

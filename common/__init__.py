@@ -21,7 +21,7 @@ boundaries  each the only module that knows its format
 pure        no paths, no formats, no logging
             volumes: the steps of preprocessing; losses: what resampling loses; resampling, with
             spline_axes (one axis of it) and grid (where voxels lie); image; lesions and
-            components (of masks); projection; contours; splits; hashing
+            components (of masks); projection and angles; contours; splits; hashing
             suv and its parts: pet_series, pet_units, decay, timeline, body_mass,
             suv_alternatives, suv_provenance, remarks
 errors      how work ends

@@ -61,6 +61,7 @@ LEVELS = {
         "study_files",
     ),
     "pure": (
+        "angles",
         "body_mass",
         "components",
         "contours",
