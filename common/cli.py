@@ -357,7 +357,7 @@ class _BarFriendlyHandler(logging.Handler):
                 import tqdm
 
                 tqdm.tqdm.write(self.format(record), file=sys.stderr)
-            else:
+            elif sys.stderr is not None:
                 print(self.format(record), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
