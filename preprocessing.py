@@ -221,6 +221,15 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         if options.save_nifti is not None:
             options.save_nifti.mkdir(parents=True, exist_ok=True)
         studies = plan(archived, recipe, options)
+        digests: dict[str, list[str]] = {}
+
+        def read_new_output(path: Path, outcomes: Sequence[Outcome]) -> None:
+            # What could fail for its reading fails before it takes the old one's place.
+            if options.measures is not None:
+                write_measures(options.measures, path)
+            if options.report is not None:
+                digests.update(call_apart(hdf5_assembly.read_all_digests, path))
+
         outcomes = stage.run_stage(
             options.output,
             studies,
@@ -230,11 +239,10 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 hdf5_assembly.assemble, parameters=asdict(recipe), software=cli.SOFTWARE
             ),
             options.jobs,
+            read_new_output,
             failures_of="preprocessing",
             dask=options.dask,
         )
-        if options.measures is not None:
-            write_measures(options.measures, options.output)
         if options.report is not None:
             # Slow to load, and only for those who ask for it.
             from common.report_cards import write_report
@@ -242,6 +250,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             write_report(
                 options.report,
                 options.output.resolve(),
+                digests,
                 outcomes,
                 options.jobs,
                 cli.SOFTWARE,

@@ -27,6 +27,7 @@ from common.hdf5 import (
     new_file,
     open_file,
     open_studies,
+    read_keys,
 )
 
 _COPYING_CPU_S = 60
@@ -119,6 +120,11 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
                 fingerprint = str(attribute(file["image"][key], "fingerprint"))
                 digests[key] = [fingerprint, *(_digest(file[group][key]) for group in GROUPS)]
     return digests
+
+
+def read_all_digests(path: Path) -> dict[str, list[Any]]:
+    """Return fingerprint and digests of every key of a file, in order."""
+    return read_digests(dict.fromkeys(read_keys(path), path))
 
 
 def _digest(dataset: h5py.Dataset) -> str:

@@ -2,14 +2,13 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import hdf5, hdf5_assembly, report, stage
+from common import hdf5, report, stage
 from common.hashing import fingerprint
 from common.parallel import run_studies
-from common.processes import call_apart
 from common.worker import Outcome, Task
 
 
@@ -25,6 +24,7 @@ class Card:
 def write_report(
     path: Path,
     studies_file: Path,
+    digests: Mapping[str, Sequence[str]],
     outcomes: Sequence[Outcome],
     jobs: int | None,
     software: str,
@@ -36,6 +36,8 @@ def write_report(
     ----------
     path, studies_file : Path
         The page, and the HDF5 file that it shows.
+    digests : dict of hash to digests
+        Of every study in the file, in order.
     outcomes : sequence of Outcome
         Of the run that made the file: who is not in it is told with the reason.
     jobs : int, optional
@@ -45,7 +47,6 @@ def write_report(
     dask : str, optional
         Address of a dask scheduler whose workers do the work.
     """
-    digests = call_apart(read_digests, studies_file)
     absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
     listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
     mark = fingerprint([software, digests, listed])
@@ -63,11 +64,6 @@ def write_report(
     )
     with stage.writing_beside(path) as temporary, open(temporary, "wb") as stream:
         report.write_page(stream, studies_file.stem, mark, cards)
-
-
-def read_digests(studies_file: Path) -> dict[str, list[str]]:
-    """Return the digests of every study in order."""
-    return hdf5_assembly.read_digests(dict.fromkeys(hdf5.read_keys(studies_file), studies_file))
 
 
 def render_card(card: Card) -> Sequence[str]:
