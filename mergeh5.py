@@ -120,10 +120,13 @@ class MergePlan:
     parameters : dict
         Options of value that the files have in common.
     sources : dict of key to file
+    projects : dict of key to project
+        For splits; else empty.
     """
 
     parameters: Mapping[str, Any]
     sources: Mapping[str, Path]
+    projects: Mapping[str, str]
 
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
@@ -134,7 +137,7 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
         if status == "written":
             write_merged(options, plan)
         if options.splits is not None:
-            write_splits(options, sorted(plan.sources))
+            write_splits(options, plan)
     return [Outcome(study, status) for study in hdf5.studies_of(plan.sources, plan.parameters)]
 
 
@@ -152,7 +155,12 @@ def checked_plan(options: argparse.Namespace) -> MergePlan:
 def plan_merge(options: argparse.Namespace) -> MergePlan:
     """Read what the inputs hold."""
     parameters = merged_parameters(options.inputs, options.allow_mixed)
-    return MergePlan(parameters, chosen_sources(options.inputs, options.on_duplicate))
+    sources = chosen_sources(options.inputs, options.on_duplicate)
+    projects: dict[str, str] = {}
+    for path in set(sources.values()) if options.splits is not None else ():
+        keys = [key for key, source in sources.items() if source == path]
+        projects |= hdf5.read_attributes(path, keys, "project")
+    return MergePlan(parameters, sources, projects)
 
 
 def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, Any]:
@@ -232,10 +240,10 @@ def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
     stage.replace_output(options.output, assemble, plan.sources)
 
 
-def write_splits(options: argparse.Namespace, keys: Sequence[str]) -> None:
+def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
     """Write fold<i>_train.txt and fold<i>_val.txt, a key a line, whole patients in one fold."""
-    projects = call_apart(hdf5.read_attributes, options.output, keys, "project")
-    folds = splits.patient_folds(keys, projects, options.splits, options.patient_characters)
+    keys = sorted(plan.sources)
+    folds = splits.patient_folds(keys, plan.projects, options.splits, options.patient_characters)
     folder = options.splits_dir or options.output.parent
     folder.mkdir(parents=True, exist_ok=True)
     for number, validation in enumerate(folds, start=1):
