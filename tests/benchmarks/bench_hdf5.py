@@ -27,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from processes import ROOT, run, run_python
+from processes import ROOT, median, run, run_python
 
 from common import hdf5_chunks
 
@@ -153,9 +153,14 @@ def print_merging(folder: Path, gigabytes: float) -> None:
                 )
     target, copy = folder / "merged.h5", folder / "copy.h5"
     command = ["sh", "-c", 'cp "$0" "$1" && sync "$1"', str(source), str(copy)]
-    for _ in range(2):
-        copying = run(command)
-        merging = run_python(ROOT / "mergeh5.py", source, "-o", target, "--force", "-q")
+    copies, merges = [], []
+    for _ in range(3):
+        for path in (copy, target):
+            path.unlink(missing_ok=True)
+        os.sync()
+        copies.append(run(command))
+        merges.append(run_python(ROOT / "mergeh5.py", source, "-o", target, "-q"))
+    copying, merging = median(copies), median(merges)
     megabytes, of_cp = source.stat().st_size / 1e6, copying.seconds / merging.seconds
     print(f"{n_studies} studies of {megabytes / n_studies:.0f} MB")
     print(f"  cp        {megabytes / copying.seconds:8.0f} MB/s")
