@@ -4,9 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from common.candidates import ROLE_NAMES, Candidate
+from common.candidates import ROLE_NAMES, Candidate, NiftiFile, modality_of
 from common.dicom import DicomFile, Series
-from common.dicom_masks import frame_of_reference
+from common.dicom_masks import (
+    contoured_images,
+    frame_of_reference,
+    referenced_images,
+    referenced_series,
+)
 from common.dicom_values import joined_text, tag_of
 from common.errors import StudyError
 from common.image import Image
@@ -77,6 +82,44 @@ def _who_differ(by_name: Mapping[str, frozenset[str]]) -> Iterator[str]:
             by_value.setdefault(value, []).append(name)
     if len(by_value) > 1:
         yield " versus ".join(" and ".join(names) for names in by_value.values())
+
+
+def role_drawn_on(roles: Roles) -> str | None:
+    """Return the role, "ct" or "pet", of the series that an RTSTRUCT was drawn on.
+
+    None where the mask is no RTSTRUCT.
+
+    Raises
+    ------
+    StudyError
+        It was drawn on another series, or on both.
+    """
+    if isinstance(roles.mask, NiftiFile) or modality_of(roles.mask) != "RTSTRUCT":
+        return None
+    role_of = {
+        joined_text(file.header, keyword): role
+        for role, source in (("ct", roles.ct), ("pet", roles.pet), ("pet", roles.header))
+        if isinstance(source, Series)
+        for file in source.files
+        for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
+    }
+    drawn_on: set[str] = set()
+    for named_by in (referenced_series, contoured_images, referenced_images):
+        named = {role_of[uid] for uid in named_by(roles.mask.header) if uid in role_of}
+        if len(named) == 1:
+            return named.pop()
+        drawn_on |= named
+    if drawn_on:
+        raise StudyError(
+            "the RTSTRUCT was drawn on both the CT and the PET of the study "
+            f"({tag_of('RTReferencedSeriesSequence')}): export it for one, or convert the mask to "
+            "NIfTI"
+        )
+    raise StudyError(
+        "the RTSTRUCT was drawn on a series that is neither the CT nor the PET of the study "
+        f"({tag_of('RTReferencedSeriesSequence')}): add that series or choose it with --ct or "
+        "--pet, or convert the mask to NIfTI"
+    )
 
 
 def check_overlap(ct: Image, pet: Image) -> None:

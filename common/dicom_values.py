@@ -164,11 +164,7 @@ def functional_group(header: Dataset, frame: Dataset, keyword: str) -> Dataset |
 
 def has_creator(header: Dataset, private: PrivateTag) -> bool:
     """Tell whether a header has a block of a private attribute's creator."""
-    try:
-        header.private_block(private.group, private.creator)
-    except KeyError:
-        return False
-    return True
+    return _block_tag(header, private) is not None
 
 
 def private_text(header: Dataset, private: PrivateTag) -> str | None:
@@ -201,10 +197,16 @@ def _tag(keyword: str) -> int:
 
 def _private_tag(header: Dataset, private: PrivateTag) -> int:
     """Tag of a private attribute; in the first block where its creator is missing."""
+    tag = _block_tag(header, private)
+    return private.group << 16 | 0x1000 | private.element if tag is None else tag
+
+
+def _block_tag(header: Dataset, private: PrivateTag) -> int | None:
+    """Tag of a private attribute in its creator's block, None where there is no such block."""
     try:
         return int(header.private_block(private.group, private.creator).get_tag(private.element))
-    except KeyError:
-        return private.group << 16 | 0x1000 | private.element
+    except Exception:  # no such block; or a creator that pydicom cannot convert
+        return None
 
 
 def _value(header: Dataset, tag: int, label: str) -> Any:

@@ -19,8 +19,8 @@ from common.pet_attributes import (
 )
 from common.pet_series import PetSeries, PetSlice
 
-SAME_SLOPE = 1e-6
-"""Relative difference up to which two slopes are one."""
+SAME_SLOPE = 1e-4
+"""Relative difference up to which two slopes are one: that of a rounded decimal string."""
 
 UNITS_OF_UCUM = {
     "Bq/ml": ("BQML", None),
@@ -51,6 +51,7 @@ def series_of_frames(
         slices=tuple(_slice_of_frame(frames[i][k]) for i, k in order),
         corrected_image=frozenset.intersection(*map(_corrections, headers)),
         enhanced=True,
+        reinterpretations=_reinterpretations([groups for each in frames for groups in each]),
         **common_fields(fields),
     )
 
@@ -116,6 +117,15 @@ def _corrections(header: Dataset) -> frozenset[str]:
     )
 
 
+def _reinterpretations(frames: Sequence[Sequence[Dataset]]) -> tuple[str, ...]:
+    if not any(_unit_carriers(groups)[1] for groups in frames):
+        return ()
+    return (
+        f"{tag_of('RealWorldValueSlope')} is 1, unlike {tag_of('RescaleSlope')}: its unit is taken "
+        "as that of the rescaled values",
+    )
+
+
 def _units_of_frames(
     frames: Sequence[Sequence[Dataset]], fields: dict[str, Any]
 ) -> tuple[str | None, str | None]:
@@ -132,21 +142,7 @@ def _units_of_frames(
 
 def _units_of_frame(groups: Sequence[Dataset]) -> tuple[str, str | None] | None:
     """Units and SUVType of a frame's rescaled values, None where it names none."""
-    rescaling = _group(groups, "PixelValueTransformationSequence")
-    mappings = _group(groups, "RealWorldValueMappingSequence")
-    if mappings:
-        slope = number(rescaling[0], "RescaleSlope") if rescaling else None
-        # A slope of 1 is often written for values that are rescaled already.
-        carriers = [m for m in mappings if _has_slope(m, slope)] or [
-            m for m in mappings if _has_slope(m, 1.0)
-        ]
-        if not carriers:
-            raise StudyError(
-                f"the unit of the rescaled values is unknown ({tag_of('RealWorldValueSlope')} "
-                f"differs from {tag_of('RescaleSlope')}): export the series as Bq/ml"
-            )
-    else:
-        carriers = [*groups, *rescaling]
+    carriers, _ = _unit_carriers(groups)
     names = {
         (text(unit, "CodeValue") or "").replace("mL", "ml")
         for each in carriers
@@ -158,6 +154,23 @@ def _units_of_frame(groups: Sequence[Dataset]) -> tuple[str, str | None] | None:
             "export the series as Bq/ml"
         )
     return UNITS_OF_UCUM.get(names.pop(), ("UNKNOWN", None)) if names else None
+
+
+def _unit_carriers(groups: Sequence[Dataset]) -> tuple[list[Dataset], bool]:
+    """Return what may name the unit of rescaled values, and whether that is a reinterpretation."""
+    rescaling = _group(groups, "PixelValueTransformationSequence")
+    mappings = _group(groups, "RealWorldValueMappingSequence")
+    if not mappings:
+        return [*groups, *rescaling], False
+    slope = number(rescaling[0], "RescaleSlope") if rescaling else None
+    for expected in (slope, 1.0):
+        carriers = [each for each in mappings if _has_slope(each, expected)]
+        if carriers:
+            return carriers, expected != slope
+    raise StudyError(
+        f"the unit of the rescaled values is unknown ({tag_of('RealWorldValueSlope')} differs from "
+        f"{tag_of('RescaleSlope')}): export the series as Bq/ml"
+    )
 
 
 def _has_slope(mapping: Dataset, slope: float | None) -> bool:

@@ -76,6 +76,8 @@ class PetSeries:
         SeriesDate and SeriesTime.
     enhanced : bool
         An Enhanced PET object, in which `PetSlice.decay_reference` is standard.
+    reinterpretations : tuple of str
+        Header values taken to mean something else than they say, already on reading.
     first_file : int
         Index of the slice whose file comes first by name.
 
@@ -97,4 +99,5 @@ class PetSeries:
     injection_clock: time | None = None
     series_start: datetime | None = None
     enhanced: bool = False
+    reinterpretations: tuple[str, ...] = ()
     first_file: int = 0

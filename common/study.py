@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.belonging import check_identity, check_mask, check_overlap
-from common.candidates import NiftiFile, modality_of
+from common.belonging import check_identity, check_mask, check_overlap, role_drawn_on
+from common.candidates import NiftiFile
 from common.dicom import DicomFile, Series
-from common.dicom_masks import contoured_images, referenced_images, referenced_series
 from common.dicom_pixels import read_ct, read_pet
 from common.dicom_rtstruct import read_rtstruct
 from common.dicom_seg import read_seg
 from common.dicom_stack import Stack, refuse_moving, stack_slices
-from common.dicom_values import items, joined_text, tag_of
+from common.dicom_values import items
 from common.errors import StudyError
 from common.header_planes import check_planes_of, factors_on, planes_of_headers
 from common.image import Image, embedded
@@ -162,7 +161,7 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     for stack in (ct, pet):
         warnings += stack.warnings if isinstance(stack, Stack) else ()
     warnings += [*suv.provenance["reinterpretations"], *suv.provenance["warnings"]]
-    return Plan(ct, pet, roles.mask, _role_drawn_on(roles), header, suv, tuple(warnings))
+    return Plan(ct, pet, roles.mask, role_drawn_on(roles), header, suv, tuple(warnings))
 
 
 def _suv(source: Series | Stack | None, conversion: Conversion) -> SuvConversion:
@@ -189,36 +188,6 @@ def _pet_series(source: Series | Stack | None, conversion: Conversion) -> PetSer
         return read_pet_series(source.headers, conversion.tracer, source.header_and_frame)
     headers = [file.header for file in source.files] if source else []
     return read_pet_series(headers, conversion.tracer)
-
-
-def _role_drawn_on(roles: Roles) -> str | None:
-    """Return the role, "ct" or "pet", of the series that an RTSTRUCT was drawn on."""
-    if isinstance(roles.mask, NiftiFile) or modality_of(roles.mask) != "RTSTRUCT":
-        return None
-    role_of = {
-        joined_text(file.header, keyword): role
-        for role, source in (("ct", roles.ct), ("pet", roles.pet), ("pet", roles.header))
-        if isinstance(source, Series)
-        for file in source.files
-        for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
-    }
-    drawn_on: set[str] = set()
-    for named_by in (referenced_series, contoured_images, referenced_images):
-        named = {role_of[uid] for uid in named_by(roles.mask.header) if uid in role_of}
-        if len(named) == 1:
-            return named.pop()
-        drawn_on |= named
-    if drawn_on:
-        raise StudyError(
-            "the RTSTRUCT was drawn on both the CT and the PET of the study "
-            f"({tag_of('RTReferencedSeriesSequence')}): export it for one, or convert the mask to "
-            "NIfTI"
-        )
-    raise StudyError(
-        "the RTSTRUCT was drawn on a series that is neither the CT nor the PET of the study "
-        f"({tag_of('RTReferencedSeriesSequence')}): add that series or choose it with --ct or "
-        "--pet, or convert the mask to NIfTI"
-    )
 
 
 # --- CT and PET ------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         The header does not determine the SUV.
     """
     _require_suv_type(suv_type)
-    remarks = Remarks()
+    remarks = Remarks([*series.reinterpretations])
     _require_corrections(series, remarks)
     scale = scale_of_units(series)
     weight_kg = _weight_kg(series, remarks)

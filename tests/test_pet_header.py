@@ -580,10 +580,15 @@ def test_the_unit_is_that_of_the_rescaled_values() -> None:
     frame = header.PerFrameFunctionalGroupsSequence[0]
     frame.RealWorldValueMappingSequence = [suv, mapping]
     assert read_pet_series([header]).units == "BQML"
+    assert read_pet_series([header]).reinterpretations == ()
     frame.RealWorldValueMappingSequence = [suv]
     assert "RealWorldValueSlope (0040,9225) differs" in refusal(header)
     suv.RealWorldValueSlope = 1.0
-    assert read_pet_series([header]).suv_type == "BW"
+    series = read_pet_series([header])
+    assert series.suv_type == "BW"
+    assert series.reinterpretations[0].startswith("RealWorldValueSlope (0040,9225) is 1, unlike")
+    with pytest.raises(StudyError, match="refused by --strict: RealWorldValueSlope"):
+        suv_factors(series, strict=True)
     suv.RealWorldValueSlope = 2.0
     frame.RealWorldValueMappingSequence = [suv, mapping]
     assert "several units for one frame" in refusal(header)
