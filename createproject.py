@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from common import archive, cli, mapping, raw_project, roles, stage
 from common.candidates import ROLE_NAMES, Patterns
-from common.errors import IncompleteStudy, StageError, StudyError
+from common.errors import IncompleteStudy, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
 from common.parallel import run_studies
 from common.pseudonyms import studies_by_hash
@@ -232,7 +232,9 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
         outcomes += stage.run_stage(
             options.output,
             studies,
-            finished_studies(options, known),
+            stage.present_content(
+                options.output, functools.partial(read_finished, known=known), force=options.force
+            ),
             convert_study,
             functools.partial(archive.assemble, project=options.name),
             options.jobs,
@@ -297,22 +299,9 @@ def status_of(error: StudyError) -> Status:
     return "skipped" if isinstance(error, IncompleteStudy) else "failed"
 
 
-def finished_studies(
-    options: argparse.Namespace, known: Sequence[mapping.Row]
-) -> dict[str, str] | None:
-    """Return the fingerprints of the studies that the present zip holds, unknown ones empty.
-
-    None where it is not known what it holds.
-    """
-    if not options.output.exists():
-        return {}
-    if options.force:
-        return None
-    try:
-        archived = archive.read_directory(options.output)
-    except StageError as error:
-        logger.warning("the old output is of no use and is made anew: %s", error)
-        return None
+def read_finished(path: Path, known: Sequence[mapping.Row]) -> dict[str, str]:
+    """Return the fingerprints of the studies that a zip holds, unknown ones empty."""
+    archived = archive.read_directory(path)
     input_of = {row.output: row.input for row in known}
     finished = {study.hash: input_of.get(study.content, "") for study in archived.values()}
     if not all(finished.values()):
@@ -334,7 +323,7 @@ def convert_study(task: stage.PartTask) -> Sequence[str]:
 
 
 def write_mapping(
-    zip_path: Path,
+    zip_path: Path | None,
     folders: Mapping[str, StudyFolder],
     studies: Sequence[stage.Study],
     outcomes: Sequence[Outcome],
@@ -342,10 +331,10 @@ def write_mapping(
 ) -> None:
     """Write the private table that links hashes to patients, readable by its owner alone.
 
-    Rows of other projects and of other shards are kept.
+    Rows of other projects and of other shards are kept. Without a new zip no study is written.
     """
     inputs = {study.hash: study.fingerprint for study in studies}
-    archived = archive.read_directory(zip_path)
+    archived = archive.read_directory(zip_path) if zip_path is not None else {}
     by_hash = {outcome.hash: outcome for outcome in outcomes}
     rows = [
         row

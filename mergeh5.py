@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
-from common.errors import StageError, WorkerKilled
+from common.errors import StageError, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
 from common.processes import call_apart
 from common.worker import Outcome, Status
@@ -145,7 +145,7 @@ def checked_plan(options: argparse.Namespace) -> MergePlan:
     """Plan in a process of its own; where libhdf5 ends that, name the file."""
     try:
         plan: MergePlan = call_apart(plan_merge, options)
-    except WorkerKilled:
+    except WorkerCrashed:
         for path in options.inputs:
             call_apart(hdf5.read_all_attributes, path)
         raise
@@ -214,6 +214,8 @@ def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
         return False
     try:
         return bool(call_apart(holds, options.output, plan, options.link))
+    except WorkerKilled:
+        raise
     except StageError:
         return False
 

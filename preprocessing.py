@@ -223,17 +223,21 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         studies = plan(archived, recipe, options)
         digests: dict[str, list[str]] = {}
 
-        def read_new_output(path: Path, outcomes: Sequence[Outcome]) -> None:
+        def read_new_output(path: Path | None, outcomes: Sequence[Outcome]) -> None:
             # What could fail for its reading fails before it takes the old one's place.
-            if options.measures is not None:
+            if path is not None and options.measures is not None:
                 write_measures(options.measures, path)
-            if options.report is not None:
+            if path is not None and options.report is not None:
                 digests.update(call_apart(hdf5_assembly.read_all_digests, path))
 
         outcomes = stage.run_stage(
             options.output,
             studies,
-            finished_studies(options),
+            stage.present_content(
+                options.output,
+                functools.partial(call_apart, hdf5.read_fingerprints),
+                force=options.force,
+            ),
             preprocess_study,
             functools.partial(
                 hdf5_assembly.assemble, parameters=asdict(recipe), software=cli.SOFTWARE
@@ -299,19 +303,6 @@ def nifti_paths(folder: Path, study_hash: str) -> dict[str, Path]:
         name: folder / f"{study_hash}_{name}.nii.gz"
         for name in ("ct", "petsuv", "mask", "mask_iso")
     }
-
-
-def finished_studies(options: argparse.Namespace) -> dict[str, str] | None:
-    """Return the fingerprints of the studies that the present output holds; None: not known."""
-    if not options.output.exists():
-        return {}
-    if options.force:
-        return None
-    try:
-        return dict(call_apart(hdf5.read_fingerprints, options.output))
-    except StageError as error:
-        logger.warning("the old output is of no use and is made anew: %s", error)
-        return None
 
 
 # --- one study -------------------------------------------------------------------------------

@@ -163,16 +163,25 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             for study in studies
             for angle in options.all_angles
         }
+
+        def list_projections(path: Path | None, outcomes: Sequence[Outcome]) -> None:
+            if path is not None:
+                write_list(options, source, by_key, outcomes)
+
         return stage.run_stage(
             options.output,
             studies,
-            finished_studies(options),
+            stage.present_content(
+                options.output,
+                functools.partial(call_apart, hdf5_assembly.read_projected),
+                force=options.force,
+            ),
             project_study,
             functools.partial(
                 assemble_projections, by_key=by_key, parameters=parameters, stack=options.stack
             ),
             options.jobs,
-            lambda path, outcomes: write_list(options, source, by_key, outcomes),
+            list_projections,
             failures_of="project_2d",
             dask=options.dask,
         )
@@ -236,19 +245,6 @@ def plan(
     return studies
 
 
-def finished_studies(options: argparse.Namespace) -> dict[str, str] | None:
-    """Return the fingerprints of the studies that the present output holds; None: not known."""
-    if not options.output.exists():
-        return {}
-    if options.force:
-        return None
-    try:
-        return dict(call_apart(hdf5_assembly.read_projected, options.output))
-    except StageError as error:
-        logger.warning("the old output is of no use and is made anew: %s", error)
-        return None
-
-
 def write_list(
     options: argparse.Namespace,
     source: Source,
@@ -258,9 +254,6 @@ def write_list(
     """Write the CSV that lists the projections in the order of their keys."""
     held = {outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")}
     keys = sorted(key for key, study in by_key.items() if study in held)
-    if not keys and csv_path(options.output).exists():
-        # Then the old output stays, too.
-        return
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("number", "hash", "angle", "project", "dataset"))

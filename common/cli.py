@@ -22,7 +22,7 @@ from common.machine import available_cpus
 from common.progress import PROGRESS
 from common.worker import Outcome, traceback_without_text
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 SOFTWARE = f"tumorvolume {VERSION}"
 
 DONE = 0
@@ -199,7 +199,9 @@ def check_side_output(
         target.error(f"{path} is a folder, device or pipe: give a file name")
     if not path.parent.is_dir():
         target.error(f"folder {path.parent} of {path.name} does not exist: make it first")
-    if not os.access(path.parent, os.W_OK):
+    beside = path.parent.resolve() == options.output.parent.resolve()
+    # The output's own folder is tried by the stage.
+    if not beside and not os.access(path.parent, os.W_OK):
         target.error(
             f"folder {path.parent} of {path.name} can't be written to: see its permissions"
         )

@@ -211,7 +211,8 @@ def _room(client: Any, jobs: int | None) -> Iterator[int]:
 def _count_workers(client: Any) -> int:
     try:
         return len(client.sync(client.scheduler.ncores, callback_timeout=_ANSWER_S))
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, AttributeError) as error:
+        # A client that has given up has no scheduler.
         raise _scheduler_gone() from error
 
 

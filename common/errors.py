@@ -26,5 +26,9 @@ class StageError(Exception):
     """The whole run can't go on; an existing output stays as it was."""
 
 
+class WorkerCrashed(StageError):
+    """The process that did the work ended in the middle: what it read is damaged, probably."""
+
+
 class WorkerKilled(StageError):
-    """The process that did the work was killed, by the kernel or by a crash in a library."""
+    """The process that did the work was ended from outside, as where memory is short."""

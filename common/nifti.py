@@ -36,7 +36,6 @@ _QFORM_FIELDS = (
     *(f"quatern_{axis}" for axis in "bcd"),
     *(f"qoffset_{a}" for a in "xyz"),
 )
-_READ_BYTES = 1 << 19
 _SLAB_VOXELS = 1 << 20
 _BLOCK_VOXELS = 1 << 17
 """Read at a time: they stay in the processor's cache for what is done next."""
@@ -86,9 +85,8 @@ def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
     try:
         # Files and zip members can be peeked at; the type of open streams does not say so.
         if stream.peek(2)[:2] == b"\x1f\x8b":  # type: ignore[attr-defined]
-            # What IGzipFile is built on: it inflates into place, where that would copy twice.
-            inflated = igzip._IGzipReader(stream, _READ_BYTES)
-            return _read_plain(inflated, stored_size * _DEFLATE_LIMIT, role)
+            with igzip.IGzipFile(fileobj=stream, mode="rb") as inflated:
+                return _read_plain(inflated, stored_size * _DEFLATE_LIMIT, role)
         return _read_plain(stream, stored_size, role)
     except (EOFError, gzip.BadGzipFile, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]
         raise StudyError(

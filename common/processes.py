@@ -15,7 +15,7 @@ from typing import Any
 
 import threadpoolctl
 
-from common.errors import StageError, StudyError, WorkerKilled
+from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
 from common.interruption import uninterrupted
 from common.worker import Line, keep_log_lines, say_nothing, traceback_without_text
 
@@ -35,8 +35,8 @@ _POLL_S = 0.05
 def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns in a worker process of its own; a crash of it is an error.
 
-    Function, arguments and result are picklable. Of a first argument that is a path it is said
-    that the process was killed on it.
+    Function, arguments and result are picklable. Where the process ends in the middle, a first
+    argument that is a path is named.
 
     Raises
     ------
@@ -44,8 +44,8 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
         Raised by the function.
     StageError
         Raised by the function, or it failed otherwise.
-    WorkerKilled
-        Its process was killed.
+    WorkerCrashed, WorkerKilled
+        Its process ended by itself, or from outside.
     """
     with uninterrupted() as raise_interruption:
         with clear_start_errors():
@@ -59,8 +59,12 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
             result, error, lines = receiver.recv()
         except EOFError:
             process.join()
+            # A signal to all processes of the run may have reached that one first.
+            raise_interruption()
             about = f"{arguments[0]}: " if isinstance(next(iter(arguments), None), Path) else ""
-            raise WorkerKilled(about + why_it_ended(process.exitcode)) from None
+            from_outside = -process.exitcode in (signal.SIGKILL, signal.SIGTERM)
+            ended = WorkerKilled if from_outside else WorkerCrashed
+            raise ended(about + why_it_ended(process.exitcode)) from None
         finally:
             process.kill()
             process.join()

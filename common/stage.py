@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.atomic_files import behind_links, clear_write_errors, sync, writing
-from common.errors import StageError
+from common.errors import StageError, WorkerKilled
 from common.locking import locked
 from common.machine import default_jobs
 from common.parallel import LOCAL_CLUSTER, run_studies
@@ -72,7 +72,35 @@ Assemble = Callable[[Path, Mapping[str, Path]], None]
 """Writes the file at the given path from a mapping of hash to a file that holds the study.
 Picklable: it is called in a worker process."""
 
-BeforeReplacing = Callable[[Path, Sequence[Outcome]], None]
+BeforeReplacing = Callable[[Path | None, Sequence[Outcome]], None]
+"""Called with the path of the complete new output, before it takes its place, and the outcomes;
+with OUTPUT itself where nothing changed, with None where the old output is left for want of any
+study."""
+
+
+def present_content(
+    output: Path, read: Callable[[Path], Mapping[str, str]], *, force: bool
+) -> Mapping[str, str] | None:
+    """Return the fingerprints by hash that `read` finds in OUTPUT; {} where there is none.
+
+    None where they are not known: by `force`, or because it is damaged, which is said.
+
+    Raises
+    ------
+    WorkerKilled
+        That says nothing against the file.
+    """
+    if not output.exists():
+        return {}
+    if force:
+        return None
+    try:
+        return read(output)
+    except WorkerKilled:
+        raise
+    except StageError as error:
+        logger.warning("the old output is of no use and is made anew: %s", error)
+        return None
 
 
 def run_stage(
@@ -96,7 +124,7 @@ def run_stage(
     studies : sequence of Study
         All that the output shall hold; their hashes differ.
     finished : dict of hash to fingerprint, or None
-        What the present output holds, None where that is not known.
+        What the present output holds (`present_content`).
     worker : function
         Gets a `PartTask`, writes the part (`writing_part`) and returns warnings.
     assemble : function
@@ -104,8 +132,7 @@ def run_stage(
     jobs : int, optional
         Worker processes; by default what CPUs and memory suffice for.
     before_replacing : function, optional
-        Called with the path of the complete new output, before it takes its place, and the
-        outcomes; with OUTPUT itself where nothing changed.
+        See `BeforeReplacing`.
     failures_of : str
         The stage's name, where failed studies are to be listed beside the output.
     known_skips : dict of hash to reason, optional
@@ -159,7 +186,7 @@ def run_stage(
     is_unchanged = output.exists() and sources.keys() == finished.keys() == kept_hashes
     if would_be_lost or is_unchanged:
         with clear_write_errors(output):
-            before_replacing(output, outcomes)
+            before_replacing(None if would_be_lost else output, outcomes)
     else:
         _report_dropped(finished, outcomes)
         replace_output(output, assemble, sources, lambda path: before_replacing(path, outcomes))

@@ -175,5 +175,7 @@ def _provenance(study: archive.ArchivedStudy) -> Mapping[str, Any]:
 
 
 def _weight_kg(study: archive.ArchivedStudy) -> float | None:
-    weight = _provenance(study).get("weight_kg")
+    """Return what SUVbw times volume is divided by for the dose fraction, None for other SUV."""
+    provenance = _provenance(study)
+    weight = provenance.get("weight_kg") if provenance.get("suv_type", "bw") == "bw" else None
     return weight if isinstance(weight, int | float) and weight > 0 else None

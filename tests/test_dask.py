@@ -246,9 +246,17 @@ def project_zip(tmp_path_factory) -> Path:
     return write_zip(folder / "p.zip", studies)
 
 
-def test_a_worker_killed_in_the_middle_of_a_run_costs_nothing(cluster, project_zip, tmp_path):
-    expected = tmp_path / "expected.h5"
-    assert preprocessing.main([str(project_zip), "-o", str(expected), "-j", "2", *GRID]) == 0
+@pytest.fixture(scope="module")
+def of_pool(project_zip) -> bytes:
+    """What the pool makes of the project."""
+    output = project_zip.with_name("pool.h5")
+    assert preprocessing.main([str(project_zip), "-o", str(output), "-j", "2", *GRID]) == 0
+    return output.read_bytes()
+
+
+def test_a_worker_killed_in_the_middle_of_a_run_costs_nothing(
+    cluster, project_zip, of_pool, tmp_path
+):
     [victim, *_] = run_studies(cluster, tmp_path, ("pid", ""), ("pid", ""))
     output = tmp_path / "out.h5"
     command = [str(project_zip), "-o", str(output), "--dask", cluster.address, *GRID]
@@ -257,8 +265,8 @@ def test_a_worker_killed_in_the_middle_of_a_run_costs_nothing(cluster, project_z
         os.kill(int(victim.warnings[0]), signal.SIGKILL)
         said, _ = run.communicate(timeout=60)
     assert run.returncode == 0, said
-    assert output.read_bytes() == expected.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected.h5", "out.h5"]
+    assert output.read_bytes() == of_pool
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
 def start(script, command: Sequence[str], folder: Path) -> subprocess.Popen:
@@ -310,11 +318,14 @@ def members(group: int) -> list[int]:
     return found
 
 
-def test_a_local_cluster_says_nothing_of_its_own(project_zip, tmp_path):
+def test_a_local_cluster_gives_the_bytes_of_the_pool_and_says_nothing_of_its_own(
+    project_zip, of_pool, tmp_path
+):
     command = [str(project_zip), "-o", "out.h5", "--dask", "local", "-j", "2", "-q", *GRID]
     with start(preprocessing, command, tmp_path) as run:
         said, _ = run.communicate(timeout=60)
     assert said == "8 studies: 8 written, 0 unchanged, 0 skipped, 0 failed -> out.h5\n"
+    assert (tmp_path / "out.h5").read_bytes() == of_pool
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 

@@ -624,11 +624,13 @@ def test_text_of_an_unexpected_error_in_a_study_is_dropped(
     assert planted(text) == []
 
 
-@pytest.mark.parametrize("step", ["pseudonymised", "plan", "finished_studies", "write_mapping"])
+@pytest.mark.parametrize(
+    "step", ["pseudonymised", "plan", "stage.present_content", "write_mapping"]
+)
 def test_text_of_an_unexpected_error_of_the_run_is_dropped(
     ward, tmp_path, monkeypatch, capfd, step
 ):
-    monkeypatch.setattr(createproject, step, fail)
+    monkeypatch.setattr(f"createproject.{step}", fail)
     said = ["-vv", "--debug", "--log-file", str(tmp_path / "log")]
     output = ["-o", str(tmp_path / "p.zip"), "-j", "1"]
     assert createproject.main([str(ward), *output, *said]) == 1

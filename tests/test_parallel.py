@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from common import machine, parallel, processes
-from common.errors import IncompleteStudy, StageError, StudyError
+from common.errors import IncompleteStudy, StageError, StudyError, WorkerCrashed, WorkerKilled
 from common.parallel import run_studies
 from common.processes import call_apart
 from common.worker import Outcome, Task
@@ -312,6 +312,14 @@ def test_a_call_apart_does_its_work_in_another_process():
 def test_a_call_apart_that_fails_is_a_stage_error(payload, reason):
     with pytest.raises(StageError, match=reason):
         call_apart(behave, payload)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(9, WorkerKilled), (15, WorkerKilled), (11, WorkerCrashed)]
+)
+def test_who_was_killed_is_told_from_who_crashed(number, kind):
+    with pytest.raises(kind):
+        call_apart(behave, f"signal {number}")
 
 
 def test_no_room_for_worker_processes_is_said(monkeypatch):

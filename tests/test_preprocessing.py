@@ -366,6 +366,24 @@ def test_measures_have_a_row_a_lesion_and_a_total_on_the_pets_own_grid(tmp_path)
     assert float(total["dmax_mm"]) > 10
 
 
+@pytest.mark.parametrize(("suv_type", "is_known"), [("bw", True), ("lbm-janma", False)])
+def test_the_dose_fraction_is_of_suv_by_body_weight_alone(tmp_path, suv_type, is_known):
+    record = {"suv": {"weight_kg": 0.05, "suv_type": suv_type}}
+    write_zip(tmp_path / "p.zip", {A: study_images()}, records={A: record})
+    run(tmp_path / "p.zip", tmp_path / "o.h5", "--measures", tmp_path / "m.csv")
+    assert bool(read_table(tmp_path / "m.csv")[-1]["dose_fraction"]) == is_known
+
+
+def test_measures_are_not_asked_of_a_foreign_output_that_is_left_as_it_was(tmp_path, capsys):
+    images = {role: image for role, image in study_images().items() if role != "mask"}
+    write_zip(tmp_path / "p.zip", {A: images})
+    output = tmp_path / "o.h5"
+    output.write_bytes(b"foreign")
+    assert run(tmp_path / "p.zip", output, "--measures", tmp_path / "m.csv") == 1
+    assert "left as it was, for no study could be written" in capsys.readouterr().err
+    assert output.read_bytes() == b"foreign"
+
+
 # --- nothing is lost silently ----------------------------------------------------------------
 
 

@@ -58,7 +58,8 @@ def test_all_array_jobs_and_their_merge_make_the_whole_file_byte_for_byte(folder
     whole = folder / "whole.h5"
     assert preprocessing.main([str(folder / "p.zip"), "-o", str(whole), *GRID, "-j", "1"]) == 3
     assert (folder / "p_3d.h5").read_bytes() == whole.read_bytes()
-    lists = [list(csv.reader(path.open())) for path in folder.glob("p_3d.shards/*_failed.csv")]
+    paths = folder.glob("p_3d.shards/*_failed.csv")
+    lists = [list(csv.reader(path.read_text().splitlines())) for path in paths]
     assert [rows[1][0] for rows in lists] == ["0000000003"]
 
 

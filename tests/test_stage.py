@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 
 from common import stage
-from common.errors import IncompleteStudy, StageError, StudyError
-from common.stage import PartTask, Study, exclusive, run_stage, write_beside, writing_part
+from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled
+from common.stage import (
+    PartTask,
+    Study,
+    exclusive,
+    present_content,
+    run_stage,
+    write_beside,
+    writing_part,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -145,6 +153,15 @@ def test_what_is_no_output_of_ours_is_not_replaced_by_an_empty_one(folder, paylo
     with pytest.raises(StageError, match="left as it was"):
         folder.run(studies(a=payload))
     assert folder.output.read_text() == "old"
+
+
+def test_a_reader_that_was_killed_says_nothing_against_the_old_output(tmp_path):
+    def killed(path):
+        raise WorkerKilled("the worker process was killed (signal 9)")
+
+    (tmp_path / "out").touch()
+    with pytest.raises(WorkerKilled):
+        present_content(tmp_path / "out", killed, force=False)
 
 
 def test_an_empty_output_stays_one_while_nothing_succeeds(folder):
