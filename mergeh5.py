@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
-from common.errors import StageError, WorkerCrashed, WorkerKilled
+from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
+from common.parallel import run_studies
 from common.processes import call_apart
-from common.worker import Outcome, Status
+from common.worker import Outcome, Status, Task
 
 EXAMPLES = """
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5
   python mergeh5.py old_3d.h5 new_3d.h5 -o all_3d.h5 --on-duplicate replace
   python mergeh5.py shards/*.h5 -o index.h5 --link
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --splits 5 --splits-dir splits
-  python mergeh5.py --verify all_3d.h5 all_2d.h5
+  python mergeh5.py --verify all_3d.h5 all_2d.h5 --jobs 4
 """
 
 logger = logging.getLogger("tumorvolume")
@@ -53,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="write nothing: check every dataset of the files, status 3 where one is damaged",
+        help="write nothing: check every dataset of the files, by --jobs worker processes (copying "
+        "takes one); status 3 where one is damaged",
     )
     merging = parser.add_argument_group("merging")
     merging.add_argument(
@@ -85,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="characters of a hash that tell the patient, as of --hash-length P S (default: 7)",
     )
-    cli.add_run_options(parser, parallel=False)
+    cli.add_run_options(parser, cluster=False)
     return parser
 
 
@@ -155,7 +157,11 @@ def checked_plan(options: argparse.Namespace) -> MergePlan:
 def plan_merge(options: argparse.Namespace) -> MergePlan:
     """Read what the inputs hold."""
     parameters = merged_parameters(options.inputs, options.allow_mixed)
-    sources = chosen_sources(options.inputs, options.on_duplicate)
+    sources = {
+        key: path
+        for key, path in chosen_sources(options.inputs, options.on_duplicate).items()
+        if cli.in_shard(hdf5.study_of(key, parameters), options.shard)
+    }
     projects: dict[str, str] = {}
     for path in set(sources.values()) if options.splits is not None else ():
         keys = [key for key, source in sources.items() if source == path]
@@ -260,23 +266,44 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
 
 
 def verify(options: argparse.Namespace) -> list[Outcome]:
-    """Check every study of every file, and go on after a damaged one."""
-    outcomes, unreadable = [], 0
+    """Check every dataset of every file, and go on after a damaged one."""
+    tasks, unreadable = [], 0
     for path in options.inputs:
         try:
-            checked = call_apart(hdf5_check.check_file, path)
+            keys, parameters = call_apart(hdf5_check.keys_to_check, path)
         except StageError as error:
             logger.error("%s", error)
             unreadable += 1
             continue
-        for key, faults in checked:
-            reason = "; ".join(faults)
-            if faults:
-                logger.error("%s: %s in %s: make that file again", key, reason, path)
-            outcomes.append(Outcome(key, "failed" if faults else "unchanged", reason))
+        tasks += [
+            Task(key, StoredDatasets(path, key, parameters))
+            for key in keys
+            if cli.in_shard(hdf5.study_of(key, parameters), options.shard)
+        ]
+    outcomes = run_studies(verify_datasets, tasks, options.jobs, stage.report)
     if unreadable:
         raise StageError(f"{unreadable} of {len(options.inputs)} files cannot be read: see above")
     return outcomes
+
+
+@dataclass(frozen=True)
+class StoredDatasets:
+    """An image and its masks in a file that was made with `parameters`."""
+
+    path: Path
+    key: str
+    parameters: Mapping[str, Any]
+
+
+def verify_datasets(stored: StoredDatasets) -> Sequence[str]:
+    """Hold an image and its masks against their digests and attributes; return no warnings."""
+    try:
+        faults = hdf5_check.faults_of(stored.path, stored.key, stored.parameters)
+    except StageError as error:
+        raise StudyError(str(error)) from error
+    if faults:
+        raise StudyError(f"{'; '.join(faults)} in {stored.path}: make that file again")
+    return ()
 
 
 def verify_line(outcomes: Sequence[Outcome], output: Path | None) -> str:

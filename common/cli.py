@@ -71,25 +71,25 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=100)
 
 
-def add_run_options(target: argparse.ArgumentParser, *, parallel: bool = True) -> None:
-    """Add the options that every script has; `parallel` for those with worker processes."""
+def add_run_options(target: argparse.ArgumentParser, *, cluster: bool = True) -> None:
+    """Add the options that every script has; `cluster` for those whose work may go to one."""
     run = target.add_argument_group("running")
-    if parallel:
-        run.add_argument(
-            "-j",
-            "--jobs",
-            type=positive_int,
-            metavar="N",
-            help="worker processes (default: the CPUs this process may use, "
-            f"{available_cpus()} here, fewer where memory would not suffice)",
-        )
-        run.add_argument(
-            "--shard",
-            type=shard,
-            default=(1, 1),
-            metavar="I/N",
-            help="do only the I-th of N disjoint parts of the studies, for job arrays",
-        )
+    run.add_argument(
+        "-j",
+        "--jobs",
+        type=positive_int,
+        metavar="N",
+        help="worker processes (default: the CPUs this process may use, "
+        f"{available_cpus()} here, fewer where memory would not suffice)",
+    )
+    run.add_argument(
+        "--shard",
+        type=shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="do only the I-th of N disjoint parts of the studies, for job arrays",
+    )
+    if cluster:
         run.add_argument(
             "--dask",
             type=dask_address,

@@ -207,10 +207,13 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
-    """Return the hashes of the studies behind keys: those of a 2D file end in an angle."""
-    if "angles" in parameters:
-        return sorted({key.rpartition("_")[0] for key in keys})
-    return sorted(keys)
+    """Return the hashes of the studies behind keys, in order."""
+    return sorted({study_of(key, parameters) for key in keys})
+
+
+def study_of(key: str, parameters: Mapping[str, Any]) -> str:
+    """Return the hash of the study behind a key: the keys of a 2D file end in an angle."""
+    return key.rpartition("_")[0] if "angles" in parameters else key
 
 
 def all_attributes(dataset: h5py.Dataset) -> dict[str, Any]:

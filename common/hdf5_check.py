@@ -8,7 +8,6 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import StageError
 from common.grid import orientation_of
 from common.hashing import array_digest
 from common.hdf5 import (
@@ -18,7 +17,7 @@ from common.hdf5 import (
     all_attributes,
     ending_loops,
     open_file,
-    open_studies,
+    read_keys,
     read_parameters,
     sound_attributes,
 )
@@ -26,13 +25,15 @@ from common.hdf5 import (
 _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
 """Options that datasets repeat."""
 
+_STACK = "key"
+
 _IMAGE_TYPES = ("float16", "float32")
 
 
-def check_file(path: Path) -> list[tuple[str, list[str]]]:
-    """Return each key of a file and what is wrong with it; nothing is wrong with a sound one.
+def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """Return the keys of a file in order, and its parameters.
 
-    Of a stacked file the keys are checked as one, by the name of the dataset ``key``.
+    The keys of a stacked file are checked as one, by the name of the dataset ``key``.
 
     Raises
     ------
@@ -40,10 +41,15 @@ def check_file(path: Path) -> list[tuple[str, list[str]]]:
         The file as a whole is damaged, or of another make.
     """
     parameters = read_parameters(path)
-    if parameters.get("stack"):
-        return [("key", _stack_faults(path))]
-    with open_studies(path) as file:
-        return [(key, _study_faults(file, key, parameters)) for key in sorted(file["image"])]
+    return [_STACK] if parameters.get("stack") else read_keys(path), parameters
+
+
+def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a key of a file, whose parameters are given; nothing if sound."""
+    with open_file(path) as file:
+        if key == _STACK:
+            return _stack_faults(file)
+        return _study_faults(file, key, parameters)
 
 
 def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> list[str]:
@@ -144,21 +150,21 @@ def _slice_faults(
             yield f"{group} lacks project, hash, angle or spacing, or they are another slice's"
 
 
-def _stack_faults(path: Path) -> list[str]:
-    with open_file(path) as file:
-        with ending_loops():
-            names = [name.decode() for name in file["key"][()]]
-        faults = [] if names == sorted(set(names)) else ["the keys are not in order"]
-        for group in GROUPS:
-            stack = file[group]
-            if stack.shape[:2] != (len(names), 2 if group == "image" else 1):
-                raise StageError(f"{path}: {group} has not a row a key: make it again")
-            for row, name in enumerate(names):
-                try:
-                    values = stack[row]
-                except DAMAGE:
-                    faults.append(f"{group} of {name} cannot be read")
-                else:
-                    if not ((values >= 0) & (values <= 1)).all():
-                        faults.append(f"{group} of {name} has values outside 0 to 1")
-        return faults
+def _stack_faults(file: h5py.File) -> list[str]:
+    with ending_loops():
+        names = [name.decode() for name in file[_STACK][()]]
+    faults = [] if names == sorted(set(names)) else ["the keys are not in order"]
+    for group in GROUPS:
+        stack = file[group]
+        if stack.shape[:2] != (len(names), 2 if group == "image" else 1):
+            faults.append(f"{group} has not a row a key")
+            continue
+        for row, name in enumerate(names):
+            try:
+                values = stack[row]
+            except DAMAGE:
+                faults.append(f"{group} of {name} cannot be read")
+            else:
+                if not ((values >= 0) & (values <= 1)).all():
+                    faults.append(f"{group} of {name} has values outside 0 to 1")
+    return faults

@@ -380,9 +380,12 @@ def test_every_script_has_help_version_and_the_run_options(name, capsys):
         assert ended.value.code == status
         texts.append(capsys.readouterr().out)
     assert texts[1:] == [f"{cli.SOFTWARE}\n", ""]
-    for option in ("--no-lock", "--force", "--verbose", "--quiet", "--log-file", "--debug"):
+    for option in (
+        *("--jobs", "--shard", "--no-lock", "--force"),
+        *("--verbose", "--quiet", "--log-file", "--debug"),
+    ):
         assert option in texts[0]
-    assert ("--jobs" in texts[0]) == (name != "mergeh5")
+    assert ("--dask" in texts[0]) == (name != "mergeh5")
     assert "examples:" in texts[0]
 
 

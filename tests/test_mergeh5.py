@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -289,6 +290,43 @@ def test_more_folds_than_patients_are_refused(inputs, output, capsys):
 def test_sound_files_verify(made, capsys):
     assert run("--verify", made["one"], made["two"], made["one 2d"]) == 0
     assert capsys.readouterr().out == "10 datasets: 10 sound, 0 failed\n"
+
+
+def test_a_dataset_that_crashes_its_reader_is_one_damaged_dataset(made, monkeypatch, capsys):
+    faults_of = mergeh5.hdf5_check.faults_of
+
+    def crash_on_b(path, key, parameters):
+        return os.abort() if key == B else faults_of(path, key, parameters)
+
+    monkeypatch.setattr(mergeh5.hdf5_check, "faults_of", crash_on_b)
+    assert run("--verify", made["one"], made["two"], "--jobs", 2) == 3
+    out, err = capsys.readouterr()
+    assert out == "4 datasets: 3 sound, 1 failed\n"
+    assert f"error: {B}: the worker process was killed (signal 6)" in err
+
+
+def test_shards_of_a_merge_are_disjoint_and_make_the_whole(inputs, output):
+    whole, again = output.with_name("whole.h5"), output.with_name("again.h5")
+    parts = [output.with_name(f"part{number}.h5") for number in (1, 2, 3)]
+    assert run(inputs["one"], inputs["two"], "-o", whole) == 0
+    for number, part in enumerate(parts, start=1):
+        assert run(inputs["one"], inputs["two"], "-o", part, "--shard", f"{number}/3") == 0
+    held = [set(h5py.File(part)["image"]) for part in parts]
+    assert sorted(key for keys in held for key in keys) == [A, B, C, D]
+    assert max(map(len, held)) < 4
+    assert run(*parts, "-o", again) == 0
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_all_angles_of_a_study_are_in_one_shard(inputs, output):
+    flat = project(inputs["one"])
+    held = []
+    for number in (1, 2):
+        part = output.with_name(f"part{number}.h5")
+        assert run(flat, "-o", part, "--shard", f"{number}/2") == 0
+        held.append({key.rpartition("_")[0] for key in h5py.File(part)["image"]})
+    assert held[0] | held[1] == {A, B}
+    assert not held[0] & held[1]
 
 
 def test_stack_verifies(inputs, capsys):
