@@ -296,6 +296,7 @@ def test_an_interrupted_local_cluster_ends_and_the_run_goes_on_later(
         said, _ = run.communicate(timeout=30)
     assert run.returncode == status
     word = "interrupted" if status == 130 else "terminated"
+    assert said.count("\n") == 1, said
     [line] = said.splitlines()
     assert re.match(rf"error: {word}: finished studies are kept", line)
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5.parts"]
