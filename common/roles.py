@@ -3,6 +3,8 @@
 Where several fit, a pattern of the user decides; none is picked silently.
 """
 
+import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -178,18 +180,45 @@ def find_roles(folder: str, patterns: Patterns, *, header_needed: bool = True) -
 
 
 def _files_for_header_alone(dicom: Sequence[DicomFile], patterns: Patterns) -> list[DicomFile]:
-    """Return the files that --header or the word "header" sets apart from the slices of a PET.
+    """Return the files that are a PET's header and none of its slices.
 
-    Files that --pet names are not; and where no other PET is left, none is.
+    --header names them; without it their own name does, or their place: copies of slices in
+    another folder. Files that --pet names are not; and where no other PET is left, none is.
     """
     pet = [file for file in dicom if modality_of(file) == "PT"]
+    copies = _copies_elsewhere(pet)
     named = [
         file
         for file in pet
-        if (patterns.name("header", file) if "header" in patterns.by_role else is_header(file))
+        if (
+            patterns.name("header", file)
+            if "header" in patterns.by_role
+            else is_header(file) or file in copies
+        )
         and not patterns.name("pet", file)
     ]
     return named if len(named) < len(pet) else []
+
+
+def _copies_elsewhere(files: Sequence[DicomFile]) -> set[DicomFile]:
+    """Return the files of folders that hold nothing but copies of slices in other folders.
+
+    Where a series lies there twice as a whole neither is the copy: it will be refused.
+    """
+    copies: set[DicomFile] = set()
+    for series in group_series(files, "PT"):
+        folders: dict[str, list[DicomFile]] = defaultdict(list)
+        for file in series.files:
+            folders[os.path.dirname(file.name)].append(file)
+        for name, here in sorted(folders.items(), key=lambda item: len(item[1])):
+            others = [file for other in folders if other != name for file in folders[other]]
+            if _instances(here) < _instances(others):
+                copies.update(folders.pop(name))
+    return copies
+
+
+def _instances(files: Sequence[DicomFile]) -> set[str]:
+    return {joined_text(file.header, "SOPInstanceUID") for file in files}
 
 
 def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) -> list[NiftiFile]:

@@ -524,9 +524,49 @@ def test_a_header_beside_a_dicom_pet_is_no_slice_of_it(tmp_path, name):
 
 def test_a_header_beside_a_dicom_pet_may_be_named_by_pattern(tmp_path):
     study = layouts.subfolders(tmp_path)
-    shutil.copy(study / "PET" / "pet_002.dcm", study / "info.dcm")
-    found = roles_of(study, header="info*")
-    assert (found.pet.n_images, names(found.header)) == (layouts.N_SLICES, ["info.dcm"])
+    shutil.copy(study / "PET" / "pet_002.dcm", study / "PET" / "info.dcm")
+    found = roles_of(study, header="*info*")
+    assert (found.pet.n_images, names(found.header)) == (layouts.N_SLICES, ["PET/info.dcm"])
+
+
+@pytest.mark.parametrize("name", ["info.dcm", "DICOMHEADER/1", "PET/x/1.dcm", "a/b/c.dcm"])
+def test_a_copy_of_a_slice_in_another_folder_is_a_header(tmp_path, name):
+    study = layouts.subfolders(tmp_path)
+    (study / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(study / "PET" / "pet_002.dcm", study / name)
+    found = roles_of(study)
+    assert (found.pet.n_images, names(found.header)) == (layouts.N_SLICES, [name])
+
+
+def with_other_series(study):
+    layouts.write_pet(study / "NAC", SeriesInstanceUID="1.9")
+    shutil.copytree(study / "PET", study / "copy")
+
+
+def with_three_copies_each_of_a_part(study):
+    shutil.copytree(study / "PET", study / "a")
+    shutil.copytree(study / "PET", study / "b")
+    for place, k in (("PET", 0), ("a", 1), ("b", 2)):
+        (study / place / f"pet_{k:03d}.dcm").unlink()
+
+
+@pytest.mark.parametrize(
+    ("copy", "n_images"),
+    [
+        (lambda study: shutil.copy(study / "PET/pet_002.dcm", study / "PET/again.dcm"), [7]),
+        (lambda study: shutil.copytree(study / "PET", study / "copy"), [12]),
+        (lambda study: shutil.copytree(study / "PET", study / "PET" / "copy"), [12]),
+        (with_other_series, [6, 12]),
+        (with_three_copies_each_of_a_part, [10]),
+    ],
+    ids=["in its folder", "of all", "of all below", "of all, two series", "of parts"],
+)
+def test_other_copies_stay_slices_of_the_series_which_is_refused(tmp_path, copy, n_images):
+    study = layouts.subfolders(tmp_path)
+    copy(study)
+    found = survey(str(study), Patterns()).fitting
+    assert sorted(each.n_images for each in found["pet"]) == n_images
+    assert "header" not in found or n_images == [10]
 
 
 def test_a_pet_whose_every_file_is_named_a_header_is_the_pet(tmp_path):
