@@ -105,11 +105,13 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         A folder or file cannot be read.
     """
     files = read_files(folder)
-    nifti_pet = _nifti_in_role("pet", files.nifti, patterns)
-    headers = [] if nifti_pet else _files_for_header_alone(files.dicom, patterns)
-    slices = [file for file in files.dicom if file not in headers]
+    nifti_ct, nifti_pet = (_nifti_in_role(role, files.nifti, patterns) for role in ("ct", "pet"))
+    headers = [] if nifti_pet else _files_for_header_alone("pet", files.dicom, patterns)
+    beside_ct = _files_for_header_alone("ct", files.dicom, patterns, is_all_allowed=bool(nifti_ct))
+    set_apart = {*headers, *beside_ct}
+    slices = [file for file in files.dicom if file not in set_apart]
     candidates: dict[str, list[Candidate]] = {
-        "ct": [*_nifti_in_role("ct", files.nifti, patterns), *group_series(slices, "CT")],
+        "ct": [*nifti_ct, *group_series(slices, "CT")],
         "pet": [*nifti_pet, *group_series(slices, "PT")],
         "mask": [
             *_nifti_in_role("mask", files.nifti, patterns),
@@ -179,34 +181,38 @@ def find_roles(folder: str, patterns: Patterns, *, header_needed: bool = True) -
 # --- files by kind and name ------------------------------------------------------------------
 
 
-def _files_for_header_alone(dicom: Sequence[DicomFile], patterns: Patterns) -> list[DicomFile]:
-    """Return the files that are a PET's header and none of its slices.
+def _files_for_header_alone(
+    role: str, dicom: Sequence[DicomFile], patterns: Patterns, *, is_all_allowed: bool = False
+) -> list[DicomFile]:
+    """Return the files of PET or CT that are headers and none of its slices.
 
     --header names them; without it their own name does, or their place: copies of slices in
-    another folder. Files that --pet names are not; and where no other PET is left, none is.
+    another folder. Files that the role's pattern names are not; and where no other file of the
+    role would be left, none is, unless that `is_all_allowed`.
     """
-    pet = [file for file in dicom if modality_of(file) == "PT"]
-    copies = _copies_elsewhere(pet)
+    modality = {"pet": "PT", "ct": "CT"}[role]
+    of_role = [file for file in dicom if modality_of(file) == modality]
+    copies = _copies_elsewhere(group_series(of_role, modality))
     named = [
         file
-        for file in pet
+        for file in of_role
         if (
             patterns.name("header", file)
             if "header" in patterns.by_role
             else is_header(file) or file in copies
         )
-        and not patterns.name("pet", file)
+        and not patterns.name(role, file)
     ]
-    return named if len(named) < len(pet) else []
+    return named if is_all_allowed or len(named) < len(of_role) else []
 
 
-def _copies_elsewhere(files: Sequence[DicomFile]) -> set[DicomFile]:
+def _copies_elsewhere(candidates: Sequence[Series]) -> set[DicomFile]:
     """Return the files of folders that hold nothing but copies of slices in other folders.
 
     Where a series lies there twice as a whole neither is the copy: it will be refused.
     """
     copies: set[DicomFile] = set()
-    for series in group_series(files, "PT"):
+    for series in candidates:
         folders: dict[str, list[DicomFile]] = defaultdict(list)
         for file in series.files:
             folders[os.path.dirname(file.name)].append(file)

@@ -538,6 +538,24 @@ def test_a_copy_of_a_slice_in_another_folder_is_a_header(tmp_path, name):
     assert (found.pet.n_images, names(found.header)) == (layouts.N_SLICES, [name])
 
 
+def test_headers_of_the_ct_are_no_slices_of_it(tmp_path):
+    # One header each of CT and PET in one folder made the CT a series with a slice twice.
+    study = layouts.subfolders(tmp_path)
+    (study / "DICOM header").mkdir()
+    for role in ("CT", "PET"):
+        shutil.copy(study / role / "pet_002.dcm", study / "DICOM header" / role)
+    found = roles_of(study)
+    assert (found.ct.n_images, found.pet.n_images) == (layouts.N_SLICES, layouts.N_SLICES)
+    assert names(found.header) == ["DICOM header/PET"]
+
+
+def test_a_header_of_the_ct_beside_a_nifti_ct_is_no_second_ct(tmp_path):
+    study = layouts.nifti_with_header(tmp_path)
+    layouts.write_ct(tmp_path / "elsewhere")
+    shutil.copy(tmp_path / "elsewhere" / "pet_002.dcm", study / "CT_header.dcm")
+    assert isinstance(roles_of(study).ct, NiftiFile)
+
+
 def with_other_series(study):
     layouts.write_pet(study / "NAC", SeriesInstanceUID="1.9")
     shutil.copytree(study / "PET", study / "copy")
