@@ -629,6 +629,34 @@ def test_what_an_anonymiser_removed_does_not_count(tmp_path, keyword):
     assert_is_the_phantom(read(study))
 
 
+@pytest.mark.parametrize("role", WRITERS)
+def test_names_tell_the_patient_where_no_number_does(tmp_path, role):
+    study = layouts.subfolders(tmp_path)
+    WRITERS["mask"](study)
+    WRITERS[role](study, PatientName="Roe^John", PatientID="")
+    message = refusal(study)
+    assert "do not belong together (PatientName (0010,0010) differs)" in message
+    assert "Roe" not in message
+    assert_is_the_phantom(read(study, trust_geometry=True))
+
+
+@pytest.mark.parametrize("name", ["DOE^JANE^^", "Jane Doe", "Doe^Jane=Doe^Jane", ""])
+def test_one_name_may_be_spelled_differently(tmp_path, name):
+    study = layouts.subfolders(tmp_path)
+    layouts.write_ct(study / "CT", PatientName=name, PatientID="")
+    assert read(study).warnings == ()
+
+
+def test_other_names_of_one_patient_are_told(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    WRITERS["mask"](study)
+    layouts.write_ct(study / "CT", PatientName="D?e^Jane")
+    (warning,) = read(study).warnings
+    assert warning == (
+        "CT versus PET and mask differ in PatientName (0010,0010), but not in PatientID (0010,0020)"
+    )
+
+
 def test_the_space_of_contours_is_that_of_their_regions(tmp_path):
     # An RTSTRUCT names no frame of reference of its own, so that none was compared.
     study = layouts.subfolders(tmp_path)
