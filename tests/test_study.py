@@ -226,6 +226,13 @@ def test_regions_are_chosen_by_name(tmp_path):
     assert "--roi" in refusal(study, roi="kidney")
 
 
+def test_a_mask_without_names_says_that_none_are_chosen(tmp_path):
+    study = layouts.nifti_mask_beside_dicom(tmp_path)
+    assert read(study).warnings == ()
+    (warning,) = read(study, roi="lesion 2").warnings
+    assert warning == "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
+
+
 # --- labels ----------------------------------------------------------------------------------
 
 
