@@ -280,14 +280,20 @@ def _even_step_mm(
 
 
 def _signs_of_loss(slices: Sequence[Slice], role: str) -> tuple[str, ...]:
-    """Warn where a PET says that it had more slices: an incomplete copy loses its ends unseen."""
-    declared = number(slices[0].file.header, "NumberOfSlices") if role == "PET" else None
-    if declared is None or declared <= len(slices):
-        return ()
-    return (
-        f"the PET has {len(slices)} slices, its headers tell of {declared:.0f} "
-        f"({tag_of('NumberOfSlices')}): check that the export is complete",
-    )
+    """Warn of lossy compression, and of fewer slices than a PET had: ends are lost unseen."""
+    header, warnings = slices[0].file.header, []
+    if joined_text(header, "LossyImageCompression") == "01":
+        warnings.append(
+            f"the {role} was compressed with loss ({tag_of('LossyImageCompression')}): its values "
+            "are not those measured; export it without"
+        )
+    declared = number(header, "NumberOfSlices") if role == "PET" else None
+    if declared is not None and declared > len(slices):
+        warnings.append(
+            f"the PET has {len(slices)} slices, its headers tell of {declared:.0f} "
+            f"({tag_of('NumberOfSlices')}): check that the export is complete"
+        )
+    return tuple(warnings)
 
 
 def _affine(first: Slice, step_mm: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """What to say of the files of a study that fit no role, or of several that fit one."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from common.candidates import (
@@ -19,6 +20,9 @@ from common.candidates import (
 from common.dicom import DicomFile, Series, group_series
 from common.dicom_values import joined_text, tag_of
 from common.study_files import StudyFiles
+
+MOST_LISTED = 4
+"""Candidates for one role that are listed one by one; of more, how many are of each kind."""
 
 
 def is_header(file: DicomFile) -> bool:
@@ -43,11 +47,23 @@ def private_name(role: str, candidate: Candidate) -> str:
 
 def several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
     """Say that several candidates fit a role, and of what kinds they are."""
-    kinds = "; ".join(kind(each) for each in candidates)
-    return (
-        f"{len(candidates)} candidates for {ROLE_NAMES[role]} ({kinds}): choose with "
+    kinds = [kind(each) for each in candidates]
+    if len(kinds) > MOST_LISTED:
+        kinds = [f"{n} x {each}" for each, n in Counter(kinds).items()]
+    reason = (
+        f"{len(candidates)} candidates for {ROLE_NAMES[role]} ({'; '.join(kinds)}): choose with "
         f"--{role} PATTERN"
     )
+    if len(candidates) > MOST_LISTED and all(_is_one_slice(each) for each in candidates):
+        reason += (
+            f", or, if {tag_of('SeriesInstanceUID')} was changed slice by slice, export the "
+            "series again"
+        )
+    return reason
+
+
+def _is_one_slice(candidate: Candidate) -> bool:
+    return isinstance(candidate, Series) and candidate.n_images == 1
 
 
 def several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator[str]:

@@ -223,8 +223,10 @@ def _copies_elsewhere(candidates: Sequence[Series]) -> set[DicomFile]:
     return copies
 
 
-def _instances(files: Sequence[DicomFile]) -> set[str]:
-    return {joined_text(file.header, "SOPInstanceUID") for file in files}
+def _instances(files: Sequence[DicomFile]) -> set[tuple[str, ...]]:
+    """Return what tells images apart, even after an anonymiser that numbers those of a folder."""
+    keywords = ("SOPInstanceUID", "ImagePositionPatient")
+    return {tuple(joined_text(file.header, keyword) for keyword in keywords) for file in files}
 
 
 def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) -> list[NiftiFile]:

@@ -176,6 +176,18 @@ def test_a_pet_of_fewer_slices_than_its_headers_tell_of_is_doubted(tmp_path, dec
     assert warnings == (expected,) * n_warnings
 
 
+@pytest.mark.parametrize(("modality", "role"), [("CT", "CT"), ("PT", "PET")])
+@pytest.mark.parametrize(("lossy", "n_warnings"), [(None, 0), ("00", 0), ("01", 1)])
+def test_lossy_compression_is_told(tmp_path, modality, role, lossy, n_warnings):
+    write_slices(tmp_path, slices(modality=modality, LossyImageCompression=lossy))
+    warnings = stack_slices(read_series(tmp_path, modality)[0]).warnings
+    expected = (
+        f"the {role} was compressed with loss (LossyImageCompression (0028,2110)): its values are "
+        "not those measured; export it without"
+    )
+    assert warnings == (expected,) * n_warnings
+
+
 # --- multi-frame objects ---------------------------------------------------------------------
 
 

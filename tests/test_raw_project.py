@@ -10,6 +10,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pet_headers import PerSlice
 
 from common.candidates import NiftiFile, Patterns, roles_by_words
 from common.dicom import DicomFile, Series
@@ -315,6 +316,18 @@ def test_none_of_several_is_picked_silently(tmp_path, make, message, private):
     assert private in error.private
 
 
+def test_many_candidates_are_counted_by_kind(tmp_path):
+    # An anonymiser that gives each slice a series of its own made a line of hundreds.
+    study = layouts.subfolders(tmp_path)
+    layouts.write_ct(
+        study / "CT", SeriesInstanceUID=PerSlice(*(f"1.9.{k}" for k in range(layouts.N_SLICES)))
+    )
+    assert str(refusal(study)).startswith(
+        "6 candidates for CT (6 x DICOM series of 1): choose with --ct PATTERN, or, if "
+        "SeriesInstanceUID (0020,000E) was changed slice by slice, export the series again; "
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "role", "pattern", "chosen"),
     [
@@ -561,6 +574,17 @@ def with_other_series(study):
     shutil.copytree(study / "PET", study / "copy")
 
 
+def with_parts_numbered_alike(study):
+    for place, n_lost in (("PET", 3), ("rest", 2)):
+        layouts.write_pet(study / place, SOPInstanceUID=PerSlice(*"123456"))
+        for path in sorted((study / place).iterdir())[-n_lost:]:
+            path.unlink()
+    for k, path in enumerate(sorted((study / "rest").iterdir())):
+        header = pydicom.dcmread(path)
+        header.ImagePositionPatient[2] = 4 * (3 + k)
+        header.save_as(path)
+
+
 def with_three_copies_each_of_a_part(study):
     shutil.copytree(study / "PET", study / "a")
     shutil.copytree(study / "PET", study / "b")
@@ -576,8 +600,9 @@ def with_three_copies_each_of_a_part(study):
         (lambda study: shutil.copytree(study / "PET", study / "PET" / "copy"), [12]),
         (with_other_series, [6, 12]),
         (with_three_copies_each_of_a_part, [10]),
+        (with_parts_numbered_alike, [7]),
     ],
-    ids=["in its folder", "of all", "of all below", "of all, two series", "of parts"],
+    ids=["in it", "of all", "of all below", "of all, two series", "of parts", "by number alone"],
 )
 def test_other_copies_stay_slices_of_the_series_which_is_refused(tmp_path, copy, n_images):
     study = layouts.subfolders(tmp_path)
