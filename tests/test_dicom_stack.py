@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.dicom_stack import stack_slices
+from common.errors import StudyError
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
@@ -127,6 +128,14 @@ def test_slices_in_one_place_are_refused(tmp_path, gaps_mm):
         "the CT has several slices in one place (ImagePositionPatient (0020,0032)): duplicate, "
         "dynamic or gated images; give each slice once"
     )
+
+
+@pytest.mark.parametrize("gaps_mm", [[3, 3, 0, 3, 3], [3, 3, 6, 3, 3]])
+def test_the_files_beside_a_gap_are_named_to_the_private_mapping(tmp_path, gaps_mm):
+    write_slices(tmp_path, series_with_gaps(gaps_mm), names=["first", "b", "c", "d", "e", "last"])
+    with pytest.raises(StudyError) as refused:
+        stack_slices(read_series(tmp_path, "PT")[0])
+    assert refused.value.private == "c; d"
 
 
 def test_one_slice_is_no_volume(tmp_path):
