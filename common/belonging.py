@@ -122,11 +122,20 @@ def role_drawn_on(roles: Roles) -> str | None:
         for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
     }
     drawn_on: set[str] = set()
-    for named_by in (referenced_series, contoured_images, referenced_images):
-        named = {role_of[uid] for uid in named_by(roles.mask.header) if uid in role_of}
+    references = [
+        f(roles.mask.header) for f in (referenced_series, contoured_images, referenced_images)
+    ]
+    for uids in references:
+        named = {role_of[uid] for uid in uids if uid in role_of}
         if len(named) == 1:
             return named.pop()
         drawn_on |= named
+    if not any(references):
+        raise StudyError(
+            "the RTSTRUCT does not say which series it was drawn on "
+            f"({tag_of('RTReferencedSeriesSequence')}): export it with its references, or convert "
+            "the mask to NIfTI"
+        )
     if drawn_on:
         raise StudyError(
             "the RTSTRUCT was drawn on both the CT and the PET of the study "

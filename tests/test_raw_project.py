@@ -349,6 +349,16 @@ def test_a_pattern_on_path_or_description_decides(tmp_path, make, role, pattern,
     assert names(found)[0].startswith(chosen)
 
 
+def test_a_pattern_tells_corrected_from_uncorrected(tmp_path):
+    # "*AC*" fits both.
+    study = layouts.subfolders(tmp_path)
+    shutil.rmtree(study / "PET")
+    for uid, name in (("1.8", "PET WB NAC"), ("1.9", "PET WB AC")):
+        layouts.write_pet(study / uid, SeriesInstanceUID=uid, SeriesDescription=name)
+    assert "2 candidates for PET" in str(refusal(study, pet="*AC*"))
+    assert names(roles_of(study, pet="*[!N]AC*").pet)[0].startswith("1.9")
+
+
 def test_the_case_of_a_pattern_counts(tmp_path):
     assert "no CT; --ct fits no candidate" in str(refusal(with_second_ct(tmp_path), ct="LUNG*"))
 

@@ -188,6 +188,17 @@ def test_contours_drawn_on_a_series_that_is_not_there_are_refused(tmp_path):
     assert "RTReferencedSeriesSequence (3006,0014)" in refusal(study)
 
 
+def test_contours_that_name_no_series_are_refused(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    path = study / "MASK" / "RS.dcm"
+    rtstruct = pydicom.dcmread(path)
+    del rtstruct.ReferencedFrameOfReferenceSequence
+    rtstruct.save_as(path)
+    assert refusal(study).startswith(
+        "the RTSTRUCT does not say which series it was drawn on (RTReferencedSeriesSequence "
+    )
+
+
 @pytest.mark.parametrize("role", ["pet", "ct"])
 def test_planes_that_a_seg_leaves_out_are_empty_slices_of_the_image_it_was_drawn_on(tmp_path, role):
     """Labels could not be laid over the PET voxel by voxel."""
