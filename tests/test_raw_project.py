@@ -57,6 +57,12 @@ def test_studies_are_listed_by_patient_and_study(tmp_path):
     assert found[0].path == str(tmp_path / "a" / "3")
 
 
+def test_what_interrupted_runs_left_in_the_project_is_no_patient(tmp_path):
+    for folder in ("a/1", "project.zip.parts/x", "all_3d.h5.parts"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert [each.patient for each in list_studies(tmp_path)] == ["a"]
+
+
 @pytest.mark.parametrize("content", [(), ("patient.zip",), ("patient/ct.nii.gz",)])
 def test_a_project_without_studies_says_what_it_must_hold(tmp_path, content):
     for name in content:
