@@ -4,7 +4,7 @@ Where several fit, a pattern of the user decides; none is picked silently.
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -216,17 +216,20 @@ def _copies_elsewhere(candidates: Sequence[Series]) -> set[DicomFile]:
         folders: dict[str, list[DicomFile]] = defaultdict(list)
         for file in series.files:
             folders[os.path.dirname(file.name)].append(file)
-        for name, here in sorted(folders.items(), key=lambda item: len(item[1])):
-            others = [file for other in folders if other != name for file in folders[other]]
-            if _instances(here) < _instances(others):
-                copies.update(folders.pop(name))
+        left = Counter(map(_instance, series.files))
+        n_different = len(left)
+        for files in sorted(folders.values(), key=len):
+            here = Counter(map(_instance, files))
+            if len(here) < n_different and all(left[each] > n for each, n in here.items()):
+                copies.update(files)
+                left -= here
     return copies
 
 
-def _instances(files: Sequence[DicomFile]) -> set[tuple[str, ...]]:
-    """Return what tells images apart, even after an anonymiser that numbers those of a folder."""
+def _instance(file: DicomFile) -> tuple[str, ...]:
+    """Return what tells an image, even after an anonymiser that numbers those of each folder."""
     keywords = ("SOPInstanceUID", "ImagePositionPatient")
-    return {tuple(joined_text(file.header, keyword) for keyword in keywords) for file in files}
+    return tuple(joined_text(file.header, keyword) for keyword in keywords)
 
 
 def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) -> list[NiftiFile]:
