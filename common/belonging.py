@@ -85,9 +85,10 @@ def _values(files: Sequence[DicomFile], keyword: str) -> frozenset[str]:
 
 
 def _bare_name(name: str) -> str:
-    """Return the words of a name, without what scanners and readers write differently."""
+    """Return the words of family and given name, which scanners and readers write differently."""
     alphabetic, _, _ = name.partition("=")
-    return " ".join(sorted(words(unicodedata.normalize("NFC", alphabetic or name))))
+    family_and_given = " ".join((alphabetic or name).split("^")[:2])
+    return " ".join(sorted(words(unicodedata.normalize("NFC", family_and_given))))
 
 
 def _who_differ(by_name: Mapping[str, frozenset[str]]) -> Iterator[str]:
