@@ -40,6 +40,14 @@ def passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     )
 
 
+def nameless_left_out(n_files: int) -> tuple[str, ...]:
+    """Say that a complete study has more NIfTI files: one may be a second mask."""
+    return (
+        f"NIfTI files ({n_files}) have no word for a role in their path and are left out: if one "
+        "is meant, choose it by pattern",
+    )
+
+
 def private_name(role: str, candidate: Candidate) -> str:
     """Return a candidate's description and path, for the private mapping alone."""
     return f"{ROLE_NAMES[role]}: {kind(candidate)}: {' | '.join(labels(candidate)[:2])}"
@@ -97,7 +105,7 @@ def hints_of_roles(
         if role in missing and n_files and not group_series(files.dicom, modality):
             yield (
                 f"DICOM files ({n_files}) of {tag_of('Modality')} {modality} are localizers, "
-                "screen saves or reformats: export the original series"
+                "screen saves, reformats or maps: export the original series"
             )
     if "header" in missing:
         yield "give one DICOM file of the PET, or --pet-units suv if its values are SUV"

@@ -24,6 +24,7 @@ from common.role_hints import (
     hints_of_folder,
     hints_of_roles,
     is_header,
+    nameless_left_out,
     passed_over,
     private_name,
     several_candidates,
@@ -137,6 +138,8 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         for file in files.nifti
         if not roles_by_words(file.name) and not patterns.name_any(file)
     ]
+    if nameless and all(fitting.values()):
+        remarks += nameless_left_out(len(nameless))
     names = [private_name(role, each) for role, found in candidates.items() for each in found]
     hints = (
         *hints_of_roles(fitting, files, patterns, len(nameless)),

@@ -384,6 +384,18 @@ def test_a_pattern_may_name_what_no_word_tells(tmp_path):
     assert names(found.mask) == ["Läsionen.nii.gz"]
 
 
+def test_a_nifti_file_that_no_word_tells_is_not_lost_silently(tmp_path):
+    # "mask2" is no word for a mask: its tumours were missing, and nothing was said.
+    study = layouts.write_nifti_images(tmp_path / "a" / "b")
+    shutil.copy(study / "MASK.nii.gz", study / "mask2.nii.gz")
+    found = roles_of(study, header_needed=False)
+    assert names(found.mask) == ["MASK.nii.gz"]
+    assert found.warnings == (
+        "NIfTI files (1) have no word for a role in their path and are left out: if one is meant, "
+        "choose it by pattern",
+    )
+
+
 @pytest.mark.parametrize(("on_disk", "typed"), [("NFC", "NFD"), ("NFD", "NFC")])
 def test_patterns_and_paths_may_spell_accents_differently(tmp_path, on_disk, typed):
     study = layouts.write_nifti_images(tmp_path / "a" / "b")
@@ -464,8 +476,8 @@ def test_images_that_are_no_slices_are_told(tmp_path):
     study = layouts.subfolders(tmp_path)
     layouts.write_ct(study / "CT", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     assert str(refusal(study)) == (
-        "no CT; DICOM files (6) of Modality (0008,0060) CT are localizers, screen saves or "
-        "reformats: export the original series"
+        "no CT; DICOM files (6) of Modality (0008,0060) CT are localizers, screen saves, "
+        "reformats or maps: export the original series"
     )
 
 
