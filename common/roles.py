@@ -250,9 +250,10 @@ def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) ->
 def _without_single_slices(
     candidates: Sequence[Candidate],
 ) -> tuple[list[Candidate], tuple[str, ...]]:
-    """Leave out single slices of another plane or matrix than the volumes: scouts and the like.
+    """Leave out single slices beside volumes: scouts, headers and the like.
 
-    One like those of a volume may have been torn from it: it stays, and the study is ambiguous.
+    One of the same plane and matrix as those of a series may have been torn from it: it stays,
+    and the study is ambiguous.
     """
     volumes = [each for each in candidates if isinstance(each, Series) and each.n_images > 1]
     geometries = {_geometry(each) for each in volumes}
@@ -261,7 +262,7 @@ def _without_single_slices(
         for each in candidates
         if isinstance(each, Series) and each.n_images == 1 and _geometry(each) not in geometries
     ]
-    if not single or not volumes:
+    if not single or len(single) == len(candidates):
         return [*candidates], ()
     remark = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
     return [each for each in candidates if each not in single], (remark,)

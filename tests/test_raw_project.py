@@ -590,11 +590,18 @@ def test_headers_of_the_ct_are_no_slices_of_it(tmp_path):
     assert names(found.header) == ["DICOM header/PET"]
 
 
-def test_a_header_of_the_ct_beside_a_nifti_ct_is_no_second_ct(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "warnings"),
+    [("CT_header.dcm", ()), ("info/1", ("DICOM series of one CT slice (1) are left out",))],
+)
+def test_a_header_of_the_ct_beside_a_nifti_ct_is_no_second_ct(tmp_path, name, warnings):
     study = layouts.nifti_with_header(tmp_path)
     layouts.write_ct(tmp_path / "elsewhere")
-    shutil.copy(tmp_path / "elsewhere" / "pet_002.dcm", study / "CT_header.dcm")
-    assert isinstance(roles_of(study).ct, NiftiFile)
+    (study / name).parent.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "elsewhere" / "pet_002.dcm", study / name)
+    found = roles_of(study)
+    assert isinstance(found.ct, NiftiFile)
+    assert found.warnings == warnings
 
 
 def with_other_series(study):
