@@ -1,10 +1,11 @@
 """Whether the files and images of a study belong together: one patient, one space, one place."""
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from common.candidates import ROLE_NAMES, Candidate, NiftiFile, modality_of
+from common.candidates import ROLE_NAMES, Candidate, NiftiFile, modality_of, words
 from common.dicom import DicomFile, Series
 from common.dicom_masks import (
     contoured_images,
@@ -21,6 +22,7 @@ _OTHER_PATIENT = "give each patient a study folder, or --trust-geometry if it is
 _REMEDIES = {
     "PatientID": _OTHER_PATIENT,
     "PatientBirthDate": _OTHER_PATIENT,
+    "PatientName": _OTHER_PATIENT,
     "FrameOfReferenceUID": "register them, or give --trust-geometry if they lie in one space",
     "SeriesInstanceUID": "give a header of this PET, or none, as the series has its own",
 }
@@ -30,7 +32,8 @@ _REMEDIES = {
 def check_identity(roles: Roles, *, trusted: bool) -> list[str]:
     """Refuse DICOM files of several patients, frames of reference or PET series.
 
-    Where the user trusts them, what differs is returned as warnings.
+    Where the user trusts them, what differs is returned as warnings. So are names that differ
+    between files whose PatientID agrees: names have many spellings.
     """
     files = {
         ROLE_NAMES[role]: found
@@ -47,13 +50,20 @@ def check_identity(roles: Roles, *, trusted: bool) -> list[str]:
             for name in (ROLE_NAMES["pet"], ROLE_NAMES["header"])
             if name in files
         }
+    is_known = all(stated["PatientID"].values())
+    stated["PatientName"] = {name: _values(each, "PatientName") for name, each in files.items()}
     warnings = []
     for keyword, by_name in stated.items():
         for who in _who_differ(by_name):
             trouble = f"{who} do not belong together ({tag_of(keyword)} differs)"
-            if not trusted:
+            if trusted:
+                warnings.append(f"{trouble}: trusted")
+            elif keyword == "PatientName" and is_known:
+                warnings.append(
+                    f"{who} differ in {tag_of(keyword)}, but not in {tag_of('PatientID')}"
+                )
+            else:
                 raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
-            warnings.append(f"{trouble}: trusted")
     return warnings
 
 
@@ -67,9 +77,18 @@ def _values(files: Sequence[DicomFile], keyword: str) -> frozenset[str]:
     """Return what headers say, leaving out those that say nothing."""
     if keyword == "FrameOfReferenceUID":
         found = {frame_of_reference(each.header) or "" for each in files}
+    elif keyword == "PatientName":
+        found = {_bare_name(joined_text(each.header, keyword)) for each in files}
     else:
         found = {joined_text(each.header, keyword) for each in files}
     return frozenset(found - {""})
+
+
+def _bare_name(name: str) -> str:
+    """Return the words of family and given name, which scanners and readers write differently."""
+    alphabetic, _, _ = name.partition("=")
+    family_and_given = " ".join((alphabetic or name).split("^")[:2])
+    return " ".join(sorted(words(unicodedata.normalize("NFC", family_and_given))))
 
 
 def _who_differ(by_name: Mapping[str, frozenset[str]]) -> Iterator[str]:
@@ -104,11 +123,20 @@ def role_drawn_on(roles: Roles) -> str | None:
         for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
     }
     drawn_on: set[str] = set()
-    for named_by in (referenced_series, contoured_images, referenced_images):
-        named = {role_of[uid] for uid in named_by(roles.mask.header) if uid in role_of}
+    references = [
+        f(roles.mask.header) for f in (referenced_series, contoured_images, referenced_images)
+    ]
+    for uids in references:
+        named = {role_of[uid] for uid in uids if uid in role_of}
         if len(named) == 1:
             return named.pop()
         drawn_on |= named
+    if not any(references):
+        raise StudyError(
+            "the RTSTRUCT does not say which series it was drawn on "
+            f"({tag_of('RTReferencedSeriesSequence')}): export it with its references, or convert "
+            "the mask to NIfTI"
+        )
     if drawn_on:
         raise StudyError(
             "the RTSTRUCT was drawn on both the CT and the PET of the study "

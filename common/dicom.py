@@ -46,6 +46,9 @@ _NO_SLICE = re.compile(
 )
 """Words in ImageType or SeriesType of what is no slice of a volume, or was cut out of one."""
 
+_NO_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")
+"""Values of RescaleType of maps that were computed from a CT."""
+
 GREYSCALE = ("MONOCHROME2", "MONOCHROME1", "")
 """Values of PhotometricInterpretation, which a header without pixels may lack."""
 
@@ -249,8 +252,8 @@ def _damaged(start: bytes, name: str) -> StudyError:
 def group_series(files: Iterable[DicomFile], modality: str) -> list[Series]:
     """Return the candidate series of a modality, in order of their first file's name.
 
-    Localizers, screens, projections, reformats and derived series that are not axial are none,
-    even among the slices of a series.
+    Localizers, screens, projections, reformats, derived series that are not axial and maps whose
+    values are no HU are none, even among the slices of a series.
     """
     groups: dict[str, list[DicomFile]] = defaultdict(list)
     for file in sorted(files, key=lambda file: file.name):
@@ -264,6 +267,8 @@ def _is_slice(header: pydicom.Dataset, modality: str) -> bool:
     if sop_class and sop_class not in IMAGE_CLASSES[modality]:
         return False
     if joined_text(header, "PhotometricInterpretation") not in GREYSCALE:
+        return False
+    if modality == "CT" and joined_text(header, "RescaleType").upper() in _NO_HU:
         return False
     kinds = [each.upper() for k in ("ImageType", "SeriesType") for each in texts(header, k)]
     if any(map(_NO_SLICE.search, kinds)):

@@ -5,6 +5,7 @@ with an affine to RAS+ mm: the convention of the image series.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ def names_by_number(dataset: Dataset, sequence: str, number: str, name: str) -> 
 
 
 def matching(names: Mapping[int, str], roi: re.Pattern[str] | None, keyword: str) -> list[int]:
-    """Return the numbers of the names in which `roi` is found, case ignored; 0 is background.
+    """Return the numbers of the names in which `roi` is found.
+
+    Neither case nor the Unicode spelling of accents matters.
 
     Raises
     ------
@@ -82,15 +85,17 @@ def matching(names: Mapping[int, str], roi: re.Pattern[str] | None, keyword: str
         There are none; `keyword` is where the names are from.
     """
     if roi is not None:
-        roi = re.compile(roi.pattern, roi.flags | re.IGNORECASE)
-    chosen = [
-        number for number in sorted(names) if number > 0 and (not roi or roi.search(names[number]))
-    ]
+        roi = re.compile(_composed(roi.pattern), roi.flags | re.IGNORECASE)
+    chosen = [number for number in sorted(names) if not roi or roi.search(_composed(names[number]))]
     if not chosen:
         raise StudyError(
             f"none of {len(names)} names matches ({tag_of(keyword)}): give a --roi that does"
         )
     return chosen
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 # --- what a mask refers to -------------------------------------------------------------------

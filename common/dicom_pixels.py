@@ -25,7 +25,8 @@ from pydicom.uid import (
 )
 
 from common.dicom import DicomFile
-from common.dicom_stack import Slice, Stack
+from common.dicom_slices import Slice
+from common.dicom_stack import Stack
 from common.dicom_values import joined_text, number, tag_of, whole_number
 from common.errors import StudyError
 from common.image import Image

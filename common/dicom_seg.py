@@ -51,7 +51,8 @@ def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask
     with refusing_malformed("SEG"):
         dataset = source if isinstance(source, Dataset) else pydicom.dcmread(source, force=True)
         names = names_by_number(dataset, "SegmentSequence", "SegmentNumber", "SegmentLabel")
-        chosen = matching(names, roi, "SegmentLabel")
+        foreground = {number: name for number, name in names.items() if number > 0}
+        chosen = matching(foreground, roi, "SegmentLabel")
         frames = _described_frames(dataset)
         stack = place_frames(dataset, frames)
         labels_of = _frame_labels(dataset, names, chosen)

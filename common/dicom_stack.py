@@ -10,18 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from common.dicom import DicomFile, Series
-from common.dicom_values import (
-    functional_group,
-    items,
-    joined_text,
-    number,
-    required_number,
-    required_numbers,
-    tag_of,
-    texts,
-    whole_number,
-)
+from common.dicom import Series
+from common.dicom_slices import Slice, slices_of
+from common.dicom_values import joined_text, number, tag_of, texts
 from common.errors import StudyError
 
 LARGEST_SLICE_OFFSET = 0.1
@@ -32,40 +23,8 @@ LARGEST_VOLUME = 2**31
 
 _SAME_DIRECTION = 1e-3
 _SAME_SPACING = 1e-3
-_PERPENDICULAR_UNITS = 0.01
 _MOVING = ("DYNAMIC", "GATED")
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """One image plane.
-
-    Attributes
-    ----------
-    file : DicomFile
-    frame : int
-        Its place in the file, from 0.
-    position_mm : (3,) array
-        Centre of the first pixel [LPS].
-    orientation : (6,) array
-        Unit vectors from column to column and from row to row [LPS].
-    pixel_spacing_mm : (2,) array
-        From row to row, and from column to column, as DICOM has it.
-    matrix : (int, int)
-        Columns, rows.
-    slope, intercept : float
-        From stored value to HU or the unit of the PET.
-    """
-
-    file: DicomFile
-    frame: int
-    position_mm: NDArray[np.float64]
-    orientation: NDArray[np.float64]
-    pixel_spacing_mm: NDArray[np.float64]
-    matrix: tuple[int, int]
-    slope: float
-    intercept: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +70,7 @@ def stack_slices(series: Series) -> Stack:
     """
     role = {"PT": "PET", "CT": "CT"}[series.modality]
     refuse_moving(series)
-    slices = [item for file in series.files for item in _slices_of(file)]
+    slices = [item for file in series.files for item in slices_of(file)]
     _refuse_mixed(slices, role)
     normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
     slices.sort(key=lambda item: float(item.position_mm @ normal))
@@ -123,90 +82,6 @@ def stack_slices(series: Series) -> Stack:
             "export it again"
         )
     return Stack(tuple(slices), shape, _affine(slices[0], step_mm), _signs_of_loss(slices, role))
-
-
-# --- the slices of a file --------------------------------------------------------------------
-
-
-def _slices_of(file: DicomFile) -> list[Slice]:
-    frames = items(file.header, "PerFrameFunctionalGroupsSequence")
-    if frames:
-        return _slices_of_frames(file, frames)
-    if file.n_frames > 1:
-        raise StudyError(
-            f"several frames without a place for each ({tag_of('NumberOfFrames')}): "
-            "export the series as single images or as an enhanced object",
-            file.name,
-        )
-    header = file.header
-    return [_slice(file, 0, header, header, header, header)]
-
-
-def _slices_of_frames(file: DicomFile, frames: Sequence[Dataset]) -> list[Slice]:
-    if len(frames) != file.n_frames:
-        raise StudyError(
-            f"{tag_of('PerFrameFunctionalGroupsSequence')} does not describe every frame: "
-            "export the series again",
-            file.name,
-        )
-    keywords = (
-        "PlanePositionSequence",
-        "PlaneOrientationSequence",
-        "PixelMeasuresSequence",
-        "PixelValueTransformationSequence",
-    )
-    return [
-        _slice(
-            file, index, *(functional_group(file.header, frame, k) or Dataset() for k in keywords)
-        )
-        for index, frame in enumerate(frames)
-    ]
-
-
-def _slice(
-    file: DicomFile,
-    frame: int,
-    position: Dataset,
-    orientation: Dataset,
-    measures: Dataset,
-    rescaling: Dataset,
-) -> Slice:
-    """Make a slice of the header, or of the functional groups, that tell its place and scale."""
-    axes = required_numbers(orientation, "ImageOrientationPatient", 6).reshape(2, 3)
-    pixel_spacing_mm = required_numbers(measures, "PixelSpacing", 2)
-    if np.abs(axes @ axes.T - np.eye(2)).max() > _PERPENDICULAR_UNITS:
-        raise StudyError(
-            f"{tag_of('ImageOrientationPatient')} is not a pair of perpendicular unit vectors: "
-            "export the series again",
-            file.name,
-        )
-    if (pixel_spacing_mm <= 0).any():
-        raise StudyError(
-            f"{tag_of('PixelSpacing')} is not positive: export the series again", file.name
-        )
-    slope = required_number(rescaling, "RescaleSlope")
-    if slope < 0:
-        raise StudyError(
-            f"{tag_of('RescaleSlope')} is {slope:g}, negative: export the series again", file.name
-        )
-    return Slice(
-        file,
-        frame,
-        required_numbers(position, "ImagePositionPatient", 3),
-        (axes / np.linalg.norm(axes, axis=1, keepdims=True)).ravel(),
-        pixel_spacing_mm,
-        (whole_number(file.header, "Columns"), whole_number(file.header, "Rows")),
-        slope,
-        _intercept(file, rescaling),
-    )
-
-
-def _intercept(file: DicomFile, rescaling: Dataset) -> float:
-    """Return the intercept; of a PET that lacks it 0, which is all that DICOM allows there."""
-    is_pet = joined_text(file.header, "Modality") == "PT"
-    if is_pet and number(rescaling, "RescaleIntercept") is None:
-        return 0.0
-    return required_number(rescaling, "RescaleIntercept")
 
 
 # --- what forbids a stack --------------------------------------------------------------------
@@ -265,7 +140,8 @@ def _even_step_mm(
     if gaps_mm.min() <= LARGEST_SLICE_OFFSET * spacing_mm:
         raise StudyError(
             f"the {role} has several slices in one place ({tag_of('ImagePositionPatient')}): "
-            "duplicate, dynamic or gated images; give each slice once"
+            "duplicate, dynamic or gated images; give each slice once",
+            _names_around(slices, int(gaps_mm.argmin())),
         )
     step_mm: NDArray[np.float64] = (positions_mm[-1] - positions_mm[0]) / (len(slices) - 1)
     even_mm = positions_mm[0] + np.arange(len(slices))[:, np.newaxis] * step_mm
@@ -274,20 +150,32 @@ def _even_step_mm(
         raise StudyError(
             f"the {role} has missing or unevenly spaced slices ({tag_of('ImagePositionPatient')}: "
             f"gaps from {gaps_mm.min():.2f} to {gaps_mm.max():.2f} mm, {len(slices)} slices): "
-            "export the complete series"
+            "export the complete series",
+            _names_around(slices, int(gaps_mm.argmax())),
         )
     return step_mm
 
 
+def _names_around(slices: Sequence[Slice], gap: int) -> str:
+    """Return the files on both sides of a gap (private)."""
+    return f"{slices[gap].file.name}; {slices[gap + 1].file.name}"
+
+
 def _signs_of_loss(slices: Sequence[Slice], role: str) -> tuple[str, ...]:
-    """Warn where a PET says that it had more slices: an incomplete copy loses its ends unseen."""
-    declared = number(slices[0].file.header, "NumberOfSlices") if role == "PET" else None
-    if declared is None or declared <= len(slices):
-        return ()
-    return (
-        f"the PET has {len(slices)} slices, its headers tell of {declared:.0f} "
-        f"({tag_of('NumberOfSlices')}): check that the export is complete",
-    )
+    """Warn of lossy compression, and of fewer slices than a PET had: ends are lost unseen."""
+    header, warnings = slices[0].file.header, []
+    if joined_text(header, "LossyImageCompression") == "01":
+        warnings.append(
+            f"the {role} was compressed with loss ({tag_of('LossyImageCompression')}): its values "
+            "are not those measured; export it without"
+        )
+    declared = number(header, "NumberOfSlices") if role == "PET" else None
+    if declared is not None and declared > len(slices):
+        warnings.append(
+            f"the PET has {len(slices)} slices, its headers tell of {declared:.0f} "
+            f"({tag_of('NumberOfSlices')}): check that the export is complete"
+        )
+    return tuple(warnings)
 
 
 def _affine(first: Slice, step_mm: NDArray[np.float64]) -> NDArray[np.float64]:

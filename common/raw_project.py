@@ -10,6 +10,9 @@ from common.errors import IncompleteStudy, StageError, StudyError
 
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
+_UNFINISHED_OUTPUTS = (".zip.parts", ".h5.parts")
+"""Names of the folders of interrupted runs, whose output is in the raw project, end so."""
+
 
 @dataclass(frozen=True)
 class StudyFolder:
@@ -102,7 +105,8 @@ def _folders_above(folder: str | os.PathLike[str]) -> frozenset[tuple[int, int]]
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name not in _SYSTEM_FOLDERS
+    is_system = name.startswith(".") or name in _SYSTEM_FOLDERS
+    return not is_system and not name.endswith(_UNFINISHED_OUTPUTS)
 
 
 def list_files(folder: StudyFolder) -> list[RawFile]:

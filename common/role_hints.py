@@ -1,6 +1,7 @@
 """What to say of the files of a study that fit no role, or of several that fit one."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from common.candidates import (
@@ -20,6 +21,9 @@ from common.dicom import DicomFile, Series, group_series
 from common.dicom_values import joined_text, tag_of
 from common.study_files import StudyFiles
 
+MOST_LISTED = 4
+"""Candidates for one role that are listed one by one; of more, how many are of each kind."""
+
 
 def is_header(file: DicomFile) -> bool:
     """Tell whether a file is called a header."""
@@ -36,6 +40,14 @@ def passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     )
 
 
+def nameless_left_out(n_files: int) -> tuple[str, ...]:
+    """Say that a complete study has more NIfTI files: one may be a second mask."""
+    return (
+        f"NIfTI files ({n_files}) have no word for a role in their path and are left out: if one "
+        "is meant, choose it by pattern",
+    )
+
+
 def private_name(role: str, candidate: Candidate) -> str:
     """Return a candidate's description and path, for the private mapping alone."""
     return f"{ROLE_NAMES[role]}: {kind(candidate)}: {' | '.join(labels(candidate)[:2])}"
@@ -43,11 +55,23 @@ def private_name(role: str, candidate: Candidate) -> str:
 
 def several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
     """Say that several candidates fit a role, and of what kinds they are."""
-    kinds = "; ".join(kind(each) for each in candidates)
-    return (
-        f"{len(candidates)} candidates for {ROLE_NAMES[role]} ({kinds}): choose with "
+    kinds = [kind(each) for each in candidates]
+    if len(kinds) > MOST_LISTED:
+        kinds = [f"{n} x {each}" for each, n in Counter(kinds).items()]
+    reason = (
+        f"{len(candidates)} candidates for {ROLE_NAMES[role]} ({'; '.join(kinds)}): choose with "
         f"--{role} PATTERN"
     )
+    if len(candidates) > MOST_LISTED and all(_is_one_slice(each) for each in candidates):
+        reason += (
+            f", or, if {tag_of('SeriesInstanceUID')} was changed slice by slice, export the "
+            "series again"
+        )
+    return reason
+
+
+def _is_one_slice(candidate: Candidate) -> bool:
+    return isinstance(candidate, Series) and candidate.n_images == 1
 
 
 def several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator[str]:
@@ -81,7 +105,7 @@ def hints_of_roles(
         if role in missing and n_files and not group_series(files.dicom, modality):
             yield (
                 f"DICOM files ({n_files}) of {tag_of('Modality')} {modality} are localizers, "
-                "screen saves or reformats: export the original series"
+                "screen saves, reformats or maps: export the original series"
             )
     if "header" in missing:
         yield "give one DICOM file of the PET, or --pet-units suv if its values are SUV"

@@ -3,6 +3,8 @@
 Where several fit, a pattern of the user decides; none is picked silently.
 """
 
+import os
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from common.role_hints import (
     hints_of_folder,
     hints_of_roles,
     is_header,
+    nameless_left_out,
     passed_over,
     private_name,
     several_candidates,
@@ -103,11 +106,13 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         A folder or file cannot be read.
     """
     files = read_files(folder)
-    nifti_pet = _nifti_in_role("pet", files.nifti, patterns)
-    headers = [] if nifti_pet else _files_for_header_alone(files.dicom, patterns)
-    slices = [file for file in files.dicom if file not in headers]
+    nifti_ct, nifti_pet = (_nifti_in_role(role, files.nifti, patterns) for role in ("ct", "pet"))
+    headers = [] if nifti_pet else _files_for_header_alone("pet", files.dicom, patterns)
+    beside_ct = _files_for_header_alone("ct", files.dicom, patterns, is_all_allowed=bool(nifti_ct))
+    set_apart = {*headers, *beside_ct}
+    slices = [file for file in files.dicom if file not in set_apart]
     candidates: dict[str, list[Candidate]] = {
-        "ct": [*_nifti_in_role("ct", files.nifti, patterns), *group_series(slices, "CT")],
+        "ct": [*nifti_ct, *group_series(slices, "CT")],
         "pet": [*nifti_pet, *group_series(slices, "PT")],
         "mask": [
             *_nifti_in_role("mask", files.nifti, patterns),
@@ -133,6 +138,8 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         for file in files.nifti
         if not roles_by_words(file.name) and not patterns.name_any(file)
     ]
+    if nameless and all(fitting.values()):
+        remarks += nameless_left_out(len(nameless))
     names = [private_name(role, each) for role, found in candidates.items() for each in found]
     hints = (
         *hints_of_roles(fitting, files, patterns, len(nameless)),
@@ -177,19 +184,55 @@ def find_roles(folder: str, patterns: Patterns, *, header_needed: bool = True) -
 # --- files by kind and name ------------------------------------------------------------------
 
 
-def _files_for_header_alone(dicom: Sequence[DicomFile], patterns: Patterns) -> list[DicomFile]:
-    """Return the files that --header or the word "header" sets apart from the slices of a PET.
+def _files_for_header_alone(
+    role: str, dicom: Sequence[DicomFile], patterns: Patterns, *, is_all_allowed: bool = False
+) -> list[DicomFile]:
+    """Return the files of PET or CT that are headers and none of its slices.
 
-    Files that --pet names are not; and where no other PET is left, none is.
+    --header names them; without it their own name does, or their place: copies of slices in
+    another folder. Files that the role's pattern names are not; and where no other file of the
+    role would be left, none is, unless that `is_all_allowed`.
     """
-    pet = [file for file in dicom if modality_of(file) == "PT"]
+    modality = {"pet": "PT", "ct": "CT"}[role]
+    of_role = [file for file in dicom if modality_of(file) == modality]
+    copies = _copies_elsewhere(group_series(of_role, modality))
     named = [
         file
-        for file in pet
-        if (patterns.name("header", file) if "header" in patterns.by_role else is_header(file))
-        and not patterns.name("pet", file)
+        for file in of_role
+        if (
+            patterns.name("header", file)
+            if "header" in patterns.by_role
+            else is_header(file) or file in copies
+        )
+        and not patterns.name(role, file)
     ]
-    return named if len(named) < len(pet) else []
+    return named if is_all_allowed or len(named) < len(of_role) else []
+
+
+def _copies_elsewhere(candidates: Sequence[Series]) -> set[DicomFile]:
+    """Return the files of folders that hold nothing but copies of slices in other folders.
+
+    Where a series lies there twice as a whole neither is the copy: it will be refused.
+    """
+    copies: set[DicomFile] = set()
+    for series in candidates:
+        folders: dict[str, list[DicomFile]] = defaultdict(list)
+        for file in series.files:
+            folders[os.path.dirname(file.name)].append(file)
+        left = Counter(map(_instance, series.files))
+        n_different = len(left)
+        for files in sorted(folders.values(), key=len):
+            here = Counter(map(_instance, files))
+            if len(here) < n_different and all(left[each] > n for each, n in here.items()):
+                copies.update(files)
+                left -= here
+    return copies
+
+
+def _instance(file: DicomFile) -> tuple[str, ...]:
+    """Return what tells an image, even after an anonymiser that numbers those of each folder."""
+    keywords = ("SOPInstanceUID", "ImagePositionPatient")
+    return tuple(joined_text(file.header, keyword) for keyword in keywords)
 
 
 def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) -> list[NiftiFile]:
@@ -207,9 +250,10 @@ def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) ->
 def _without_single_slices(
     candidates: Sequence[Candidate],
 ) -> tuple[list[Candidate], tuple[str, ...]]:
-    """Leave out single slices of another plane or matrix than the volumes: scouts and the like.
+    """Leave out single slices beside volumes: scouts, headers and the like.
 
-    One like those of a volume may have been torn from it: it stays, and the study is ambiguous.
+    One of the same plane and matrix as those of a series may have been torn from it: it stays,
+    and the study is ambiguous.
     """
     volumes = [each for each in candidates if isinstance(each, Series) and each.n_images > 1]
     geometries = {_geometry(each) for each in volumes}
@@ -218,7 +262,7 @@ def _without_single_slices(
         for each in candidates
         if isinstance(each, Series) and each.n_images == 1 and _geometry(each) not in geometries
     ]
-    if not single or not volumes:
+    if not single or len(single) == len(candidates):
         return [*candidates], ()
     remark = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
     return [each for each in candidates if each not in single], (remark,)

@@ -241,7 +241,8 @@ def _read_mask(
     source = plan.mask
     roi = re.compile(conversion.roi, re.IGNORECASE) if conversion.roi else None
     if isinstance(source, NiftiFile):
-        return _labels(read_nifti_file(source.path, "mask")), ()
+        unmet = ("a NIfTI mask names no regions: all its labels are kept, whatever --roi",)
+        return _labels(read_nifti_file(source.path, "mask")), unmet if roi else ()
     if plan.drawn_on is not None:
         grid = images[plan.drawn_on]
         mask = read_rtstruct(source.header, grid.data.shape, grid.affine, roi)

@@ -36,6 +36,7 @@ LEVELS = {
         "dicom_rtstruct",
         "dicom_seg",
         "dicom_seg_planes",
+        "dicom_slices",
         "dicom_stack",
         "dicom_times",
         "dicom_values",
@@ -100,7 +101,7 @@ FORMAT_LIBRARY = {
     "hdf5plugin": {"hdf5_chunks"},
     "pydicom": {
         *("dicom", "dicom_masks", "dicom_pixels", "dicom_rtstruct", "dicom_seg", "dicom_stack"),
-        *("dicom_seg_planes", "dicom_times"),
+        *("dicom_seg_planes", "dicom_slices", "dicom_times"),
         *("dicom_values", "pet_attributes", "pet_frames", "pet_header"),
     },
     "isal": {"hdf5_chunks", "nifti"},

@@ -113,6 +113,8 @@ NO_SLICES = {
     "PET reprojection": {"SeriesType": ["WHOLE BODY", "REPROJECTION"]},
     "secondary capture": {"SOPClassUID": uid.SecondaryCaptureImageStorage},
     "colour": {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3},
+    "effective atomic number": {"RescaleType": "Z_EFF"},
+    "electron density": {"RescaleType": "EDW"},
     "derived coronal": {
         "ImageType": ["DERIVED", "SECONDARY"],
         "ImageOrientationPatient": ORIENTATIONS["coronal"],
@@ -147,6 +149,12 @@ def test_what_is_no_slice_is_no_candidate_even_within_a_series(tmp_path, attribu
 )
 def test_axial_slices_are_candidates_derived_or_not(tmp_path, image_type):
     write_slices(tmp_path, slices(ImageType=image_type))
+    assert len(read_series(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("rescale_type", ["HU", "HU_MOD", "US", "", None])
+def test_ct_values_are_hu_unless_they_are_said_not_to_be(tmp_path, rescale_type):
+    write_slices(tmp_path, slices(RescaleType=rescale_type))
     assert len(read_series(tmp_path)) == 1
 
 

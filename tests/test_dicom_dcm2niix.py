@@ -32,6 +32,12 @@ SAME_PLACE_MM = 0.005
 # --- comparison ------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heading():
+    """Name the columns of the table."""
+    print(f"\n{'series':32} {'grid':>12} {'greatest difference, value':>22} {'apart':>12}", end="")
+
+
 def by_dcm2niix(folder, out):
     """Return the only image that dcm2niix makes of a folder, but for one freed of its tilt."""
     out.mkdir()

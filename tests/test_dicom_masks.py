@@ -429,6 +429,24 @@ def test_regions_are_united_and_chosen_by_name(affine):
     )
 
 
+def test_accents_in_names_may_be_spelled_differently():
+    regions = {"L\u00e4sion": [square(0.5, 4.5, 0.5, 4.5, 1)], "Lung": []}
+    rtstruct = build_rtstruct(regions)
+    rtstruct.StructureSetROISequence[0].ROIName = "La\u0308sion"
+    for spelling in ("l\u00e4sion", "La\u0308sion"):
+        for dataset in (rtstruct, build_rtstruct(regions)):
+            mask = read_rtstruct(dataset, SHAPE, AXIAL, re.compile(spelling))
+            assert mask.labels.sum() == 16
+
+
+def test_a_region_of_number_zero_is_no_background():
+    # It was left out, or refused by a message that no name matches.
+    rtstruct = build_rtstruct({"a": [square(0.5, 4.5, 0.5, 4.5, 1)]})
+    rtstruct.StructureSetROISequence[0].ROINumber = 0
+    rtstruct.ROIContourSequence[0].ReferencedROINumber = 0
+    assert read_rtstruct(rtstruct, SHAPE, AXIAL).labels.sum() == 16
+
+
 def test_what_a_region_leaves_out_is_told_by_its_number():
     rtstruct = build_rtstruct(
         {"a": [square(0.5, 4.5, 0.5, 4.5, 1)], "b": [square(0.5, 4.5, 0.5, 4.5, k) for k in (2, 3)],

@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.dicom_stack import stack_slices
+from common.errors import StudyError
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
@@ -129,6 +130,14 @@ def test_slices_in_one_place_are_refused(tmp_path, gaps_mm):
     )
 
 
+@pytest.mark.parametrize("gaps_mm", [[3, 3, 0, 3, 3], [3, 3, 6, 3, 3]])
+def test_the_files_beside_a_gap_are_named_to_the_private_mapping(tmp_path, gaps_mm):
+    write_slices(tmp_path, series_with_gaps(gaps_mm), names=["first", "b", "c", "d", "e", "last"])
+    with pytest.raises(StudyError) as refused:
+        stack_slices(read_series(tmp_path, "PT")[0])
+    assert refused.value.private == "c; d"
+
+
 def test_one_slice_is_no_volume(tmp_path):
     write_slices(tmp_path, slices(noise((4, 4, 1))))
     assert refusal(tmp_path) == "the CT has one slice: give the whole series"
@@ -172,6 +181,18 @@ def test_a_pet_of_fewer_slices_than_its_headers_tell_of_is_doubted(tmp_path, dec
     expected = (
         "the PET has 6 slices, its headers tell of 9 (NumberOfSlices (0054,0081)): "
         "check that the export is complete"
+    )
+    assert warnings == (expected,) * n_warnings
+
+
+@pytest.mark.parametrize(("modality", "role"), [("CT", "CT"), ("PT", "PET")])
+@pytest.mark.parametrize(("lossy", "n_warnings"), [(None, 0), ("00", 0), ("01", 1)])
+def test_lossy_compression_is_told(tmp_path, modality, role, lossy, n_warnings):
+    write_slices(tmp_path, slices(modality=modality, LossyImageCompression=lossy))
+    warnings = stack_slices(read_series(tmp_path, modality)[0]).warnings
+    expected = (
+        f"the {role} was compressed with loss (LossyImageCompression (0028,2110)): its values are "
+        "not those measured; export it without"
     )
     assert warnings == (expected,) * n_warnings
 

@@ -10,6 +10,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pet_headers import PerSlice
 
 from common.candidates import NiftiFile, Patterns, roles_by_words
 from common.dicom import DicomFile, Series
@@ -54,6 +55,12 @@ def test_studies_are_listed_by_patient_and_study(tmp_path):
     found = list_studies(tmp_path)
     assert [(each.patient, each.study) for each in found] == [("a", "3"), ("b", "1"), ("b", "2")]
     assert found[0].path == str(tmp_path / "a" / "3")
+
+
+def test_what_interrupted_runs_left_in_the_project_is_no_patient(tmp_path):
+    for folder in ("a/1", "project.zip.parts/x", "all_3d.h5.parts"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert [each.patient for each in list_studies(tmp_path)] == ["a"]
 
 
 @pytest.mark.parametrize("content", [(), ("patient.zip",), ("patient/ct.nii.gz",)])
@@ -315,6 +322,18 @@ def test_none_of_several_is_picked_silently(tmp_path, make, message, private):
     assert private in error.private
 
 
+def test_many_candidates_are_counted_by_kind(tmp_path):
+    # An anonymiser that gives each slice a series of its own made a line of hundreds.
+    study = layouts.subfolders(tmp_path)
+    layouts.write_ct(
+        study / "CT", SeriesInstanceUID=PerSlice(*(f"1.9.{k}" for k in range(layouts.N_SLICES)))
+    )
+    assert str(refusal(study)).startswith(
+        "6 candidates for CT (6 x DICOM series of 1): choose with --ct PATTERN, or, if "
+        "SeriesInstanceUID (0020,000E) was changed slice by slice, export the series again; "
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "role", "pattern", "chosen"),
     [
@@ -336,6 +355,16 @@ def test_a_pattern_on_path_or_description_decides(tmp_path, make, role, pattern,
     assert names(found)[0].startswith(chosen)
 
 
+def test_a_pattern_tells_corrected_from_uncorrected(tmp_path):
+    # "*AC*" fits both.
+    study = layouts.subfolders(tmp_path)
+    shutil.rmtree(study / "PET")
+    for uid, name in (("1.8", "PET WB NAC"), ("1.9", "PET WB AC")):
+        layouts.write_pet(study / uid, SeriesInstanceUID=uid, SeriesDescription=name)
+    assert "2 candidates for PET" in str(refusal(study, pet="*AC*"))
+    assert names(roles_of(study, pet="*[!N]AC*").pet)[0].startswith("1.9")
+
+
 def test_the_case_of_a_pattern_counts(tmp_path):
     assert "no CT; --ct fits no candidate" in str(refusal(with_second_ct(tmp_path), ct="LUNG*"))
 
@@ -353,6 +382,18 @@ def test_a_pattern_may_name_what_no_word_tells(tmp_path):
     (study / "MASK.nii.gz").rename(study / "Läsionen.nii.gz")
     found = roles_of(study, header_needed=False, mask="Läs*")
     assert names(found.mask) == ["Läsionen.nii.gz"]
+
+
+def test_a_nifti_file_that_no_word_tells_is_not_lost_silently(tmp_path):
+    # "mask2" is no word for a mask: its tumours were missing, and nothing was said.
+    study = layouts.write_nifti_images(tmp_path / "a" / "b")
+    shutil.copy(study / "MASK.nii.gz", study / "mask2.nii.gz")
+    found = roles_of(study, header_needed=False)
+    assert names(found.mask) == ["MASK.nii.gz"]
+    assert found.warnings == (
+        "NIfTI files (1) have no word for a role in their path and are left out: if one is meant, "
+        "choose it by pattern",
+    )
 
 
 @pytest.mark.parametrize(("on_disk", "typed"), [("NFC", "NFD"), ("NFD", "NFC")])
@@ -435,8 +476,8 @@ def test_images_that_are_no_slices_are_told(tmp_path):
     study = layouts.subfolders(tmp_path)
     layouts.write_ct(study / "CT", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     assert str(refusal(study)) == (
-        "no CT; DICOM files (6) of Modality (0008,0060) CT are localizers, screen saves or "
-        "reformats: export the original series"
+        "no CT; DICOM files (6) of Modality (0008,0060) CT are localizers, screen saves, "
+        "reformats or maps: export the original series"
     )
 
 
@@ -524,9 +565,86 @@ def test_a_header_beside_a_dicom_pet_is_no_slice_of_it(tmp_path, name):
 
 def test_a_header_beside_a_dicom_pet_may_be_named_by_pattern(tmp_path):
     study = layouts.subfolders(tmp_path)
-    shutil.copy(study / "PET" / "pet_002.dcm", study / "info.dcm")
-    found = roles_of(study, header="info*")
-    assert (found.pet.n_images, names(found.header)) == (layouts.N_SLICES, ["info.dcm"])
+    shutil.copy(study / "PET" / "pet_002.dcm", study / "PET" / "info.dcm")
+    found = roles_of(study, header="*info*")
+    assert (found.pet.n_images, names(found.header)) == (layouts.N_SLICES, ["PET/info.dcm"])
+
+
+@pytest.mark.parametrize("name", ["info.dcm", "DICOMHEADER/1", "PET/x/1.dcm", "a/b/c.dcm"])
+def test_a_copy_of_a_slice_in_another_folder_is_a_header(tmp_path, name):
+    study = layouts.subfolders(tmp_path)
+    (study / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(study / "PET" / "pet_002.dcm", study / name)
+    found = roles_of(study)
+    assert (found.pet.n_images, names(found.header)) == (layouts.N_SLICES, [name])
+
+
+def test_headers_of_the_ct_are_no_slices_of_it(tmp_path):
+    # One header each of CT and PET in one folder made the CT a series with a slice twice.
+    study = layouts.subfolders(tmp_path)
+    (study / "DICOM header").mkdir()
+    for role in ("CT", "PET"):
+        shutil.copy(study / role / "pet_002.dcm", study / "DICOM header" / role)
+    found = roles_of(study)
+    assert (found.ct.n_images, found.pet.n_images) == (layouts.N_SLICES, layouts.N_SLICES)
+    assert names(found.header) == ["DICOM header/PET"]
+
+
+@pytest.mark.parametrize(
+    ("name", "warnings"),
+    [("CT_header.dcm", ()), ("info/1", ("DICOM series of one CT slice (1) are left out",))],
+)
+def test_a_header_of_the_ct_beside_a_nifti_ct_is_no_second_ct(tmp_path, name, warnings):
+    study = layouts.nifti_with_header(tmp_path)
+    layouts.write_ct(tmp_path / "elsewhere")
+    (study / name).parent.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "elsewhere" / "pet_002.dcm", study / name)
+    found = roles_of(study)
+    assert isinstance(found.ct, NiftiFile)
+    assert found.warnings == warnings
+
+
+def with_other_series(study):
+    layouts.write_pet(study / "NAC", SeriesInstanceUID="1.9")
+    shutil.copytree(study / "PET", study / "copy")
+
+
+def with_parts_numbered_alike(study):
+    for place, n_lost in (("PET", 3), ("rest", 2)):
+        layouts.write_pet(study / place, SOPInstanceUID=PerSlice(*"123456"))
+        for path in sorted((study / place).iterdir())[-n_lost:]:
+            path.unlink()
+    for k, path in enumerate(sorted((study / "rest").iterdir())):
+        header = pydicom.dcmread(path)
+        header.ImagePositionPatient[2] = 4 * (3 + k)
+        header.save_as(path)
+
+
+def with_three_copies_each_of_a_part(study):
+    shutil.copytree(study / "PET", study / "a")
+    shutil.copytree(study / "PET", study / "b")
+    for place, k in (("PET", 0), ("a", 1), ("b", 2)):
+        (study / place / f"pet_{k:03d}.dcm").unlink()
+
+
+@pytest.mark.parametrize(
+    ("copy", "n_images"),
+    [
+        (lambda study: shutil.copy(study / "PET/pet_002.dcm", study / "PET/again.dcm"), [7]),
+        (lambda study: shutil.copytree(study / "PET", study / "copy"), [12]),
+        (lambda study: shutil.copytree(study / "PET", study / "PET" / "copy"), [12]),
+        (with_other_series, [6, 12]),
+        (with_three_copies_each_of_a_part, [10]),
+        (with_parts_numbered_alike, [7]),
+    ],
+    ids=["in it", "of all", "of all below", "of all, two series", "of parts", "by number alone"],
+)
+def test_other_copies_stay_slices_of_the_series_which_is_refused(tmp_path, copy, n_images):
+    study = layouts.subfolders(tmp_path)
+    copy(study)
+    found = survey(str(study), Patterns()).fitting
+    assert sorted(each.n_images for each in found["pet"]) == n_images
+    assert "header" not in found or n_images == [10]
 
 
 def test_a_pet_whose_every_file_is_named_a_header_is_the_pet(tmp_path):

@@ -188,6 +188,17 @@ def test_contours_drawn_on_a_series_that_is_not_there_are_refused(tmp_path):
     assert "RTReferencedSeriesSequence (3006,0014)" in refusal(study)
 
 
+def test_contours_that_name_no_series_are_refused(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    path = study / "MASK" / "RS.dcm"
+    rtstruct = pydicom.dcmread(path)
+    del rtstruct.ReferencedFrameOfReferenceSequence
+    rtstruct.save_as(path)
+    assert refusal(study).startswith(
+        "the RTSTRUCT does not say which series it was drawn on (RTReferencedSeriesSequence "
+    )
+
+
 @pytest.mark.parametrize("role", ["pet", "ct"])
 def test_planes_that_a_seg_leaves_out_are_empty_slices_of_the_image_it_was_drawn_on(tmp_path, role):
     """Labels could not be laid over the PET voxel by voxel."""
@@ -224,6 +235,13 @@ def test_regions_are_chosen_by_name(tmp_path):
     assert np.array_equal(np.unique(read(study).mask.data), [0, 1, 2])
     assert np.array_equal(np.unique(read(study, roi="lesion 2").mask.data), [0, 2])
     assert "--roi" in refusal(study, roi="kidney")
+
+
+def test_a_mask_without_names_says_that_none_are_chosen(tmp_path):
+    study = layouts.nifti_mask_beside_dicom(tmp_path)
+    assert read(study).warnings == ()
+    (warning,) = read(study, roi="lesion 2").warnings
+    assert warning == "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
 
 
 # --- labels ----------------------------------------------------------------------------------
@@ -627,6 +645,34 @@ def test_what_an_anonymiser_removed_does_not_count(tmp_path, keyword):
     study = layouts.subfolders(tmp_path)
     layouts.write_ct(study / "CT", **{keyword: None})
     assert_is_the_phantom(read(study))
+
+
+@pytest.mark.parametrize("role", WRITERS)
+def test_names_tell_the_patient_where_no_number_does(tmp_path, role):
+    study = layouts.subfolders(tmp_path)
+    WRITERS["mask"](study)
+    WRITERS[role](study, PatientName="Roe^John", PatientID="")
+    message = refusal(study)
+    assert "do not belong together (PatientName (0010,0010) differs)" in message
+    assert "Roe" not in message
+    assert_is_the_phantom(read(study, trust_geometry=True))
+
+
+@pytest.mark.parametrize("name", ["DOE^JANE^^Dr", "Jane Doe", "Doe^Jane=Doe^Jane", ""])
+def test_one_name_may_be_spelled_differently(tmp_path, name):
+    study = layouts.subfolders(tmp_path)
+    layouts.write_ct(study / "CT", PatientName=name, PatientID="")
+    assert read(study).warnings == ()
+
+
+def test_other_names_of_one_patient_are_told(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    WRITERS["mask"](study)
+    layouts.write_ct(study / "CT", PatientName="D?e^Jane")
+    (warning,) = read(study).warnings
+    assert warning == (
+        "CT versus PET and mask differ in PatientName (0010,0010), but not in PatientID (0010,0020)"
+    )
 
 
 def test_the_space_of_contours_is_that_of_their_regions(tmp_path):
