@@ -19,9 +19,10 @@ boundaries  each the only module that knows its format
             pet_attributes: headers to SUV inputs; dicom_seg, dicom_seg_planes, dicom_rtstruct,
             dicom_masks: masks; dicom_values, dicom_times: one attribute as a plain value
 pure        no paths, no formats, no logging
-            volumes: the steps of preprocessing; losses: what resampling loses; resampling, with
-            spline_axes (one axis of it) and grid (where voxels lie); image; lesions and
-            components (of masks); projection and angles; contours; splits; hashing
+            volumes: the steps of preprocessing; losses: what resampling loses; plausibility: of SUV
+            scale and mask; resampling, with spline_axes (one axis of it) and grid (where voxels
+            lie); image; lesions and components (of masks); projection and angles; contours;
+            splits; hashing
             suv and its parts: pet_series, pet_units, decay, timeline, body_mass,
             suv_alternatives, suv_provenance, remarks
 errors      how work ends

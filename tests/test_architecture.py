@@ -71,6 +71,7 @@ LEVELS = {
         "image",
         "lesions",
         "losses",
+        "plausibility",
         "pet_series",
         "pet_units",
         "projection",

@@ -411,6 +411,34 @@ def test_losses_are_told_in_log_and_file_and_measures(name, one_zip, tmp_path, c
     assert words in read_table(table)[-1]["warnings"]
 
 
+@pytest.mark.parametrize(
+    ("suv_scale", "shift", "words"),
+    [
+        (200, 0, "dose fraction out of range: the PET holds "),
+        (0.01, 0, "dose fraction out of range: "),
+        (1, 5, "mask far from uptake: SUVmean is "),
+    ],
+)
+def test_doubts_are_told_in_log_and_file_and_measures_and_report(
+    suv_scale, shift, words, tmp_path, capsys
+):
+    images = study_images()
+    mask = np.roll(images["mask"].get_fdata().astype(np.uint8), shift, axis=0)
+    images["mask"] = nibabel.Nifti1Image(mask, images["mask"].affine)
+    suv = images["petsuv"].get_fdata().astype(np.float32) * np.float32(suv_scale)
+    images["petsuv"] = nibabel.Nifti1Image(suv, images["petsuv"].affine)
+    provenance = {"suv_type": "bw", "suv_units": "g/ml", "units": "GML", "rule": "7"}
+    record = {"suv": {**provenance, "weight_kg": 50.0}}
+    write_zip(tmp_path / "p.zip", {A: images}, records={A: record})
+    table, page = tmp_path / "m.csv", tmp_path / "r.html"
+    beside = ["--measures", table, "--report", page]
+    assert run(tmp_path / "p.zip", tmp_path / "o.h5", *SMALL, *beside) == 0
+    assert f"warning: {A}: {words}" in capsys.readouterr().err
+    assert any(warning.startswith(words) for warning in told(tmp_path / "o.h5"))
+    assert words in read_table(table)[-1]["warnings"]
+    assert f"<li>{words}" in page.read_text()
+
+
 def test_lesions_that_merge_are_told(tmp_path):
     images = study_images()
     mask = np.zeros(images["mask"].shape, np.uint8)
