@@ -23,11 +23,14 @@ from common.lesions import label_lesions
 
 TEMPLATE = "report.html.j2"
 
-MASK_RGB = (0, 150, 60)
-CONTOUR_RGB = (220, 30, 60)
-"""Colours of the outlines of mask and isocontour."""
+MASK_RGB = (0, 150, 0)
+CONTOUR_RGB = (208, 28, 139)
+"""Colours of the outlines of mask and isocontour: told apart by the colour-blind, too."""
 
 BLACK_AT_SUV = 10.0
+PICTURE_SCALE, OUTLINE_PIXELS = 2, 3
+"""Pixels of a picture to one of the volume, and across an outline: WebP blurs narrow colours."""
+
 CT_WINDOW_HU = (-160.0, 240.0)
 OVERLAY_FROM_SUV = 1.0
 
@@ -44,6 +47,25 @@ _REFERENCE_OF_RULE = {
     "13": "each slice's own mid-scan time",
     "15": "the enhanced object's reference time",
 }
+
+_KIND_OF_PHRASE = {
+    "outside the target grid": "tumour outside the grid",
+    "vanish by resampling": "vanished lesions",
+    "becomes empty": "vanished lesions",
+    "merge into": "merged lesions",
+    "brighter than the SUV range": "clipped uptake",
+    "not covered by the CT": "PET not covered by CT",
+    "dose fraction out of range": "dose fraction",
+    "mask far from uptake": "mask far from uptake",
+    "decay reference disagrees": "decay reference disagrees",
+}
+
+_SIDES = {
+    "coronal": ("R", "L", "patient's left on the right"),
+    "sagittal": ("A", "P", "front on the left"),
+    "axial": ("R", "L", "patient's left on the right, front up"),
+}
+"""What is on the left and on the right of a picture."""
 
 Array = NDArray[Any]
 
@@ -68,7 +90,7 @@ def study_card(
         PET and CT in [0, 1].
     mask, mask_iso : (1, X, Y, Z) arrays
     attributes : dict
-        Of the image dataset: affine, ranges, project.
+        Of the image dataset: affine, ranges, project; of the isocontour's: its threshold.
     measures : dict
         ``lesions`` and ``study``.
     provenance : dict
@@ -85,8 +107,28 @@ def study_card(
         sentence=suv_sentence(provenance),
         alternatives=alternatives_sentence(provenance),
         warnings=warnings,
+        kinds="|".join(kinds_of(warnings)),
+        contour=_contour(attributes),
         suv_max=max((lesion["suv_max"] for lesion in measures["lesions"]), default=0.0),
     )
+
+
+def kinds_of(warnings: Sequence[Any]) -> list[str]:
+    """Return what a page can be filtered by to find a study with these warnings."""
+    if not warnings:
+        return ["without warnings"]
+    found = {
+        next((k for phrase, k in _KIND_OF_PHRASE.items() if phrase in str(text)), "other warnings")
+        for text in warnings
+    }
+    return ["with warnings", *sorted(found)]
+
+
+def _contour(attributes: Mapping[str, Any]) -> str:
+    """Say where the isocontour is."""
+    if "iso_suv" in attributes:
+        return f"SUV {attributes['iso_suv']:g}"
+    return f"{attributes['iso_threshold']:g}\u00a0%" if "iso_threshold" in attributes else ""
 
 
 def failed_card(key: str, status: str, reason: str) -> str:
@@ -205,7 +247,7 @@ def _views(
         if name == "sagittal":  # seen from the patient's left: the back is on the right
             outlined = outlined.mirrored
         text = f"PET maximum-intensity projection, {name}, lesions outlined"
-        views.append(_view(outlined, f"PET {name}", text))
+        views.append(_view(outlined, f"PET {name}", name, text))
     if mask.any():
         hu = _in_units(ct, attributes["ct_range"])
         views.append(_slice_view(hu, suv, mask, mask_iso, spacing))
@@ -229,7 +271,7 @@ def _slice_view(
         rgb.astype(np.uint8), mask[:, :, z], mask_iso[:, :, z], (spacing[0], spacing[1])
     )
     text = "axial CT slice through the largest lesion, PET over it, lesion outlined"
-    return _view(outlined, "CT and PET", text)
+    return _view(outlined, "CT and PET", "axial", text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,10 +289,10 @@ class _Plane:
         return _Plane(self.rgb[::-1], self.mask[::-1], self.mask_iso[::-1], self.spacing_mm)
 
 
-def _view(plane: _Plane, caption: str, alt: str) -> dict[str, str]:
-    """Return a picture with square pixels, outlined."""
+def _view(plane: _Plane, caption: str, direction: str, alt: str) -> dict[str, str]:
+    """Return a picture with square pixels: the mask outlined around it, the isocontour within."""
     width, height = (
-        max(1, round(n * mm / min(plane.spacing_mm)))
+        max(1, round(PICTURE_SCALE * n * mm / min(plane.spacing_mm)))
         for n, mm in zip(plane.mask.shape, plane.spacing_mm, strict=True)
     )
 
@@ -259,9 +301,14 @@ def _view(plane: _Plane, caption: str, alt: str) -> dict[str, str]:
         return np.array(Image.fromarray(rows).resize((width, height), resampling))
 
     pixels = picture(plane.rgb, Image.Resampling.BILINEAR)
-    for mask, colour in ((plane.mask, MASK_RGB), (plane.mask_iso, CONTOUR_RGB)):
-        filled = picture(mask * np.uint8(255), Image.Resampling.NEAREST) > 0
-        pixels[filled & ~ndimage.binary_erosion(filled)] = colour
+    mask, contour = (
+        picture(m * np.uint8(255), Image.Resampling.NEAREST) > 0
+        for m in (plane.mask, plane.mask_iso)
+    )
+    pixels[ndimage.binary_dilation(mask, iterations=OUTLINE_PIXELS) & ~mask] = MASK_RGB
+    inner = ndimage.binary_erosion(contour, iterations=OUTLINE_PIXELS)
+    pixels[contour & ~inner] = CONTOUR_RGB
+    left, right, sides = _SIDES[direction]
     buffer = io.BytesIO()
     # A quarter of a PNG's size: a thousand studies of three pictures stay below 150 MB.
     Image.fromarray(pixels).save(buffer, "WEBP", quality=80, method=4)
@@ -271,7 +318,9 @@ def _view(plane: _Plane, caption: str, alt: str) -> dict[str, str]:
         "width": str(width),
         "height": str(height),
         "caption": caption,
-        "alt": alt,
+        "left": left,
+        "right": right,
+        "alt": f"{alt}; {sides}",
     }
 
 
