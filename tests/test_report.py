@@ -298,11 +298,17 @@ def test_the_filter_shows_what_it_says(page, choice, expected):
 
 @pytest.mark.parametrize(
     ("order", "first"),
-    [("volume", "aaaaaaa001"), ("suvmax", "bbbbbbb002"), ("warnings", "bbbbbbb002")],
+    [("volume", "aaaaaaa001"), ("suvmax", "bbbbbbb002"), ("warnings", "ddddddd004")],
 )
 def test_sorting_puts_the_largest_first(page, order, first):
     choose(page, "sort", order)
     assert shown(page)[0] == first
+
+
+def test_failed_studies_come_first_however_often_one_sorts(page):
+    choose(page, "sort", "volume")
+    choose(page, "sort", "hash")
+    assert shown(page) == ["ddddddd004", "aaaaaaa001", "bbbbbbb002", "ccccccc003"]
 
 
 def test_volume_and_project_filter(page):
