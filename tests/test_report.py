@@ -108,6 +108,8 @@ def test_text_from_files_is_escaped():
 def test_a_study_without_lesion_has_no_slice_through_one():
     card = a_card(mask=np.zeros(SHAPE, np.uint8))
     assert card.count("<img") == 2
+    assert "No lesion." in card
+    assert "<table>" not in card
 
 
 def test_the_page_fetches_nothing():
@@ -272,6 +274,15 @@ def test_the_page_opens_with_all_cards_and_no_console_error(page):
     assert len(shown(page)) == 4
     assert page.find_element("css selector", ".count").text == "4 of 4 studies"
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_nothing_can_be_fetched_even_if_text_became_markup(page):
+    script = """
+        const done = arguments[0], i = new Image();
+        addEventListener("securitypolicyviolation", e => done(e.effectiveDirective));
+        i.onload = i.onerror = () => done("asked for");
+        i.src = "file:///x.png";"""
+    assert page.execute_async_script(script) == "img-src"
 
 
 def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
