@@ -112,6 +112,18 @@ def test_a_study_without_lesion_has_no_slice_through_one():
     assert "<table>" not in card
 
 
+def test_a_thousand_noisy_studies_stay_below_150_mb():
+    random = np.random.default_rng(0)
+    image = random.gamma(20, 1 / 400, (2, 200, 200, 326)).astype(np.float16)
+    mask = np.zeros((1, 200, 200, 326), np.uint8)
+    mask[0, 90:110, 90:110, 100:110] = 1
+    attributes = {**ATTRIBUTES, "affine": np.diag([-2.0, 2.0, 3.0, 1.0])}
+    study = {"lesion_count": 0, "tmtv_ml": 0.0, "dmax_mm": 0.0, "dose_fraction": None}
+    measures = {"lesions": [], "study": study}
+    card = report.study_card("aaaaaaa001", image, mask, mask, attributes, measures, {}, [])
+    assert len(card) < 150_000
+
+
 def test_the_page_fetches_nothing():
     page = a_page([a_card()])
     assert "http" not in page.replace("http-equiv", "")
@@ -291,6 +303,19 @@ def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
         ".map(i => [i.complete && i.naturalWidth > 0, i.alt.length > 10])), 500)"
     )
     assert loaded == [[True, True]] * 9
+
+
+def test_of_a_thousand_studies_the_pictures_near_the_view_alone_are_loaded(browser, tmp_path):
+    path = tmp_path / "many.html"
+    card = a_card("KEY")
+    path.write_text(a_page([card.replace("KEY", f"{n:010x}") for n in range(1000)]))
+    browser.get(path.as_uri())
+    assert browser.find_element("css selector", ".count").text == "1000 of 1000 studies"
+    script = (
+        "const done = arguments[0], n = () => document.querySelectorAll('img[src]').length;"
+        "setTimeout(() => done(n()), 500)"
+    )
+    assert 3 <= browser.execute_async_script(script) < 100
 
 
 @pytest.mark.parametrize(
