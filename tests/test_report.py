@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import preprocessing
-from common import losses, plausibility, report
+from common import losses, plausibility, report, report_pictures
 from common.grid import Grid
 
 SHAPE = (24, 20, 30)
@@ -140,9 +140,9 @@ def test_the_page_fetches_nothing():
 def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, column, row):
     pixels = picture(a_card(), view)
     rows, columns = np.nonzero(np.ptp(pixels, axis=2) > 60)
-    assert pixels.shape[:2] == tuple(report.PICTURE_SCALE * n for n in shape)
-    assert rows.mean() / report.PICTURE_SCALE == pytest.approx(row, abs=2)
-    assert columns.mean() / report.PICTURE_SCALE == pytest.approx(column, abs=1)
+    assert pixels.shape[:2] == tuple(report_pictures.PICTURE_SCALE * n for n in shape)
+    assert rows.mean() / report_pictures.PICTURE_SCALE == pytest.approx(row, abs=2)
+    assert columns.mean() / report_pictures.PICTURE_SCALE == pytest.approx(column, abs=1)
 
 
 def picture(card, view):
