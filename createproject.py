@@ -102,13 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--pet-units",
         choices=("auto", "suv", "bqml"),
         default="auto",
-        help="what PET values are: as the header says (auto), SUV already, or Bq/ml",
+        help="what PET values are: as the header says, SUV already, or Bq/ml (default: auto)",
     )
     suv.add_argument(
         "--suv-type",
         choices=tuple(SUV_UNITS),
         default="bw",
-        help="what SUV is relative to (default: bw)",
+        help="what SUV is relative to: body weight, lean body mass by Janmahasatian or James, "
+        "ideal body weight [g/ml], or body surface [cm2/ml] (default: bw)",
     )
     suv.add_argument(
         "--tracer",

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.errors import StageError
 from common.hashing import fingerprint
@@ -52,16 +53,28 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest option where one is mistyped, before anything else is complained of."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
+        known = list(self._option_string_actions)
         for word in sys.argv[1:] if args is None else args:
             option = word.partition("=")[0]
             if option == "--":
                 break
-            if option.startswith("--") and option not in known:
-                nearest = difflib.get_close_matches(option, known, n=1)
+            # Values may follow a short option at once, and a number may be below zero.
+            short = re.match(r"-[^-\d.]", option)
+            if (option.startswith("--") and option not in known) or (
+                short and short[0] not in known
+            ):
+                nearest = difflib.get_close_matches(f"--{option.lstrip('-')}", known, n=1)
                 hint = f": did you mean {nearest[0]}?" if nearest else ": see --help"
                 self.error(f"unknown option {option}{hint}")
         return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        if choice:
+            choices = re.findall(r"[^\s,']+", choice[2])
+            nearest = difflib.get_close_matches(choice[1], choices, n=1)
+            message += f": did you mean {nearest[0]}?" if nearest else ""
+        super().error(message)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -130,7 +130,11 @@ def measure_lesions(
 
     Notes
     -----
-    SUVmax, SUVmean, MTV and TLG are those of the voxels. SUVpeak is the highest mean SUV in a
+    SUVmax is the highest voxel, SUVmean the mean of the voxels, MTV their volume, in the mask and
+    in the isocontour (41 and 50 % of SUVmax: Boellaard et al., EANM guideline 2.0, EJNMMI
+    2015;42:328-354; SUV 4.0: Barrington et al., J Nucl Med 2021;62:332-337). TLG = SUVmean * MTV
+    (Larson et al., Clin Positron Imaging 1999;2:159-171). The centroid is the mean place of the
+    voxels, unweighted (IBSI's geometric centre of mass). SUVpeak is the highest mean SUV in a
     sphere of 1 ml (radius 6.2 mm) around the centre of any of the lesion's voxels: the best
     placed sphere of PERCIST (Wahl et al., J Nucl Med 2009;50(Suppl 1):122S-150S), the "global
     intensity peak" of IBSI (0F91, Zwanenburg et al., Radiology 2020;295:328-338). The sphere may
@@ -189,6 +193,9 @@ def tumour_burden(lesions: Sequence[Lesion]) -> TumourBurden:
 
 def dose_fraction(suv: Array, affine: FloatArray, weight_kg: float) -> float:
     """Part of the injected dose that the image holds: sum(SUV * voxel volume) / body weight.
+
+    It follows from the definition SUVbw = concentration / (dose / body weight): summed over the
+    volume, the concentration is the activity in the image.
 
     Parameters
     ----------

@@ -4,32 +4,18 @@
 `write_page` puts them behind the page's head. The markup is in ``report.html.j2``.
 """
 
-import base64
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from scipy import ndimage
 
-from common.grid import Grid, reorient
-from common.lesions import label_lesions
+from common.report_pictures import CONTOUR_RGB, MASK_RGB, views_of
 
 TEMPLATE = "report.html.j2"
-
-MASK_RGB = (0, 150, 60)
-CONTOUR_RGB = (220, 30, 60)
-"""Colours of the outlines of mask and isocontour."""
-
-BLACK_AT_SUV = 10.0
-CT_WINDOW_HU = (-160.0, 240.0)
-OVERLAY_FROM_SUV = 1.0
 
 _ALTERNATIVE_NAMES = {
     "autopet": "first file's AcquisitionTime (autoPET script)",
@@ -43,6 +29,18 @@ _REFERENCE_OF_RULE = {
     "12c": "the frame times, as the series was rewritten",
     "13": "each slice's own mid-scan time",
     "15": "the enhanced object's reference time",
+}
+
+_KIND_OF_PHRASE = {
+    "outside the target grid": "tumour outside the grid",
+    "vanish by resampling": "vanished lesions",
+    "becomes empty": "vanished lesions",
+    "merge into": "merged lesions",
+    "brighter than the SUV range": "clipped uptake",
+    "not covered by the CT": "PET not covered by CT",
+    "dose fraction out of range": "dose fraction",
+    "mask far from uptake": "mask far from uptake",
+    "decay reference disagrees": "decay reference disagrees",
 }
 
 Array = NDArray[Any]
@@ -68,14 +66,14 @@ def study_card(
         PET and CT in [0, 1].
     mask, mask_iso : (1, X, Y, Z) arrays
     attributes : dict
-        Of the image dataset: affine, ranges, project.
+        Of the image dataset: affine, ranges, project; of the isocontour's: its threshold.
     measures : dict
         ``lesions`` and ``study``.
     provenance : dict
         Of the SUV.
     warnings : sequence of str
     """
-    views = _views(image, mask[0], mask_iso[0], attributes)
+    views = views_of(image, mask[0], mask_iso[0], attributes)
     return _template("card").render(
         key=key,
         project=attributes["project"],
@@ -85,8 +83,28 @@ def study_card(
         sentence=suv_sentence(provenance),
         alternatives=alternatives_sentence(provenance),
         warnings=warnings,
+        kinds="|".join(kinds_of(warnings)),
+        contour=_contour(attributes),
         suv_max=max((lesion["suv_max"] for lesion in measures["lesions"]), default=0.0),
     )
+
+
+def kinds_of(warnings: Sequence[Any]) -> list[str]:
+    """Return what a page can be filtered by to find a study with these warnings."""
+    if not warnings:
+        return ["without warnings"]
+    found = {
+        next((k for phrase, k in _KIND_OF_PHRASE.items() if phrase in str(text)), "other warnings")
+        for text in warnings
+    }
+    return ["with warnings", *sorted(found)]
+
+
+def _contour(attributes: Mapping[str, Any]) -> str:
+    """Say where the isocontour is."""
+    if "iso_suv" in attributes:
+        return f"SUV {attributes['iso_suv']:g}"
+    return f"{attributes['iso_threshold']:g}\u00a0%" if "iso_threshold" in attributes else ""
 
 
 def failed_card(key: str, status: str, reason: str) -> str:
@@ -178,104 +196,3 @@ def alternatives_sentence(provenance: Mapping[str, Any]) -> str:
 def _span(values: Sequence[float], form: str) -> str:
     first, last = (format(value, form) for value in (values[0], values[-1]))
     return first if first == last else f"{first} to {last}"
-
-
-# --- pictures --------------------------------------------------------------------------------
-
-
-def _views(
-    image: Array, mask: Array, mask_iso: Array, attributes: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    """Return the pictures of a card as data URIs with their alternative texts."""
-    affine = np.asarray(attributes["affine"])
-    # In this orientation every picture is turned the same way, whatever the file's.
-    pet, ct, mask, mask_iso = (
-        reorient(array, affine, "LAS")[0] for array in (image[0], image[1], mask, mask_iso)
-    )
-    nx, ny, nz = pet.shape
-    spacing = Grid((nx, ny, nz), reorient(pet, affine, "LAS")[1]).spacing_mm
-    suv = _in_units(pet, attributes["suv_range"])
-    views = []
-    for name, axis, across in (("coronal", 1, 0), ("sagittal", 0, 1)):
-        grey = 255 * (1 - np.clip(suv.max(axis=axis) / BLACK_AT_SUV, 0, 1))
-        rgb = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-        outlined = _Plane(
-            rgb, mask.max(axis=axis), mask_iso.max(axis=axis), (spacing[across], spacing[2])
-        )
-        if name == "sagittal":  # seen from the patient's left: the back is on the right
-            outlined = outlined.mirrored
-        text = f"PET maximum-intensity projection, {name}, lesions outlined"
-        views.append(_view(outlined, f"PET {name}", text))
-    if mask.any():
-        hu = _in_units(ct, attributes["ct_range"])
-        views.append(_slice_view(hu, suv, mask, mask_iso, spacing))
-    return views
-
-
-def _slice_view(
-    hu: Array, suv: Array, mask: Array, mask_iso: Array, spacing: Sequence[float]
-) -> dict[str, str]:
-    """Return the axial CT slice through the largest lesion, PET over it."""
-    labels, _ = label_lesions(mask)
-    largest = int(np.bincount(labels.ravel())[1:].argmax()) + 1
-    z = int(np.bincount(np.nonzero(labels == largest)[2]).argmax())
-    low, high = CT_WINDOW_HU
-    grey = np.clip((hu[:, :, z] - low) / (high - low), 0, 1)
-    glow = np.clip((suv[:, :, z] - OVERLAY_FROM_SUV) / (BLACK_AT_SUV - OVERLAY_FROM_SUV), 0, 1)
-    colours = np.stack([np.minimum(1, 3 * glow), np.clip(3 * glow - 1, 0, 1), glow**4], axis=-1)
-    opacity = 0.6 * np.minimum(1, 4 * glow)[..., None]
-    rgb = 255 * ((1 - opacity) * grey[..., None] + opacity * colours)
-    outlined = _Plane(
-        rgb.astype(np.uint8), mask[:, :, z], mask_iso[:, :, z], (spacing[0], spacing[1])
-    )
-    text = "axial CT slice through the largest lesion, PET over it, lesion outlined"
-    return _view(outlined, "CT and PET", text)
-
-
-@dataclass(frozen=True, eq=False)
-class _Plane:
-    """An RGB plane [right, up, 3] with its masks [right, up] and pixel size [mm]."""
-
-    rgb: Array
-    mask: Array
-    mask_iso: Array
-    spacing_mm: tuple[float, float]
-
-    @property
-    def mirrored(self) -> "_Plane":
-        """The plane seen from behind."""
-        return _Plane(self.rgb[::-1], self.mask[::-1], self.mask_iso[::-1], self.spacing_mm)
-
-
-def _view(plane: _Plane, caption: str, alt: str) -> dict[str, str]:
-    """Return a picture with square pixels, outlined."""
-    width, height = (
-        max(1, round(n * mm / min(plane.spacing_mm)))
-        for n, mm in zip(plane.mask.shape, plane.spacing_mm, strict=True)
-    )
-
-    def picture(array: Array, resampling: Image.Resampling) -> Array:
-        rows = np.ascontiguousarray(np.swapaxes(array, 0, 1)[::-1])
-        return np.array(Image.fromarray(rows).resize((width, height), resampling))
-
-    pixels = picture(plane.rgb, Image.Resampling.BILINEAR)
-    for mask, colour in ((plane.mask, MASK_RGB), (plane.mask_iso, CONTOUR_RGB)):
-        filled = picture(mask * np.uint8(255), Image.Resampling.NEAREST) > 0
-        pixels[filled & ~ndimage.binary_erosion(filled)] = colour
-    buffer = io.BytesIO()
-    # A quarter of a PNG's size: a thousand studies of three pictures stay below 150 MB.
-    Image.fromarray(pixels).save(buffer, "WEBP", quality=80, method=4)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {
-        "src": f"data:image/webp;base64,{data}",
-        "width": str(width),
-        "height": str(height),
-        "caption": caption,
-        "alt": alt,
-    }
-
-
-def _in_units(values: Array, limits: Sequence[float]) -> NDArray[np.float32]:
-    low, high = limits
-    result: NDArray[np.float32] = values.astype(np.float32) * (high - low) + low
-    return result

@@ -70,10 +70,11 @@ def render_card(card: Card) -> Sequence[str]:
     """Render one study of an HDF5 file."""
     image, attributes = hdf5.read_dataset(card.studies_file, "image", card.key)
     mask, _ = hdf5.read_dataset(card.studies_file, "mask", card.key)
-    mask_iso, _ = hdf5.read_dataset(card.studies_file, "mask_iso", card.key)
+    mask_iso, of_contour = hdf5.read_dataset(card.studies_file, "mask_iso", card.key)
     measures, provenance, warnings = (
         json.loads(attributes[name]) for name in ("measures", "suv", "warnings")
     )
+    attributes = {**of_contour, **attributes}
     card.path.write_text(
         report.study_card(
             card.key, image, mask, mask_iso, attributes, measures, provenance, warnings

@@ -16,7 +16,9 @@ from common.image import Image
 from common.volumes import (
     Recipe,
     Volume,
+    doubts,
     losses,
+    mask_on_pet,
     measures,
     number_lesions,
     outline,
@@ -39,7 +41,7 @@ class PlacedStudy:
     measures : dict
         Of its lesions and of the study, on the PET's own grid; plain JSON.
     warnings : sequence of str
-        What the target grid loses.
+        What the target grid loses, and what can't be right.
     """
 
     ct: Volume
@@ -116,7 +118,9 @@ def place_study(
     mask, mask_iso = outline(suv, placed, recipe)
     laps.end("isocontour")
     warnings = losses(pet, lesions, ct, suv, placed, recipe)
-    found = measures(pet, lesions, _weight_kg(study), recipe)
+    pet_mask, weight_kg = mask_on_pet(lesions, pet), _weight_kg(study)
+    found = measures(pet, pet_mask, weight_kg, recipe)
+    warnings += doubts(pet, pet_mask, ct, suv, found["study"]["dose_fraction"], weight_kg)
     laps.end("measures")
     return PlacedStudy(ct, suv, placed, mask, mask_iso, found, warnings)
 

@@ -20,6 +20,7 @@ from common.lesions import (
     tumour_burden,
 )
 from common.losses import clipped_uptake, lesion_losses, uncovered_uptake
+from common.plausibility import dose_out_of_range, mask_far_from_uptake
 from common.resampling import resample_cubic, resample_nearest, separable
 
 ORIENTATIONS = frozenset(
@@ -191,16 +192,36 @@ def losses(
     ]
 
 
-def measures(pet: Image, lesions: Image, weight_kg: float | None, recipe: Recipe) -> dict[str, Any]:
+def mask_on_pet(lesions: Image, pet: Image) -> Array:
+    """Return the lesions on the PET's own grid, where they are measured."""
+    if lesions.grid == pet.grid:
+        return lesions.data
+    return resample_nearest(lesions.data, lesions.grid, pet.grid)
+
+
+def measures(pet: Image, mask: Array, weight_kg: float | None, recipe: Recipe) -> dict[str, Any]:
     """Return the measures of each lesion and of the study, on the PET's own grid, as plain JSON.
 
     ``dose_fraction`` is null where the body weight is unknown.
     """
-    same_grid = lesions.grid == pet.grid
-    mask = lesions.data if same_grid else resample_nearest(lesions.data, lesions.grid, pet.grid)
     found = measure_lesions(pet.data, mask, pet.affine, recipe.iso_threshold, recipe.iso_suv)
     fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
     return {
         "lesions": [asdict(lesion) for lesion in found],
         "study": {**asdict(tumour_burden(found)), "dose_fraction": fraction},
     }
+
+
+def doubts(
+    pet: Image,
+    mask: Array,
+    ct: Volume,
+    suv: Volume,
+    fraction: float | None,
+    weight_kg: float | None,
+) -> list[str]:
+    """Return warnings of a dose fraction, and of a mask on the PET's grid, that can't be right."""
+    return [
+        *dose_out_of_range(fraction, weight_kg, suv.data, ct.data, ct.grid),
+        *mask_far_from_uptake(pet.data, mask, pet.grid),
+    ]

@@ -1,29 +1,31 @@
 #!/usr/bin/env python3
 """Train a small 3D U-Net on a file of preprocessing.py: an example to start from.
 
-Needs PyTorch (pip install torch). With the demo's file it learns all lesions within two minutes on
-a CPU; on real data raise --steps, --width and --patch, and give a fold of mergeh5.py --splits.
+Needs PyTorch (pip install torch). With the demo's file it learns the lesions to a Dice above 0.9 in
+a minute of one CPU; on real data raise --steps, --width and --patch, and give a fold of
+mergeh5.py --splits.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
 from torch import nn
 
-UPTAKE = 0.1
-"""PET value from which on tissue counts as taking up tracer: SUV 4 with the default range."""
+HOT_SUV = 4.0
+"""Uptake that a network takes for tumour first: kidneys, bladder, brain."""
 
 
 class LesionPatches(torch.utils.data.Dataset):
-    """Random patches of PET and CT with the tumour mask.
+    """Random patches of PET and CT with the tumour mask, flipped at random.
 
-    Of four patches two are around tumour, one is around other uptake (what a network takes for
-    tumour first: kidneys, bladder, brain), one is anywhere.
+    Of four patches two are around tumour, one is around other uptake, one is anywhere.
 
     Parameters
     ----------
@@ -36,7 +38,7 @@ class LesionPatches(torch.utils.data.Dataset):
         Patches an epoch.
     target : "mask" or "mask_iso"
     seed : int
-        The same index always gives the same patch.
+        The same index always gives the same patch, in whichever worker.
     """
 
     def __init__(
@@ -50,29 +52,37 @@ class LesionPatches(torch.utils.data.Dataset):
     ) -> None:
         self.path, self.keys, self.patch, self.count = path, list(keys), patch, count
         self.target, self.seed = target, seed
-        self.file: h5py.File | None = None
+        self.file, self.opened_by = None, 0
         self.places: dict[tuple[str, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.file is None:  # each DataLoader worker opens the file for itself
-            self.file = h5py.File(self.path, "r")
+        file = self._opened()
         random = np.random.default_rng((self.seed, index))
         key = self.keys[random.integers(len(self.keys))]
-        image, mask = self.file["image"][key], self.file[self.target][key]
+        image, mask = file["image"][key], file[self.target][key]
         start = self._start(key, ("tumour", "uptake", "tumour", "anywhere")[index % 4], random)
-        box = tuple(slice(s, s + self.patch) for s in start)
-        x = self._padded(image[(slice(None), *box)])
-        y = self._padded(mask[(slice(None), *box)])
+        box = (slice(None), *(slice(s, s + self.patch) for s in start))
+        x = self._padded(network_input(image[box], image.attrs))
+        y = self._padded(mask[box])
         flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
         return tuple(
             torch.from_numpy(np.flip(array, flipped).astype(np.float32)) for array in (x, y)
         )
 
+    def _opened(self) -> h5py.File:
+        # Each DataLoader worker opens the file for itself: HDF5 does not survive a fork.
+        if self.opened_by != os.getpid():
+            self.file, self.opened_by = h5py.File(self.path, "r"), os.getpid()
+        return self.file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "file": None, "opened_by": 0}
+
     def _start(self, key: str, around: str, random: np.random.Generator) -> list[int]:
-        last = [max(0, n - self.patch) for n in self.file[self.target][key].shape[1:]]
+        last = [max(0, n - self.patch) for n in self._opened()[self.target][key].shape[1:]]
         voxels = self._voxels(key, around)
         if not len(voxels):
             return [int(random.integers(n + 1)) for n in last]
@@ -82,15 +92,29 @@ class LesionPatches(torch.utils.data.Dataset):
 
     def _voxels(self, key: str, around: str) -> np.ndarray:
         if (key, around) not in self.places:
-            mask = self.file[self.target][key][0] > 0
+            chosen = self._opened()[self.target][key][0] > 0
             if around == "uptake":
-                mask = ~mask & (self.file["image"][key][0] > UPTAKE)
-            chosen = np.argwhere(mask) if around != "anywhere" else np.empty((0, 3))
-            self.places[key, around] = chosen.astype(np.int16)
+                image = self._opened()["image"][key]
+                chosen = ~chosen & (in_units(image[0], image.attrs["suv_range"]) > HOT_SUV)
+            elif around == "anywhere":
+                chosen[:] = False
+            self.places[key, around] = np.argwhere(chosen).astype(np.int16)
         return self.places[key, around]
 
     def _padded(self, array: np.ndarray) -> np.ndarray:
         return np.pad(array, [(0, 0), *((0, self.patch - n) for n in array.shape[1:])])
+
+
+def in_units(values: np.ndarray, limits: Sequence[float]) -> np.ndarray:
+    """Return normalised values in SUV or HU, by the range that the file keeps."""
+    return values.astype(np.float32) * (limits[1] - limits[0]) + limits[0]
+
+
+def network_input(image: np.ndarray, attributes: Mapping[str, Any]) -> np.ndarray:
+    """Return PET and CT (2, X, Y, Z) with the contrast that a reader would choose."""
+    suv = in_units(image[0], attributes["suv_range"])
+    hu = in_units(image[1], attributes["ct_range"])
+    return np.stack([np.minimum(suv / 10, 2), np.clip((hu - 40) / 200, -1, 1)]).astype(np.float32)
 
 
 class SmallUNet(nn.Module):
@@ -131,23 +155,21 @@ def dice_of(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (2 * overlap + 1) / (prediction.sum() + mask.sum() + 1)
 
 
-def train(
-    path: Path, keys: Sequence[str], steps: int, patch: int, batch: int, width: int, target: str
-) -> nn.Module:
-    """Return a network trained on the studies `keys`."""
-    torch.manual_seed(0)
-    network = SmallUNet(width)
+def train(patches: LesionPatches, batch: int, width: int, workers: int) -> nn.Module:
+    """Return a network trained on each of the patches once."""
+    torch.manual_seed(patches.seed)
+    steps = len(patches) // batch
+    network = SmallUNet(width).to(memory_format=torch.channels_last_3d)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    patches = LesionPatches(path, keys, patch, steps * batch, target)
-    loader = torch.utils.data.DataLoader(patches, batch, num_workers=0)
+    loader = torch.utils.data.DataLoader(patches, batch, num_workers=workers)
     for step, (x, y) in enumerate(loader, start=1):
-        loss = loss_of(network(x), y)
+        loss = loss_of(network(x.contiguous(memory_format=torch.channels_last_3d)), y)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step % 20 == 0:
+        if step % 50 == 0:
             print(f"step {step} of {steps}: loss {loss.item():.3f}", file=sys.stderr)
     return network
 
@@ -159,7 +181,8 @@ def evaluate(network: nn.Module, path: Path, keys: Sequence[str], target: str) -
     found = {}
     with h5py.File(path, "r") as file:
         for key in keys:
-            image = torch.from_numpy(file["image"][key][()].astype(np.float32))[None]
+            stored = file["image"][key]
+            image = torch.from_numpy(network_input(stored[()], stored.attrs))[None]
             mask = torch.from_numpy(file[target][key][()].astype(np.float32))[None]
             # The network halves the volume twice.
             room = [r for n in reversed(image.shape[2:]) for r in (0, -n % 4)]
@@ -174,28 +197,40 @@ def evaluate(network: nn.Module, path: Path, keys: Sequence[str], target: str) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, print each study's Dice, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, metavar="FILE_3d.h5")
+    parser.add_argument("file", type=Path, metavar="FILE_3d.h5", help="file of preprocessing.py")
     parser.add_argument("--keys", type=Path, help="key list, as of mergeh5.py --splits")
-    parser.add_argument("--target", choices=("mask", "mask_iso"), default="mask")
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--patch", type=int, default=32, help="edge [voxels], a multiple of 4")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--save", type=Path, metavar="WEIGHTS.pt")
+    parser.add_argument(
+        "--target",
+        choices=("mask", "mask_iso"),
+        default="mask",
+        help="what to learn (default: mask)",
+    )
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="(default: 400)")
+    parser.add_argument(
+        "--patch", type=int, default=24, help="edge [voxels], a multiple of 4 (default: 24)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="patches a step (default: 8)")
+    parser.add_argument("--width", type=int, default=8, help="channels on top (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and patches (default: 0)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that read patches (default: 1)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of the network: more for larger patches (default: 1)",
+    )
+    parser.add_argument("--save", type=Path, metavar="WEIGHTS.pt", help="keep the network")
     options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
     with h5py.File(options.file, "r") as file:
         keys = sorted(file["image"])
     if options.keys:
         keys = options.keys.read_text().split()
-    network = train(
-        options.file,
-        keys,
-        options.steps,
-        options.patch,
-        options.batch,
-        options.width,
-        options.target,
-    )
+    count = options.steps * options.batch
+    patches = LesionPatches(options.file, keys, options.patch, count, options.target, options.seed)
+    network = train(patches, options.batch, options.width, options.workers)
     scores = evaluate(network, options.file, keys, options.target)
     for key, dice in scores.items():
         print(f"{key}  Dice {dice:.3f}")

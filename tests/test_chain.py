@@ -6,6 +6,7 @@ nothing here looks into a file between the first and the last.
 
 import csv
 import hashlib
+import json
 from pathlib import Path
 
 import h5py
@@ -156,6 +157,17 @@ def test_measures_are_those_of_the_lesions(chain, study):
     assert 0 < float(total["dose_fraction"]) < 1
 
 
+def test_scale_and_mask_of_the_demo_are_not_doubted(chain):
+    assert not doubts_in(chain / "all_3d.h5")
+
+
+def doubts_in(path):
+    with h5py.File(path) as file:
+        told = [json.loads(image.attrs["warnings"]) for image in file["image"].values()]
+    words = ("dose fraction out of range", "mask far from uptake")
+    return [text for texts in told for text in texts if text.startswith(words)]
+
+
 @pytest.mark.parametrize("angle", ANGLES)
 def test_projected_lesions_are_where_geometry_puts_them(chain, study, angle):
     key = f"{hash_of(study)}_{angle:03d}"
@@ -202,6 +214,7 @@ def test_dicom_and_nifti_of_the_same_patients_give_the_same_volumes(tmp_path):
         small = ["--shape", 100, 100, "--dtype", "float32"]
         assert main(preprocessing, archive, "-o", output, "-q", "-j", 1, *small) == 0
         files.append(output)
+        assert not doubts_in(output)
     with h5py.File(files[0]) as dicom, h5py.File(files[1]) as nifti:
         assert len(dicom["image"]) == 3
         for key in dicom["image"]:

@@ -342,10 +342,34 @@ def refusal(capsys, *arguments: str) -> str:
         ("--ouput", "unknown option --ouput: did you mean --output?"),
         ("--log_file=x", "unknown option --log_file: did you mean --log-file?"),
         ("--zzzzzz", "unknown option --zzzzzz: see --help"),
+        ("-x", "unknown option -x: see --help"),
+        ("-spacing", "unknown option -spacing: did you mean --spacing?"),
     ],
 )
 def test_a_mistyped_option_names_the_nearest(word, message, capsys):
     assert refusal(capsys, word, "2") == message
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("gzp", ": did you mean gzip?"), ("LZF", ""), ("zst", ""), ("nne", ": did you")],
+)
+def test_a_mistyped_choice_names_the_nearest(word, hint, capsys):
+    target = parser()
+    target.add_argument("--compression", choices=("gzip", "lzf", "none"))
+    with pytest.raises(SystemExit):
+        target.parse_args(["-o", "x", "--compression", word])
+    told = capsys.readouterr().err
+    assert f"invalid choice: '{word}' (choose from " in told
+    assert hint in told
+    assert bool(hint) == ("did you mean" in told)
+
+
+def test_values_after_short_options_and_below_zero_are_no_unknown_options():
+    target = parser()
+    target.add_argument("--range", nargs=2, type=float)
+    read = target.parse_args(["-ox", "-j2", "-vv", "--range", "-1000", "-.5"])
+    assert (read.output, read.jobs, read.verbose, read.range) == (Path("x"), 2, 2, [-1000, -0.5])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import pytest
 from nibabel import orientations
 from nilearn.image import resample_img, resample_to_img
 from project_zips import image, rotation, study_images, write_zip
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
 from skimage import measure
 
 import preprocessing
@@ -319,6 +321,41 @@ def test_saved_nifti_lies_on_the_originals_in_hu_and_suv(tmp_path):
     assert np.count_nonzero((back > 0) != (images["mask"].get_fdata() > 0)) <= 2
 
 
+@pytest.mark.parametrize("orientation", ["LAS", "RPI", "SLA"])
+@pytest.mark.parametrize("degrees", [0, 12])
+def test_saved_nifti_resampled_back_is_nowhere_off_by_a_tenth_of_a_millimetre(
+    orientation, degrees, tmp_path
+):
+    images = study_images(turn=Rotation.from_euler("zx", [degrees, degrees / 3], True).as_matrix())
+    for role, low, high in (("ct", -1000, 1000), ("petsuv", 0, 10)):
+        smooth = gaussian_filter(images[role].get_fdata(), 2.0 if role == "ct" else 1.5)
+        smooth = (smooth - smooth.min()) / np.ptp(smooth) * (high - low) + low
+        images[role] = nibabel.Nifti1Image(smooth.astype(np.float32), images[role].affine)
+    write_zip(tmp_path / "p.zip", {A: images})
+    options = ["--shape", 50, 45, 30, "--orientation", orientation, "--save-nifti", tmp_path / "n"]
+    assert run(tmp_path / "p.zip", tmp_path / "o.h5", "--spacing", 2, 2, 3, *options) == 0
+    for role in ("ct", "petsuv"):
+        saved = nibabel.load(tmp_path / "n" / f"{A}_{role}.nii.gz")
+        assert nibabel.aff2axcodes(saved.affine) == tuple(orientation) or degrees
+        off_mm = displacement_mm(images[role], saved)
+        assert np.abs(off_mm).max() < 0.1
+        # What is off by 0.3 mm is seen to be.
+        moved = saved.affine.copy()
+        moved[:3, 3] += 0.3
+        moved_mm = displacement_mm(images[role], nibabel.Nifti1Image(saved.get_fdata(), moved))
+        np.testing.assert_allclose(moved_mm - off_mm, 0.3, atol=0.1)
+
+
+def displacement_mm(original, saved):
+    """How far a saved image, resampled back, lies from the original: least squares, (x, y, z)."""
+    back = resample_to_img(saved, original, "continuous").get_fdata()
+    before = original.get_fdata()
+    inner = tuple(slice(n // 4, -n // 4) for n in before.shape)
+    slopes = np.stack([slope[inner].ravel() for slope in np.gradient(before)], axis=1)
+    voxels = np.linalg.lstsq(slopes, (before - back)[inner].ravel(), rcond=None)[0]
+    return original.affine[:3, :3] @ voxels
+
+
 def read_table(path):
     with open(path, newline="") as stream:
         return list(csv.DictReader(stream))
@@ -409,6 +446,34 @@ def test_losses_are_told_in_log_and_file_and_measures(name, one_zip, tmp_path, c
     assert f"warning: {A}: " in capsys.readouterr().err
     assert any(words in warning for warning in told(tmp_path / "o.h5"))
     assert words in read_table(table)[-1]["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("suv_scale", "shift", "words"),
+    [
+        (200, 0, "dose fraction out of range: the PET holds "),
+        (0.01, 0, "dose fraction out of range: "),
+        (1, 5, "mask far from uptake: SUVmean is "),
+    ],
+)
+def test_doubts_are_told_in_log_and_file_and_measures_and_report(
+    suv_scale, shift, words, tmp_path, capsys
+):
+    images = study_images()
+    mask = np.roll(images["mask"].get_fdata().astype(np.uint8), shift, axis=0)
+    images["mask"] = nibabel.Nifti1Image(mask, images["mask"].affine)
+    suv = images["petsuv"].get_fdata().astype(np.float32) * np.float32(suv_scale)
+    images["petsuv"] = nibabel.Nifti1Image(suv, images["petsuv"].affine)
+    provenance = {"suv_type": "bw", "suv_units": "g/ml", "units": "GML", "rule": "7"}
+    record = {"suv": {**provenance, "weight_kg": 50.0}}
+    write_zip(tmp_path / "p.zip", {A: images}, records={A: record})
+    table, page = tmp_path / "m.csv", tmp_path / "r.html"
+    beside = ["--measures", table, "--report", page]
+    assert run(tmp_path / "p.zip", tmp_path / "o.h5", *SMALL, *beside) == 0
+    assert f"warning: {A}: {words}" in capsys.readouterr().err
+    assert any(warning.startswith(words) for warning in told(tmp_path / "o.h5"))
+    assert words in read_table(table)[-1]["warnings"]
+    assert f"<li>{words}" in page.read_text()
 
 
 def test_lesions_that_merge_are_told(tmp_path):

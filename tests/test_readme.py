@@ -1,4 +1,4 @@
-"""The README is true: its options exist, its snippet runs, its first command does what it says."""
+"""README and docs/ are true: options, links and columns exist, commands do what they say."""
 
 import re
 import shutil
@@ -6,14 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
 
 import createproject
 import mergeh5
 import preprocessing
 import project_2d
+from common.lesion_table import COLUMNS
 from examples import phantom
 
 ROOT = Path(__file__).parents[1]
@@ -85,25 +84,41 @@ def test_the_pipeline_passes_status_3_on(raw_project, tmp_path):
     assert "3 studies: 1 written, 0 unchanged, 1 skipped, 1 failed" in run.stdout
 
 
-def test_the_training_snippet_reads_patches_of_the_file(tmp_path):
-    torch = pytest.importorskip("torch", reason="PyTorch is optional")
-    path = tmp_path / "a_3d.h5"
-    with h5py.File(path, "w") as file:
-        file["image/0123456789"] = np.zeros((2, 120, 110, 40), np.float16)
-        file["mask/0123456789"] = np.ones((1, 120, 110, 40), np.uint8)
-    snippet = re.search(r"```python\n(import h5py.*?)```", README, flags=re.DOTALL)[1]
-    names: dict = {}
-    exec(snippet, names)
-    loader = torch.utils.data.DataLoader(names["Patches"](path, ["0123456789"]), num_workers=0)
-    image, mask = next(iter(loader))
-    assert image.shape == (1, 2, 96, 96, 40)
-    assert mask.shape == (1, 1, 96, 96, 40)
-    assert image.dtype == torch.float32
-
-
 def test_shell_scripts_have_no_syntax_error():
     for script in (ROOT / ".ci/run", *ROOT.glob("*/*.sh")):
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=str)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+            assert anchor in slugs, target
+
+
+def test_every_column_of_the_measures_is_explained():
+    section = (ROOT / "docs/formats.md").read_text().split("## Measures")[1].split("\n## ")[0]
+    columns = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(\w+)`", "".join(columns)) == [*sorted_as(COLUMNS, columns)]
+
+
+def sorted_as(columns, cells):
+    """The table's columns in the order that the page explains them."""
+    text = "".join(cells)
+    return sorted(columns, key=lambda name: text.index(f"`{name}`"))
+
+
+def test_every_rule_that_a_report_may_name_is_explained():
+    told = (ROOT / "docs/suv.md").read_text()
+    rows = set(re.findall(r"^\| (\d+) \|", told, flags=re.MULTILINE))
+    assert rows == {str(number) for number in range(1, 18)}
+    for letter in "abc":
+        assert f"(12{letter})" in told
 
 
 def test_python_is_new_enough():

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import preprocessing
-from common import report
+from common import losses, plausibility, report, report_pictures
+from common.grid import Grid
 
 SHAPE = (24, 20, 30)
 ATTRIBUTES = {
@@ -19,6 +20,7 @@ ATTRIBUTES = {
     "affine": np.diag([-2.0, 2.0, 3.0, 1.0]),
     "suv_range": [0.0, 40.0],
     "ct_range": [-1000.0, 1000.0],
+    "iso_threshold": 41.0,
 }
 BQML = {
     "suv_type": "bw",
@@ -106,6 +108,20 @@ def test_text_from_files_is_escaped():
 def test_a_study_without_lesion_has_no_slice_through_one():
     card = a_card(mask=np.zeros(SHAPE, np.uint8))
     assert card.count("<img") == 2
+    assert "No lesion." in card
+    assert "<table>" not in card
+
+
+def test_a_thousand_noisy_studies_stay_below_150_mb():
+    random = np.random.default_rng(0)
+    image = random.gamma(20, 1 / 400, (2, 200, 200, 326)).astype(np.float16)
+    mask = np.zeros((1, 200, 200, 326), np.uint8)
+    mask[0, 90:110, 90:110, 100:110] = 1
+    attributes = {**ATTRIBUTES, "affine": np.diag([-2.0, 2.0, 3.0, 1.0])}
+    study = {"lesion_count": 0, "tmtv_ml": 0.0, "dmax_mm": 0.0, "dose_fraction": None}
+    measures = {"lesions": [], "study": study}
+    card = report.study_card("aaaaaaa001", image, mask, mask, attributes, measures, {}, [])
+    assert len(card) < 150_000
 
 
 def test_the_page_fetches_nothing():
@@ -122,12 +138,67 @@ def test_the_page_fetches_nothing():
     ],
 )
 def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, column, row):
-    source = a_card().split('data-src="data:image/webp;base64,')[view + 1].split('"')[0]
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"), int)
+    pixels = picture(a_card(), view)
     rows, columns = np.nonzero(np.ptp(pixels, axis=2) > 60)
-    assert pixels.shape[:2] == shape
-    assert rows.mean() == pytest.approx(row, abs=2)
-    assert columns.mean() == pytest.approx(column, abs=1)
+    assert pixels.shape[:2] == tuple(report_pictures.PICTURE_SCALE * n for n in shape)
+    assert rows.mean() / report_pictures.PICTURE_SCALE == pytest.approx(row, abs=2)
+    assert columns.mean() / report_pictures.PICTURE_SCALE == pytest.approx(column, abs=1)
+
+
+def picture(card, view):
+    source = card.split('data-src="data:image/webp;base64,')[view + 1].split('"')[0]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"), int)
+
+
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_both_outlines_are_seen_where_mask_and_isocontour_are_the_same(view):
+    red, green, blue = np.moveaxis(picture(a_card(), view), 2, 0)
+    assert np.count_nonzero((green > red + 60) & (green > blue + 60)) > 20
+    assert np.count_nonzero((red > green + 60) & (blue > green + 30)) > 20
+
+
+def test_every_picture_says_which_side_is_which():
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", a_card())
+    assert [re.findall("<span>(.)</span>", caption) for caption in captions] == [
+        ["R", "L"],
+        ["A", "P"],
+        ["R", "L"],
+    ]
+    alternatives = re.findall(r'alt="(.*?)"', a_card())
+    assert all("left" in text for text in alternatives)
+
+
+def test_every_warning_of_resampling_and_plausibility_is_of_a_kind_to_filter_by():
+    lesions = Grid((9, 9, 9), np.eye(4))
+    ids = np.zeros(lesions.shape, np.uint8)
+    ids[1, 1, 1], ids[8, 8, 8] = 1, 2
+    merged = np.zeros((2, 2, 2), np.uint8)
+    merged[0, 0, 0], merged[0, 0, 1] = 1, 2
+    small = Grid((2, 2, 2), np.diag([3.0, 3, 3, 1]))
+    suv = np.full(lesions.shape, 50, np.float32)
+    kinds = {
+        "tumour outside the grid": losses.lesion_losses(ids, lesions, merged, small),
+        "vanished lesions": losses.lesion_losses(ids, lesions, merged * 0, lesions),
+        "merged lesions": losses.lesion_losses(ids, lesions, merged, small),
+        "clipped uptake": losses.clipped_uptake(suv, ids, 40, lesions),
+        "PET not covered by CT": losses.uncovered_uptake(suv, lesions, small),
+        "dose fraction": plausibility.dose_out_of_range(2.0, 70.0, suv, suv, lesions),
+        "mask far from uptake": plausibility.mask_far_from_uptake(suv * 0, ids, lesions),
+    }
+    for kind, warnings in kinds.items():
+        assert kind in report.kinds_of(warnings)
+        assert "other warnings" not in report.kinds_of(warnings)
+    assert report.kinds_of(["decay reference disagrees: 90 s"])[1:] == ["decay reference disagrees"]
+    assert report.kinds_of(["a new one"]) == ["with warnings", "other warnings"]
+    assert report.kinds_of([]) == ["without warnings"]
+
+
+def test_the_table_says_where_the_isocontour_is():
+    assert "isocontour 41\u00a0% [ml]" in a_card()
+
+
+def test_a_distance_is_told_of_two_lesions_alone():
+    assert "Dmax" not in a_card()
 
 
 def test_the_page_tells_what_it_was_made_from(tmp_path):
@@ -187,7 +258,7 @@ def browser():
 def page(browser, tmp_path):
     cards = [
         a_card("aaaaaaa001", suv_max=4.0, tmtv_ml=30.0),
-        a_card("bbbbbbb002", warnings=["1.00 ml vanish"], suv_max=9.0, tmtv_ml=2.0),
+        a_card("bbbbbbb002", warnings=["1 lesion(s) vanish by resampling"], suv_max=9, tmtv_ml=2.0),
         a_card("ccccccc003", suv_max=7.0, tmtv_ml=11.0),
         report.failed_card("ddddddd004", "failed", "no body weight"),
     ]
@@ -217,6 +288,15 @@ def test_the_page_opens_with_all_cards_and_no_console_error(page):
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+def test_nothing_can_be_fetched_even_if_text_became_markup(page):
+    script = """
+        const done = arguments[0], i = new Image();
+        addEventListener("securitypolicyviolation", e => done(e.effectiveDirective));
+        i.onload = i.onerror = () => done("asked for");
+        i.src = "file:///x.png";"""
+    assert page.execute_async_script(script) == "img-src"
+
+
 def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
     loaded = page.execute_async_script(
         "const done = arguments[0]; setTimeout(() => done([...document.images]"
@@ -225,11 +305,25 @@ def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
     assert loaded == [[True, True]] * 9
 
 
+def test_of_a_thousand_studies_the_pictures_near_the_view_alone_are_loaded(browser, tmp_path):
+    path = tmp_path / "many.html"
+    card = a_card("KEY")
+    path.write_text(a_page([card.replace("KEY", f"{n:010x}") for n in range(1000)]))
+    browser.get(path.as_uri())
+    assert browser.find_element("css selector", ".count").text == "1000 of 1000 studies"
+    script = (
+        "const done = arguments[0], n = () => document.querySelectorAll('img[src]').length;"
+        "setTimeout(() => done(n()), 500)"
+    )
+    assert 3 <= browser.execute_async_script(script) < 100
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
         ("with warnings", ["bbbbbbb002"]),
         ("without warnings", ["aaaaaaa001", "ccccccc003"]),
+        ("vanished lesions", ["bbbbbbb002"]),
         ("failed", ["ddddddd004"]),
     ],
 )
@@ -240,11 +334,68 @@ def test_the_filter_shows_what_it_says(page, choice, expected):
 
 @pytest.mark.parametrize(
     ("order", "first"),
-    [("volume", "aaaaaaa001"), ("suvmax", "bbbbbbb002"), ("warnings", "bbbbbbb002")],
+    [("volume", "aaaaaaa001"), ("suvmax", "bbbbbbb002"), ("warnings", "ddddddd004")],
 )
 def test_sorting_puts_the_largest_first(page, order, first):
     choose(page, "sort", order)
     assert shown(page)[0] == first
+
+
+def test_failed_studies_come_first_however_often_one_sorts(page):
+    choose(page, "sort", "volume")
+    choose(page, "sort", "hash")
+    assert shown(page) == ["ddddddd004", "aaaaaaa001", "bbbbbbb002", "ccccccc003"]
+
+
+def test_volume_and_project_filter(page):
+    choose(page, "volume", "11")
+    assert shown(page) == ["aaaaaaa001", "ccccccc003"]
+    choose(page, "volume", "")
+    choose(page, "project", ATTRIBUTES["project"])
+    assert shown(page) == ["aaaaaaa001", "bbbbbbb002", "ccccccc003"]
+
+
+def test_nothing_hangs_out_of_a_phone_and_no_table_out_of_a_screen(page):
+    def widths(width):
+        page.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        script = (
+            "const t = document.querySelector('.scroll'), r = document.documentElement;"
+            "return [r.scrollWidth - innerWidth, t.scrollWidth - t.clientWidth]"
+        )
+        return page.execute_script(script)
+
+    assert widths(390)[0] <= 0
+    assert max(widths(1280)) <= 0
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_and_controls_stand_out_from_what_is_behind_them(page, theme):
+    page.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+    script = """
+        const solid = e => { for (; e; e = e.parentElement) {
+            const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(c)) return c; } };
+        return [...document.querySelectorAll("h1, h2, h2 span, td, th, p, li, label, figcaption, "
+            + "select, input, button, footer, .count")].map(e => [e.tagName,
+            getComputedStyle(e).color, solid(e), getComputedStyle(e).borderTopColor,
+            solid(e.parentElement)])"""
+    for tag, ink, ground, border, around in page.execute_script(script):
+        assert contrast(ink, ground) >= 4.5, tag
+        if tag in ("SELECT", "INPUT", "BUTTON"):
+            assert contrast(border, around) >= 3, tag
+
+
+def contrast(one, other):
+    """Contrast ratio of two CSS colours (WCAG 2.2)."""
+    luminances = []
+    for colour in (one, other):
+        values = np.array([int(n) for n in re.findall(r"\d+", colour)[:3]]) / 255
+        linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        luminances.append(float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05)
+    return max(luminances) / min(luminances)
 
 
 def test_finding_by_hash_counts_what_is_left(page):
