@@ -20,7 +20,7 @@ import numpy as np
 from common.errors import StudyError
 from common.pet_series import PetSeries
 from common.remarks import Remarks
-from common.timeline import DAY_S, Array, Timeline
+from common.timeline import DAY_S, Array, Timeline, on_the_clock
 
 HOUR_S = 3_600.0
 
@@ -131,7 +131,8 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
 
     RadiopharmaceuticalStartDateTime counts where the reference lies between an hour before it and
     two half-lives after it. Else its clock time does (without it, RadiopharmaceuticalStartTime),
-    on the day of the reference, or on the day before if it would come more than an hour later.
+    on the day of the earliest reference, or on the day before if it would come more than an hour
+    later: one injection for all slices.
 
     Parameters
     ----------
@@ -156,16 +157,21 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     """
     _compare_injection_times(times, remarks)
     stated_s = reference_s - times.injection_s
-    if stated_s.min() >= -HOUR_S and stated_s.max() < 2 * half_life_s:
+    if _is_uptake(stated_s, half_life_s):
         found_s = stated_s
     else:
         found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
         _remark_clock(stated_s, found_s, remarks)
-    if found_s.min() < 0:
+    if on_the_clock(found_s).min() < 0:
         remarks.warnings.append("injection is later than the decay reference")
-    if found_s.max() >= 2 * half_life_s:
+    if on_the_clock(found_s).max() >= 2 * half_life_s:
         remarks.warnings.append("the uptake lasted longer than two half-lives")
     return found_s
+
+
+def _is_uptake(stated_s: Array, half_life_s: float) -> bool:
+    stated_s = on_the_clock(stated_s)
+    return bool(stated_s.min() >= -HOUR_S and stated_s.max() < 2 * half_life_s)
 
 
 def _series_starts_in_time(times: Timeline) -> bool:
@@ -176,7 +182,8 @@ def _series_starts_in_time(times: Timeline) -> bool:
         )
     if np.isnan(times.acquisition_s).all():
         raise StudyError(_no_acquisition_time())
-    return bool(times.series_start_s <= np.nanmin(times.acquisition_s) + SERIES_TOLERANCE_S)
+    late_s = times.series_start_s - np.nanmin(times.acquisition_s)
+    return bool(on_the_clock(late_s) <= SERIES_TOLERANCE_S)
 
 
 def _compare_with_frames(
@@ -220,7 +227,7 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
         )
     earliest_s = reference_s.min()
     uptake_of_earliest_s = earliest_s % DAY_S - clock_s
-    if uptake_of_earliest_s < -HOUR_S:
+    if on_the_clock(uptake_of_earliest_s) < -HOUR_S:
         uptake_of_earliest_s += DAY_S
     return np.asarray(reference_s - earliest_s + uptake_of_earliest_s)
 

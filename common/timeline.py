@@ -85,6 +85,11 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
     )
 
 
+def on_the_clock(span_s: Array | float) -> Array:
+    """Round spans [s] to DICOM's microseconds, as they are compared with a limit."""
+    return np.asarray(np.round(span_s, 6))
+
+
 def _offset_of_the_others(series: PetSeries, remarks: Remarks) -> timedelta:
     """UTC offset of the moments that have none."""
     moments = [series.injection, series.injection_clock, series.series_start]

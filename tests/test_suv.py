@@ -403,6 +403,35 @@ def test_window_of_the_injection(
     assert len(provenance["reinterpretations"]) == reinterpretations
 
 
+@pytest.mark.parametrize("microsecond", [1, 100_000, 123_456, 687_000, 999_999])
+def test_limits_hold_to_the_microsecond(microsecond: int) -> None:
+    """The hour after which an injection counts as one of the day before was missed by rounding.
+
+    So the factor was 9000 times too large.
+    """
+    plain = read_pet_series(pet_headers(1))
+    reference = moment(REFERENCE_S).replace(microsecond=microsecond)
+    step = timedelta(microseconds=1)
+    for later_s, minutes in ((3600, -60), (0, 0)):
+        injection = reference + timedelta(seconds=later_s)
+        series = replace(plain, series_start=reference, slices=(PetSlice(reference),))
+        for found in (
+            replace(series, injection=injection, injection_clock=None),
+            replace(series, injection=None, injection_clock=injection.time()),
+        ):
+            provenance = suv_factors(found).provenance
+            assert provenance["minutes_to_reference"] == pytest.approx([minutes] * 2, abs=1e-6)
+            assert ("injection is later" in str(provenance["warnings"])) is (minutes < 0)
+    later = replace(
+        series, injection=None, injection_clock=(reference + timedelta(hours=1) + step).time()
+    )
+    assert suv_factors(later).provenance["minutes_to_reference"][0] > 1379
+    for series_start, rule in ((timedelta(seconds=1), "12b"), (timedelta(seconds=1) + step, "12c")):
+        slices = (PetSlice(reference, frame_reference_time_s=0.0, frame_duration_s=60.0),)
+        at = replace(plain, series_start=reference + series_start, slices=slices)
+        assert suv_factors(at).provenance["rule"] == rule
+
+
 @pytest.mark.parametrize(
     ("clock", "minutes"),
     [(time(10), 60), (time(11, 30), -30), (time(12), -60), (time(12, 1), 1379), (time(23), 720)],

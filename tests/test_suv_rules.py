@@ -100,7 +100,8 @@ def uptakes_s(scan: Scan, moments: list[datetime]) -> list[float]:
 
 
 def random_scan(rng: random.Random) -> Scan:
-    start = DAY + timedelta(seconds=rng.randrange(86_400))
+    microseconds = rng.choice((0, 0, 1, 100_000, 687_000))
+    start = DAY + timedelta(seconds=rng.randrange(86_400), microseconds=microseconds)
     before_s = (3600, 3600, 5400, -1800, -3600, -3601, 10_000, 90_000, 200_000)
     injected = start - timedelta(seconds=rng.choice(before_s))
     acquired = sorted(start + timedelta(seconds=rng.choice((0, 1, 120, 900))) for _ in range(3))
