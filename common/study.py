@@ -168,7 +168,8 @@ def _suv(source: Series | Stack | None, conversion: Conversion) -> SuvConversion
     """Return the factors to SUV of each slice, or of each header."""
     if conversion.pet_units == "suv":
         n_slices = len(source.slices) if isinstance(source, Stack) else 1
-        return already_suv(n_slices, conversion.suv_type, _series_if_readable(source, conversion))
+        series_if_readable = _series_if_readable(source, conversion)
+        return already_suv(n_slices, conversion.suv_type, series_if_readable, conversion.strict)
     series = _pet_series(source, conversion)
     if conversion.pet_units == "bqml":
         series = dataclasses.replace(series, units="BQML")

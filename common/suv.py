@@ -52,6 +52,8 @@ _DOSE = "RadionuclideTotalDose (0018,1074)"
 _HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
 _DECAY_CORRECTION = "DecayCorrection (0054,1102)"
 _CORRECTED_IMAGE = "CorrectedImage (0028,0051)"
+_ATTENUATION_CORRECTED = "AttenuationCorrected (0018,9759)"
+_DECAY_CORRECTED = "DecayCorrected (0018,9758)"
 _SUV_FACTOR = "SUV scale factor (7053,1000)"
 _ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
 
@@ -110,7 +112,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
 
 
 def already_suv(
-    n_slices: int, suv_type: str = "bw", series: PetSeries | None = None
+    n_slices: int, suv_type: str = "bw", series: PetSeries | None = None, strict: bool = False
 ) -> SuvConversion:
     """Take values as SUV of `suv_type` (`--pet-units suv`): all factors are 1.
 
@@ -122,21 +124,21 @@ def already_suv(
         Type of SUV that the values are, as `suv_factors` takes it.
     series : PetSeries, optional
         Only its weight counts, for the provenance.
+    strict : bool
+        Refuse a weight that needs a reinterpretation.
 
+    Raises
+    ------
+    StudyError
+        Strict, and the weight is in grams.
     """
     _require_suv_type(suv_type)
     remarks = Remarks()
     factors = np.ones(n_slices)
-    return SuvConversion(
-        factors,
-        provenance(
-            suv_type,
-            "given as SUV",
-            factors,
-            None if series is None else _weight_kg(series, remarks),
-            remarks,
-        ),
-    )
+    weight_kg = None if series is None else _weight_kg(series, remarks)
+    if strict:
+        refuse_reinterpretations(remarks)
+    return SuvConversion(factors, provenance(suv_type, "given as SUV", factors, weight_kg, remarks))
 
 
 def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
@@ -170,15 +172,23 @@ def _require_suv_type(suv_type: str) -> None:
 
 def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
     if "ATTN" not in series.corrected_image:
+        state = (
+            f"{_ATTENUATION_CORRECTED} is not YES"
+            if series.enhanced
+            else f"{_CORRECTED_IMAGE} lacks ATTN"
+        )
         raise StudyError(
-            f"not corrected for attenuation ({_CORRECTED_IMAGE} lacks ATTN): "
-            "give the attenuation-corrected series"
+            f"not corrected for attenuation ({state}): give the attenuation-corrected series"
         )
     decay_corrected = "DECY" in series.corrected_image
     if not decay_corrected and series.decay_correction != "NONE":
+        state = (
+            f"{_DECAY_CORRECTED} is neither YES nor NO"
+            if series.enhanced
+            else f"{_CORRECTED_IMAGE} lacks DECY, but {_DECAY_CORRECTION} is not NONE"
+        )
         raise StudyError(
-            f"it is unclear whether decay was corrected for ({_CORRECTED_IMAGE} lacks DECY, but "
-            f"{_DECAY_CORRECTION} is not NONE): correct the header"
+            f"it is unclear whether decay was corrected for ({state}): correct the header"
         )
     if decay_corrected and series.decay_correction == "NONE":
         remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {_DECAY_CORRECTION} is NONE")

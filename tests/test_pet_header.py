@@ -489,10 +489,16 @@ def test_offsets_of_enhanced_objects() -> None:
     [
         ({"DecayCorrectionDateTime": None}, "DecayCorrectionDateTime (0018,9701) is missing"),
         ({"DecayCorrected": "NO"}, "FrameReferenceDateTime (0018,9151) is missing"),
-        ({"DecayCorrected": None}, "DecayCorrection (0054,1102)"),
-        ({"AttenuationCorrected": "NO"}, "ATTN"),
-        ({"unit": None}, "Units (0054,1001) is missing"),
-        ({"unit": "kBq/ml"}, "Units (0054,1001) is UNKNOWN"),
+        ({"DecayCorrected": None}, "DecayCorrected (0018,9758) is neither YES nor NO"),
+        (
+            {"DecayCorrected": None, "CorrectedImage": ["DECY"]},
+            "DecayCorrected (0018,9758) is missing",
+        ),
+        ({"AttenuationCorrected": "NO"}, "AttenuationCorrected (0018,9759) is not YES"),
+        ({"unit": None}, "MeasurementUnitsCodeSequence (0040,08EA) is missing"),
+        ({"unit": "{counts}"}, "MeasurementUnitsCodeSequence (0040,08EA) is CNTS"),
+        ({"unit": "kBq/ml"}, "MeasurementUnitsCodeSequence (0040,08EA) is none that DICOM"),
+        ({"unit": "g/ml{SUVlbm}"}, "MeasurementUnitsCodeSequence (0040,08EA) is LBM"),
     ],
 )
 def test_enhanced_refusals_of_the_conversion(overrides: dict[str, Any], what: str) -> None:

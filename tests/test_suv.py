@@ -118,9 +118,12 @@ def test_refuses(header: dict[str, Any], what: str, tmp_path: Path) -> None:
         ({"corrected_image": frozenset({"DECY"})}, "CorrectedImage (0028,0051) lacks ATTN"),
         ({"corrected_image": frozenset({"ATTN"})}, "CorrectedImage (0028,0051) lacks DECY"),
         ({"decay_correction": None}, "DecayCorrection (0054,1102) is missing"),
-        ({"decay_correction": "UNKNOWN"}, "DecayCorrection (0054,1102) has another value"),
+        (
+            {"decay_correction": "UNKNOWN"},
+            "DecayCorrection (0054,1102) is none that DICOM defines",
+        ),
         ({"units": None}, "Units (0054,1001) is missing"),
-        ({"units": "UNKNOWN"}, "Units (0054,1001) is UNKNOWN"),
+        ({"units": "UNKNOWN"}, "Units (0054,1001) is none that DICOM defines"),
         ({"units": "GML", "suv_type": "LBM"}, "SUVType (0054,1006) is LBM"),
         ({"units": "GML", "suv_type": "BSA"}, "SUVType (0054,1006) is BSA"),
         ({"units": "CM2ML", "height_m": 175.0}, "PatientSize (0010,1020) is 175"),
@@ -686,6 +689,8 @@ def test_already_suv() -> None:
     assert conversion.provenance["weight_kg"] == 70
     assert conversion.provenance.keys() == suv_factors(series).provenance.keys()
     assert already_suv(3).provenance["weight_kg"] is None
+    with pytest.raises(StudyError, match="refused by --strict: PatientWeight"):
+        already_suv(3, "bw", series, strict=True)
 
 
 def test_units_can_be_overridden() -> None:
