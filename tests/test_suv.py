@@ -580,6 +580,20 @@ def test_times_without_offset_beside_two_offsets_are_refused() -> None:
     assert "TimezoneOffsetFromUTC (0008,0201)" in refusal(mixed)
 
 
+def test_an_injection_in_two_zones_leaves_that_of_the_scan_open() -> None:
+    """10:00 at UTC+2 was written as 08:00 UTC: the scan at 11:00 was taken as 11:00 UTC."""
+    plain = read_pet_series(pet_headers())
+    utc = replace(plain, injection=(INJECTION - timedelta(hours=2)).replace(tzinfo=UTC))
+    assert "different time zones" in refusal(utc)
+    assert "TimezoneOffsetFromUTC (0008,0201) is missing" in refusal(utc)
+    # A few minutes between them are a matter of care, not of zones.
+    careless = replace(plain, injection=(INJECTION - timedelta(minutes=14)).replace(tzinfo=UTC))
+    minutes = suv_factors(careless).provenance["minutes_to_reference"]
+    assert minutes == pytest.approx([74] * 2)
+    by_date_time_alone = replace(utc, injection_clock=None)
+    assert suv_factors(by_date_time_alone).provenance["minutes_to_reference"] == [180, 180]
+
+
 def test_the_day_of_a_clock_time_is_that_of_its_zone() -> None:
     """23:30 before a scan at 00:30 local time, which is 22:30 before 23:30 in UTC."""
     east = timezone(timedelta(hours=1))
