@@ -158,6 +158,16 @@ def test_times_of_day(text: str, expected: time) -> None:
     assert series.series_start == datetime.combine(datetime(2025, 1, 2), expected)
 
 
+def test_an_hour_alone_is_no_time_of_day() -> None:
+    """DICOM allows it, so it must not refuse a header whose SUV needs no time."""
+    (header,) = pet_headers(1, Units="GML")
+    for keyword in ("SeriesTime", "AcquisitionTime"):
+        put_raw(header, keyword, b"11")
+    series = read_pet_series([header])
+    assert series.series_start is series.slices[0].acquisition is None
+    assert suv_factors(series).factors == [1]
+
+
 EAST = timezone(timedelta(hours=5, minutes=30))
 
 
@@ -309,7 +319,7 @@ def test_refuses(overrides: dict[str, Any], what: str) -> None:
         ("PatientSize", b"inf"),
         ("PatientSex", b"M\\F"),
         ("Units", b"BQML\\GML"),
-        ("SeriesTime", b"11"),
+        ("SeriesTime", b"11h"),
         ("SeriesTime", b"256161"),
         ("SeriesDate", b"20251301"),
         ("SeriesDate", b"00000000"),
