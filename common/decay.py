@@ -161,7 +161,7 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
         found_s = stated_s
     else:
         found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
-        _remark_clock(stated_s, found_s, remarks)
+        _remark_other_day(stated_s, found_s, remarks)
     if on_the_clock(found_s).min() < 0:
         remarks.warnings.append("injection is later than the decay reference")
     if on_the_clock(found_s).max() >= 2 * half_life_s:
@@ -232,12 +232,8 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
     return np.asarray(reference_s - earliest_s + uptake_of_earliest_s)
 
 
-def _remark_clock(stated_s: Array, found_s: Array, remarks: Remarks) -> None:
-    if np.isnan(stated_s).all():
-        remarks.reinterpretations.append(
-            f"{_START_TIME} has no date: it is taken within the day before the decay reference"
-        )
-    elif np.abs(found_s - stated_s).max() > 1e-3:
+def _remark_other_day(stated_s: Array, found_s: Array, remarks: Remarks) -> None:
+    if not np.isnan(stated_s).all() and np.abs(found_s - stated_s).max() > 1e-3:
         remarks.reinterpretations.append(
             f"only the clock time of {_START_DATETIME} is used: "
             "its date does not fit the date of the scan"

@@ -104,6 +104,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
             header_suv_type=series.suv_type,
             decay_correction=series.decay_correction,
             manufacturer=series.manufacturer,
+            injection_from=None if uptake is None else _injection_from(series),
             minutes_to_reference=None if uptake is None else value_range(uptake / 60),
             vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
             alternatives=_alternatives(suv_type, series, weight_kg),
@@ -229,6 +230,12 @@ def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[str, Array,
     rule, reference_s = decay_reference(series, times, half_life_s, remarks)
     uptake = uptake_s(times, reference_s, half_life_s, remarks)
     return rule, uptake, dose_bq * np.exp2(-uptake / half_life_s)
+
+
+def _injection_from(series: PetSeries) -> str | None:
+    if series.decay_correction == "ADMIN":
+        return None
+    return "clock time" if series.injection is None else "date-time"
 
 
 def _dose_bq(series: PetSeries, remarks: Remarks) -> float:

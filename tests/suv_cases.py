@@ -236,12 +236,11 @@ CONVERT = [
         for name, vendor in VENDORS.items()
     ),
     Case("start date-time only", AT_START, "12b", header={"RadiopharmaceuticalStartTime": None}),
-    Case("start time only", AT_START, "12b", 1, header={"RadiopharmaceuticalStartDateTime": None}),
+    Case("start time only", AT_START, "12b", header={"RadiopharmaceuticalStartDateTime": None}),
     Case(
         "across midnight, time only",
         AT_START,
         "12b",
-        1,
         header=on_days(MIDNIGHT, EVENING, RadiopharmaceuticalStartDateTime=None),
     ),
     Case("across midnight, date-time", AT_START, "12b", header=on_days(MIDNIGHT, EVENING)),

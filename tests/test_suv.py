@@ -90,9 +90,21 @@ def test_strict_refuses_every_reinterpretation(case: Case, tmp_path: Path) -> No
         suv_factors(series, strict=True)
 
 
-def test_strict_accepts_a_plain_header() -> None:
-    series = read_pet_series(pet_headers())
-    assert suv_factors(series, strict=True).provenance == suv_factors(series).provenance
+@pytest.mark.parametrize(
+    ("header", "injection_from"),
+    [
+        ({}, "date-time"),
+        ({"RadiopharmaceuticalStartDateTime": None}, "clock time"),
+        ({"DecayCorrection": "ADMIN"}, None),
+        ({"Units": "GML"}, None),
+    ],
+)
+def test_strict_accepts_a_plain_header(header: dict[str, Any], injection_from: str | None) -> None:
+    """A clock time says what it says, as most headers do; that the day is inferred is kept."""
+    series = read_pet_series(pet_headers(**header))
+    provenance = suv_factors(series, strict=True).provenance
+    assert provenance == suv_factors(series).provenance
+    assert provenance["injection_from"] == injection_from
 
 
 def refusal(series: PetSeries, **options: Any) -> str:
