@@ -16,13 +16,13 @@ from common.timeline import Array
 LARGEST_WITNESS_DIFFERENCE = 0.01
 """Relative difference between a factor and the vendor's own that is worth a warning."""
 
+DECAY_CORRECTION = "DecayCorrection (0054,1102)"
+DECAY_CORRECTED = "DecayCorrected (0018,9758)"
+SUV_FACTOR = "SUV scale factor (7053,1000)"
+ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
 _UNITS = "Units (0054,1001)"
-_SUV_TYPE = "SUVType (0054,1006)"
-_DECAY_CORRECTION = "DecayCorrection (0054,1102)"
 _UNITS_OF_FRAMES = "MeasurementUnitsCodeSequence (0040,08EA)"
-_DECAY_CORRECTED = "DecayCorrected (0018,9758)"
-_SUV_FACTOR = "SUV scale factor (7053,1000)"
-_ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
+_SUV_TYPE = "SUVType (0054,1006)"
 
 _TYPE_OF_GML = {
     None: "bw",
@@ -101,7 +101,7 @@ def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> 
     difference = float(np.abs(factors * activity / suv - 1).max())
     if difference > LARGEST_WITNESS_DIFFERENCE:
         remarks.warnings.append(
-            f"vendor's factor disagrees: {_SUV_FACTOR} over {_ACTIVITY_FACTOR} differs by up to "
+            f"vendor's factor disagrees: {SUV_FACTOR} over {ACTIVITY_FACTOR} differs by up to "
             f"{difference:.1%}; it is not used"
         )
     return float(np.median(suv / activity))
@@ -120,9 +120,9 @@ def _type_of_gml(series: PetSeries) -> str:
 def _require_decay_correction(series: PetSeries) -> None:
     if series.decay_correction not in ("START", "ADMIN", "NONE"):
         where, codes = (
-            (_DECAY_CORRECTED, "YES or NO")
+            (DECAY_CORRECTED, "YES or NO")
             if series.enhanced
-            else (_DECAY_CORRECTION, "START, ADMIN or NONE")
+            else (DECAY_CORRECTION, "START, ADMIN or NONE")
         )
         raise StudyError(
             f"the decay correction is unknown ({where} {_state(series.decay_correction)}): "
@@ -138,8 +138,8 @@ def _scale_of_counts(series: PetSeries) -> Scale:
     if activity is not None:
         return Scale("9", None, activity)
     raise StudyError(
-        f"counts without scale ({_units(series)} is CNTS, but Philips' {_SUV_FACTOR} and "
-        f"{_ACTIVITY_FACTOR} are missing, zero or not usable with {_DECAY_CORRECTION} "
+        f"counts without scale ({_units(series)} is CNTS, but Philips' {SUV_FACTOR} and "
+        f"{ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
         f"{series.decay_correction}): export with private tags, or as BQML"
     )
 

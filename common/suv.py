@@ -22,7 +22,14 @@ from common.body_mass import SUV_UNITS, body_quantity
 from common.decay import decay_reference, uptake_s
 from common.errors import StudyError
 from common.pet_series import PetSeries, PetSlice
-from common.pet_units import compare_with_vendor, scale_of_units
+from common.pet_units import (
+    ACTIVITY_FACTOR,
+    DECAY_CORRECTED,
+    DECAY_CORRECTION,
+    SUV_FACTOR,
+    compare_with_vendor,
+    scale_of_units,
+)
 from common.remarks import Remarks, refuse_reinterpretations
 from common.suv_alternatives import alternative_factors
 from common.suv_provenance import SuvConversion, provenance, rounded, value_range
@@ -50,12 +57,8 @@ SAME_HALF_LIFE = 0.01
 _WEIGHT = "PatientWeight (0010,1030)"
 _DOSE = "RadionuclideTotalDose (0018,1074)"
 _HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
-_DECAY_CORRECTION = "DecayCorrection (0054,1102)"
 _CORRECTED_IMAGE = "CorrectedImage (0028,0051)"
 _ATTENUATION_CORRECTED = "AttenuationCorrected (0018,9759)"
-_DECAY_CORRECTED = "DecayCorrected (0018,9758)"
-_SUV_FACTOR = "SUV scale factor (7053,1000)"
-_ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
 
 
 def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -> SuvConversion:
@@ -160,7 +163,7 @@ def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
         )
     if conversion.provenance["rule"].endswith("13"):
         raise StudyError(
-            f"one header can't tell when each slice was acquired ({_DECAY_CORRECTION} is NONE): "
+            f"one header can't tell when each slice was acquired ({DECAY_CORRECTION} is NONE): "
             "give the header of every slice"
         )
     return np.full(n_slices, conversion.factors[0])
@@ -184,15 +187,15 @@ def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
     decay_corrected = "DECY" in series.corrected_image
     if not decay_corrected and series.decay_correction != "NONE":
         state = (
-            f"{_DECAY_CORRECTED} is neither YES nor NO"
+            f"{DECAY_CORRECTED} is neither YES nor NO"
             if series.enhanced
-            else f"{_CORRECTED_IMAGE} lacks DECY, but {_DECAY_CORRECTION} is not NONE"
+            else f"{_CORRECTED_IMAGE} lacks DECY, but {DECAY_CORRECTION} is not NONE"
         )
         raise StudyError(
             f"it is unclear whether decay was corrected for ({state}): correct the header"
         )
     if decay_corrected and series.decay_correction == "NONE":
-        remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {_DECAY_CORRECTION} is NONE")
+        remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {DECAY_CORRECTION} is NONE")
 
 
 def _weight_kg(series: PetSeries, remarks: Remarks) -> float | None:
@@ -267,7 +270,7 @@ def _require_positive(factors: Array) -> None:
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise StudyError(
             f"the factor to SUV is not a positive number ({_DOSE}, {_HALF_LIFE}, times of "
-            f"injection and scan, {_SUV_FACTOR} or {_ACTIVITY_FACTOR}): correct the header"
+            f"injection and scan, {SUV_FACTOR} or {ACTIVITY_FACTOR}): correct the header"
         )
 
 

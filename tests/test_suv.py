@@ -272,6 +272,24 @@ def test_real_philips_header() -> None:
     assert "21.1 min" in warning
 
 
+def test_alternatives_of_real_headers() -> None:
+    """Worked out by hand: weight [g] over dose [Bq], times 2 to the uptake over the half-life."""
+
+    def alternatives(series: PetSeries) -> dict[str, Any]:
+        found = suv_factors(series).provenance["alternatives"]
+        return {rule: factor for rule, factor in found.items() if factor is not None}
+
+    of_siemens = {"autopet": 4.01664014e-4, "qiba": 4.01664014e-4}
+    of_ge = {"autopet": 2.42902977e-4, "qiba": 2.42902977e-4}
+    of_philips = {"autopet": 7.46453256e-4, "qiba": 7.46374701e-4, "frame_based": 6.53173069e-4}
+    assert alternatives(real_siemens()) == pytest.approx(of_siemens, rel=1e-8)
+    assert alternatives(real_ge()) == pytest.approx(of_ge, rel=1e-8)
+    assert alternatives(real_philips()) == pytest.approx(of_philips, rel=1e-8)
+    # Where the file of the last bed comes first, the script's SUV are 16.8 % higher.
+    last_bed_first = alternatives(replace(real_siemens(), first_file=8))
+    assert last_bed_first == pytest.approx(of_siemens | {"autopet": 4.69011855e-4}, rel=1e-8)
+
+
 def test_philips_witness_warns_from_one_percent() -> None:
     series = real_philips()
     (frame,) = series.slices
