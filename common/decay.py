@@ -16,6 +16,7 @@ pseudo-code; conformance statements of the vendors.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import StudyError
 from common.pet_series import PetSeries
@@ -34,7 +35,7 @@ DISAGREEMENT_S = 60.0
 """Difference [s] between two statements of one moment that is worth a warning."""
 
 LONGEST_SCAN_S = 43_200.0
-"""Span [s] of the acquisitions of one series beyond which one of their dates must be wrong."""
+"""Difference [s] in uptake between slices beyond which a date or time must be wrong."""
 
 _SERIES_TIME = "SeriesDate (0008,0021), SeriesTime (0008,0031)"
 _ACQUISITION_TIME = "AcquisitionDate (0008,0022), AcquisitionTime (0008,0032)"
@@ -131,8 +132,8 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
 
     RadiopharmaceuticalStartDateTime counts where the reference lies between an hour before it and
     two half-lives after it. Else its clock time does (without it, RadiopharmaceuticalStartTime),
-    on the day of the earliest reference, or on the day before if it would come more than an hour
-    later: one injection for all slices.
+    on the day of the reference, or on the day before if it would come more than an hour later.
+    Slice by slice, so that an AcquisitionDate that missed midnight does no harm.
 
     Parameters
     ----------
@@ -153,15 +154,21 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     Raises
     ------
     StudyError
-        No time of injection, or only a clock time though an uptake may exceed a day.
+        No time of injection, or only a clock time though an uptake may exceed a day; uptakes that
+        differ by more than half a day.
     """
     _compare_injection_times(times, remarks)
-    stated_s = reference_s - times.injection_s
-    if _is_uptake(stated_s, half_life_s):
-        found_s = stated_s
-    else:
-        found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
+    stated_s = found_s = reference_s - times.injection_s
+    is_uptake = _is_uptake(stated_s, half_life_s)
+    if not is_uptake.all():
+        by_clock_s = _uptake_by_clock_s(times, reference_s, half_life_s)
+        found_s = np.where(is_uptake, stated_s, by_clock_s)
         _remark_other_day(stated_s, found_s, remarks)
+    if np.ptp(found_s) > LONGEST_SCAN_S:
+        raise StudyError(
+            "the slices lie more than half a day apart, or on both sides of the injection "
+            f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
+        )
     if on_the_clock(found_s).min() < 0:
         remarks.warnings.append("injection is later than the decay reference")
     if on_the_clock(found_s).max() >= 2 * half_life_s:
@@ -169,9 +176,9 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     return found_s
 
 
-def _is_uptake(stated_s: Array, half_life_s: float) -> bool:
+def _is_uptake(stated_s: Array, half_life_s: float) -> NDArray[np.bool_]:
     stated_s = on_the_clock(stated_s)
-    return bool(stated_s.min() >= -HOUR_S and stated_s.max() < 2 * half_life_s)
+    return (stated_s >= -HOUR_S) & (stated_s < 2 * half_life_s)
 
 
 def _series_starts_in_time(times: Timeline) -> bool:
@@ -225,11 +232,8 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
             "the day of injection is unknown, and with this half-life the uptake may exceed a day "
             f"({_START_DATETIME} {trouble}): correct it in the header"
         )
-    earliest_s = reference_s.min()
-    uptake_of_earliest_s = earliest_s % DAY_S - clock_s
-    if on_the_clock(uptake_of_earliest_s) < -HOUR_S:
-        uptake_of_earliest_s += DAY_S
-    return np.asarray(reference_s - earliest_s + uptake_of_earliest_s)
+    found_s = reference_s % DAY_S - clock_s
+    return np.where(on_the_clock(found_s) < -HOUR_S, found_s + DAY_S, found_s)
 
 
 def _remark_other_day(stated_s: Array, found_s: Array, remarks: Remarks) -> None:
@@ -253,11 +257,6 @@ def _frame_average_s(times: Timeline, half_life_s: float) -> Array:
 def _acquisition_s(times: Timeline) -> Array:
     if np.isnan(times.acquisition_s).any():
         raise StudyError(_no_acquisition_time())
-    if np.ptp(times.acquisition_s) > LONGEST_SCAN_S:
-        raise StudyError(
-            f"the slices were acquired more than half a day apart ({_ACQUISITION_TIME}), as if the "
-            "date had not changed at midnight: correct it in the header"
-        )
     return times.acquisition_s
 
 

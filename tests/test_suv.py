@@ -17,6 +17,7 @@ from pet_headers import (
     BACKGROUND,
     COLD,
     DOSE_BQ,
+    DURATION_S,
     HALF_LIFE_S,
     HOT,
     INJECTION,
@@ -25,7 +26,10 @@ from pet_headers import (
     PerSlice,
     activity_per_suv,
     da,
+    ds,
     dt,
+    frame_reference_time_s,
+    mean_activity_per_suv,
     moment,
     pet_headers,
     phantom_suv,
@@ -492,26 +496,56 @@ def test_the_series_must_start_with_the_first_bed(series_s: float, rule: str) ->
 
 @pytest.mark.parametrize("decay_correction", ["START", "NONE"])
 @pytest.mark.parametrize("vendor", VENDORS.values())
-def test_a_date_that_did_not_change_at_midnight_is_refused(
-    vendor: str, decay_correction: str
+@pytest.mark.parametrize("injection", ["date-time", "clock time"])
+def test_a_date_that_did_not_change_at_midnight_does_no_harm(
+    vendor: str, decay_correction: str, injection: str
 ) -> None:
-    """The beds after midnight had factors 9000 times too large."""
-    start = datetime(2025, 1, 1, 23, 55)
-    beds = [start, start, start + timedelta(minutes=10), start + timedelta(minutes=10)]
+    """The beds after midnight had factors 9000 times too large, then the study was refused."""
+    injected = datetime(2025, 1, 1, 22, 30)
+    after_s = np.array([5100.0, 5100.0, 5700.0, 5700.0])
+    beds = [moment(each, injected) for each in after_s]
+    offsets_s = (
+        after_s - after_s[0]
+        if vendor == GE
+        else frame_reference_time_s(after_s, DURATION_S, after_s[0])
+    )
     header = on_days(
-        start,
-        datetime(2025, 1, 1, 22, 30),
+        beds[0],
+        injected,
         Manufacturer=vendor,
         DecayCorrection=decay_correction,
         AcquisitionTime=of_each(tm, beds),
+        FrameReferenceTime=of_each(ds, offsets_s * 1000),
     )
+    if injection == "clock time":
+        header["RadiopharmaceuticalStartDateTime"] = None
     if decay_correction == "NONE":
         header["CorrectedImage"] = ["ATTN"]
-    with pytest.raises(StudyError, match=r"more than half a day apart \(AcquisitionDate"):
-        suv_factors(read_pet_series(pet_headers(4, **header)))
+    missed = suv_factors(read_pet_series(pet_headers(4, **header)))
     header["AcquisitionDate"] = of_each(da, beds)
-    factors = suv_factors(read_pet_series(pet_headers(4, **header))).factors
-    assert factors.max() / factors.min() < 1.1
+    plain = suv_factors(read_pet_series(pet_headers(4, **header)))
+    assert missed.factors == pytest.approx(plain.factors, rel=1e-9)
+    expected = (
+        mean_activity_per_suv(after_s, DURATION_S)
+        if decay_correction == "NONE"
+        else activity_per_suv(after_s[0])
+    )
+    assert plain.factors * expected == pytest.approx(np.ones(4), rel=1e-9)
+
+
+@pytest.mark.parametrize("half_life_s", [HALF_LIFE_S, 282_240.0])
+def test_slices_on_both_sides_of_the_injection_are_refused(half_life_s: float) -> None:
+    """By the clock; and with a long half-life, which takes a missed midnight by the word."""
+    slices = tuple(
+        PetSlice(moment(after_s), frame_duration_s=60.0) for after_s in (-3700, -3000, 90_000)
+    )
+    series = replace(
+        read_pet_series(pet_headers(1)),
+        slices=slices[:2] if half_life_s == HALF_LIFE_S else slices[1:],
+        decay_correction="NONE",
+        half_life_s=half_life_s,
+    )
+    assert "more than half a day apart, or on both sides of the injection" in refusal(series)
 
 
 def test_one_injection_for_slices_on_both_sides_of_midnight() -> None:
