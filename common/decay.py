@@ -7,7 +7,8 @@ Pure. The rules, as they are named in the provenance of a study:
     12c  START, the start of the series rewritten by post-processing: back from each frame, to
          acquisition - FrameReferenceTime (GE), acquisition + T_ave - FrameReferenceTime (others)
     13   NONE: acquisition + T_ave of each slice
-    15   enhanced objects: DecayCorrectionDateTime, or FrameReferenceDateTime of each frame
+    15   enhanced objects: DecayCorrectionDateTime; or of each frame FrameReferenceDateTime, else
+         FrameAcquisitionDateTime + T_ave
 
 T_ave is the time into a frame at which the activity equals its average over the frame.
 
@@ -91,9 +92,7 @@ def decay_reference(
     """
     stated_everywhere = bool(np.isfinite(times.stated_reference_s).all())
     if series.enhanced:
-        if not stated_everywhere:
-            raise StudyError(_no_enhanced_reference(series))
-        return "15", times.stated_reference_s
+        return "15", _enhanced_reference_s(series, times, half_life_s)
     if series.decay_correction == "NONE":
         return "13", _frame_average_s(times, half_life_s)
     if stated_everywhere:
@@ -244,6 +243,22 @@ def _remark_other_day(stated_s: Array, found_s: Array, remarks: Remarks) -> None
         )
 
 
+def _enhanced_reference_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
+    found_s = times.stated_reference_s
+    if series.decay_correction == "NONE":
+        average_s = times.acquisition_s + average_rate_time_s(times.frame_duration_s, half_life_s)
+        found_s = np.where(np.isfinite(found_s), found_s, average_s)
+    if np.isfinite(found_s).all():
+        return found_s
+    missing = (
+        "FrameReferenceDateTime (0018,9151), or FrameAcquisitionDateTime (0018,9074) and "
+        "FrameAcquisitionDuration (0018,9220),"
+        if series.decay_correction == "NONE"
+        else "DecayCorrectionDateTime (0018,9701)"
+    )
+    raise StudyError(f"the decay reference is unknown ({missing} is missing): add it to the header")
+
+
 def _frame_average_s(times: Timeline, half_life_s: float) -> Array:
     average_s = average_rate_time_s(times.frame_duration_s, half_life_s)
     if np.isnan(average_s).any():
@@ -265,15 +280,6 @@ def _no_acquisition_time() -> str:
         f"the time of acquisition is unknown ({_ACQUISITION_TIME} missing): "
         "export the series from the scanner anew"
     )
-
-
-def _no_enhanced_reference(series: PetSeries) -> str:
-    missing = (
-        "FrameReferenceDateTime (0018,9151)"
-        if series.decay_correction == "NONE"
-        else "DecayCorrectionDateTime (0018,9701)"
-    )
-    return f"the decay reference is unknown ({missing} is missing): add it to the header"
 
 
 def _minutes(span_s: float) -> str:

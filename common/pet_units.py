@@ -60,15 +60,15 @@ def scale_of_units(series: PetSeries) -> Scale:
     StudyError
         Nothing that can become SUV, or the header leaves open what.
     """
-    unity = np.ones(len(series.slices))
+    in_units = np.array([each.real_world_slope for each in series.slices])
     match series.units:
         case "GML":
-            return Scale("7", _type_of_gml(series), unity)
+            return Scale("7", _type_of_gml(series), in_units)
         case "CM2ML":
-            return Scale("8", "bsa", unity)
+            return Scale("8", "bsa", in_units)
         case "BQML":
             _require_decay_correction(series)
-            return Scale("", None, unity)
+            return Scale("", None, in_units)
         case "CNTS":
             _require_decay_correction(series)
             return _scale_of_counts(series)

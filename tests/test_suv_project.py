@@ -160,6 +160,34 @@ def test_every_type_of_suv_comes_from_every_unit(suv_type: str, tmp_path: Path) 
     assert ("no height" in volumes, "no sex" in volumes) == (not needs_height, not needs_sex)
 
 
+def without_slope(header: Dataset) -> None:
+    for frame in header.PerFrameFunctionalGroupsSequence:
+        frame.PixelValueTransformationSequence[0].RescaleSlope = 1
+
+
+def without_rescaling(header: Dataset) -> None:
+    for frame in header.PerFrameFunctionalGroupsSequence:
+        del frame.PixelValueTransformationSequence
+
+
+@pytest.mark.parametrize("change", [without_slope, without_rescaling])
+def test_enhanced_pet_may_be_scaled_by_its_mapping_alone(
+    change: Callable[[Dataset], None], tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    case = CASES["enhanced, several slopes"]
+    add_case(raw, case, change)
+    # A NIfTI PET is in the unit of its header already.
+    study = raw / "NIfTI" / "scan"
+    _, stored, slopes = case.write(study / "header", change)
+    write_nifti(study / "PET.nii.gz", (stored * slopes).astype(np.float32), PET_AFFINE)
+    add_ct_and_mask(study)
+    status, _, volumes = run(raw, "--strict")
+    assert status == 0
+    for name in (case.name, "NIfTI"):
+        np.testing.assert_allclose(volumes[name], PHANTOM, atol=5e-4, err_msg=name)
+
+
 def test_strict_refuses_grams_and_megabecquerels_whatever_the_units(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     add_headers(raw, "plain")
