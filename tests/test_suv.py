@@ -143,6 +143,7 @@ def test_refuses(header: dict[str, Any], what: str, tmp_path: Path) -> None:
         ({"units": "GML", "suv_type": "LBM"}, "SUVType (0054,1006) is LBM"),
         ({"units": "GML", "suv_type": "BSA"}, "SUVType (0054,1006) is BSA"),
         ({"units": "CM2ML", "height_m": 175.0}, "PatientSize (0010,1020) is 175"),
+        ({"dose_bq": 0.0}, "RadionuclideTotalDose (0018,1074) is 0"),
         ({"half_life_s": 0.0}, "RadionuclideHalfLife (0018,1075) is 0"),
         ({"series_start": None}, "SeriesTime (0008,0031) missing"),
         ({"slices": (PetSlice(),)}, "AcquisitionTime (0008,0032) missing"),
@@ -303,6 +304,19 @@ def test_philips_witness_warns_from_one_percent() -> None:
         assert any("vendor's factor disagrees" in each for each in warnings) is warned
 
 
+def test_philips_factors_are_no_witness_beside_counts() -> None:
+    (frame,) = real_philips().slices
+    counts = replace(
+        real_philips(),
+        units="CNTS",
+        decay_correction="NONE",
+        slices=(replace(frame, philips_suv_factor=1.0),),
+    )
+    provenance = suv_factors(counts).provenance
+    assert (provenance["rule"], provenance["vendor_factor"]) == ("9+13", None)
+    assert not any("vendor's factor" in each for each in provenance["warnings"])
+
+
 # --- digital reference objects ---------------------------------------------------------------
 
 
@@ -404,6 +418,23 @@ def test_weight_in_grams() -> None:
     assert "PatientWeight (0010,1030)" in said
 
 
+@pytest.mark.parametrize(
+    ("change", "weight_kg", "dose_bq"),
+    [
+        ({"weight_kg": 999.9}, 999.9, DOSE_BQ),
+        ({"weight_kg": 1000.0}, 1.0, DOSE_BQ),
+        ({"dose_bq": 9999.9}, WEIGHT_KG, 9999.9e6),
+        ({"dose_bq": 10_000.0}, WEIGHT_KG, 10_000.0),
+    ],
+)
+def test_where_grams_and_megabecquerels_begin(
+    change: dict[str, float], weight_kg: float, dose_bq: float
+) -> None:
+    series = replace(read_pet_series(pet_headers(1)), **change)
+    per_suv = activity_per_suv(REFERENCE_S, weight_kg=weight_kg, dose_bq=dose_bq)
+    assert suv_factors(series).factors * per_suv == pytest.approx(1, rel=1e-9)
+
+
 def test_strict_tells_every_reinterpretation() -> None:
     header = {"PatientWeight": 70_000, "RadionuclideTotalDose": 368.08}
     message = refusal(read_pet_series(pet_headers(**header)), strict=True)
@@ -480,9 +511,23 @@ def test_day_of_a_clock_time(clock: time, minutes: float) -> None:
 
 def test_long_half_lives_need_the_day() -> None:
     series = replace(read_pet_series(pet_headers(1)), half_life_s=50_000.0)
+    for half_life_s, refused in ((41_399.0, False), (41_400.0, True)):
+        undated = replace(series, injection=None, half_life_s=half_life_s)
+        if refused:
+            assert "RadiopharmaceuticalStartDateTime (0018,1078) is missing" in refusal(undated)
+        else:
+            assert suv_factors(undated).provenance["minutes_to_reference"] == [60, 60]
     within = replace(series, injection=moment(REFERENCE_S - 99_999))
     assert suv_factors(within).provenance["reinterpretations"] == []
     assert "does not fit" in refusal(replace(series, injection=moment(REFERENCE_S - 100_000)))
+
+
+@pytest.mark.parametrize(("apart_s", "warned"), [(-61, True), (-59, False)])
+def test_the_series_and_its_frames_may_differ_by_a_minute(apart_s: float, warned: bool) -> None:
+    series = read_pet_series(pet_headers(N_SLICES, **two_beds(SIEMENS, REFERENCE_S + apart_s)))
+    provenance = suv_factors(series).provenance
+    assert provenance["rule"] == "12b"
+    assert any("decay reference disagrees" in w for w in provenance["warnings"]) is warned
 
 
 @pytest.mark.parametrize(
