@@ -190,7 +190,7 @@ def _real_world_slope(groups: Sequence[Dataset]) -> float:
     if not mappings or _rescale_slope(groups) != 1:
         return 1.0
     carriers, _ = _unit_carriers(groups)
-    slopes = {number(each, "RealWorldValueSlope") or 1.0 for each in carriers}
+    slopes = {_or_one(number(each, "RealWorldValueSlope")) for each in carriers}
     if len(slopes) > 1 or any(number(each, "RealWorldValueIntercept") for each in carriers):
         raise StudyError(
             "the values of a frame are scaled in several ways, or offset "
@@ -202,7 +202,10 @@ def _real_world_slope(groups: Sequence[Dataset]) -> float:
 
 def _rescale_slope(groups: Sequence[Dataset]) -> float:
     rescaling = _group(groups, "PixelValueTransformationSequence")
-    slope = number(rescaling[0], "RescaleSlope") if rescaling else None
+    return _or_one(number(rescaling[0], "RescaleSlope") if rescaling else None)
+
+
+def _or_one(slope: float | None) -> float:
     return 1.0 if slope is None else slope
 
 

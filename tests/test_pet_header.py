@@ -632,6 +632,10 @@ def test_a_mapping_to_real_values_may_stand_alone(rescaled_by: str) -> None:
     mapping.RealWorldValueIntercept = 5.0
     assert "RealWorldValueIntercept (0040,9224)" in refusal(header)
     mapping.RealWorldValueIntercept = 0.0
+    mapping.RealWorldValueSlope = 0.0
+    with pytest.raises(StudyError, match="not a positive number"):
+        suv_factors(read_pet_series([header]))
+    mapping.RealWorldValueSlope = 3.0
     other = deepcopy(mapping)
     other.RealWorldValueSlope = 4.0
     frame.RealWorldValueMappingSequence = [mapping, other]
