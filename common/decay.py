@@ -17,7 +17,6 @@ pseudo-code; conformance statements of the vendors.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import StudyError
 from common.pet_series import PetSeries
@@ -158,10 +157,9 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     """
     _compare_injection_times(times, remarks)
     stated_s = found_s = reference_s - times.injection_s
-    is_uptake = _is_uptake(stated_s, half_life_s)
-    if not is_uptake.all():
-        by_clock_s = _uptake_by_clock_s(times, reference_s, half_life_s)
-        found_s = np.where(is_uptake, stated_s, by_clock_s)
+    if not _are_uptakes(stated_s, half_life_s):
+        # Slices whose stated uptake does fit have the same by the clock: it is below 23 h.
+        found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
         _remark_other_day(stated_s, found_s, remarks)
     if np.ptp(found_s) > LONGEST_SCAN_S:
         raise StudyError(
@@ -175,9 +173,9 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     return found_s
 
 
-def _is_uptake(stated_s: Array, half_life_s: float) -> NDArray[np.bool_]:
+def _are_uptakes(stated_s: Array, half_life_s: float) -> bool:
     stated_s = on_the_clock(stated_s)
-    return (stated_s >= -HOUR_S) & (stated_s < 2 * half_life_s)
+    return bool(stated_s.min() >= -HOUR_S and stated_s.max() < 2 * half_life_s)
 
 
 def _series_starts_in_time(times: Timeline) -> bool:
