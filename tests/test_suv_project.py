@@ -113,6 +113,29 @@ def test_every_header_that_must_convert_does(
         np.testing.assert_allclose(suv, PHANTOM, atol=5e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("n_headers", [None, 1])
+def test_every_header_that_must_convert_serves_a_nifti_pet(
+    n_headers: int | None, tmp_path: Path
+) -> None:
+    """All headers of the series, or one; which is too few where decay was not corrected for."""
+    raw, uncorrected = tmp_path / "raw", set()
+    for case in CONVERT:
+        study = raw / case.name / "scan"
+        _, stored, slopes = case.write(study / "header")
+        for path in sorted((study / "header").iterdir())[n_headers:] if n_headers else ():
+            path.unlink()
+        write_nifti(study / "PET.nii.gz", (stored * slopes).astype(np.float32), PET_AFFINE)
+        add_ct_and_mask(study)
+        if n_headers and "13" in case.rule:
+            uncorrected.add(case.name)
+    _, rows, volumes = run(raw)
+    assert rows.keys() - volumes.keys() == uncorrected
+    for name in uncorrected:
+        assert "DecayCorrection (0054,1102) is NONE" in rows[name]["reason"]
+    for name, suv in volumes.items():
+        np.testing.assert_allclose(suv, PHANTOM, atol=6e-4, err_msg=name)
+
+
 def test_every_header_that_must_be_refused_is_with_its_reason(tmp_path: Path) -> None:
     for name, header, _ in REFUSE:
         add_headers(tmp_path / "raw", name, **header)
