@@ -7,7 +7,8 @@ Pure. The rules, as they are named in the provenance of a study:
     12c  START, the start of the series rewritten by post-processing: back from each frame, to
          acquisition - FrameReferenceTime (GE), acquisition + T_ave - FrameReferenceTime (others)
     13   NONE: acquisition + T_ave of each slice
-    15   enhanced objects: DecayCorrectionDateTime, or FrameReferenceDateTime of each frame
+    15   enhanced objects: DecayCorrectionDateTime; or of each frame FrameReferenceDateTime, else
+         FrameAcquisitionDateTime + T_ave
 
 T_ave is the time into a frame at which the activity equals its average over the frame.
 
@@ -20,7 +21,7 @@ import numpy as np
 from common.errors import StudyError
 from common.pet_series import PetSeries
 from common.remarks import Remarks
-from common.timeline import DAY_S, Array, Timeline
+from common.timeline import DAY_S, Array, Timeline, on_the_clock
 
 HOUR_S = 3_600.0
 
@@ -34,7 +35,7 @@ DISAGREEMENT_S = 60.0
 """Difference [s] between two statements of one moment that is worth a warning."""
 
 LONGEST_SCAN_S = 43_200.0
-"""Span [s] of the acquisitions of one series beyond which one of their dates must be wrong."""
+"""Difference [s] in uptake between slices beyond which a date or time must be wrong."""
 
 _SERIES_TIME = "SeriesDate (0008,0021), SeriesTime (0008,0031)"
 _ACQUISITION_TIME = "AcquisitionDate (0008,0022), AcquisitionTime (0008,0032)"
@@ -90,9 +91,7 @@ def decay_reference(
     """
     stated_everywhere = bool(np.isfinite(times.stated_reference_s).all())
     if series.enhanced:
-        if not stated_everywhere:
-            raise StudyError(_no_enhanced_reference(series))
-        return "15", times.stated_reference_s
+        return "15", _enhanced_reference_s(series, times, half_life_s)
     if series.decay_correction == "NONE":
         return "13", _frame_average_s(times, half_life_s)
     if stated_everywhere:
@@ -132,6 +131,7 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     RadiopharmaceuticalStartDateTime counts where the reference lies between an hour before it and
     two half-lives after it. Else its clock time does (without it, RadiopharmaceuticalStartTime),
     on the day of the reference, or on the day before if it would come more than an hour later.
+    Slice by slice, so that an AcquisitionDate that missed midnight does no harm.
 
     Parameters
     ----------
@@ -152,20 +152,30 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     Raises
     ------
     StudyError
-        No time of injection, or only a clock time though an uptake may exceed a day.
+        No time of injection, or only a clock time though an uptake may exceed a day; uptakes that
+        differ by more than half a day.
     """
     _compare_injection_times(times, remarks)
-    stated_s = reference_s - times.injection_s
-    if stated_s.min() >= -HOUR_S and stated_s.max() < 2 * half_life_s:
-        found_s = stated_s
-    else:
+    stated_s = found_s = reference_s - times.injection_s
+    if not _are_uptakes(stated_s, half_life_s):
+        # Slices whose stated uptake does fit have the same by the clock: it is below 23 h.
         found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
-        _remark_clock(stated_s, found_s, remarks)
-    if found_s.min() < 0:
+        _remark_other_day(stated_s, found_s, remarks)
+    if np.ptp(found_s) > LONGEST_SCAN_S:
+        raise StudyError(
+            "the slices lie more than half a day apart, or on both sides of the injection "
+            f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
+        )
+    if on_the_clock(found_s).min() < 0:
         remarks.warnings.append("injection is later than the decay reference")
-    if found_s.max() >= 2 * half_life_s:
+    if on_the_clock(found_s).max() >= 2 * half_life_s:
         remarks.warnings.append("the uptake lasted longer than two half-lives")
     return found_s
+
+
+def _are_uptakes(stated_s: Array, half_life_s: float) -> bool:
+    stated_s = on_the_clock(stated_s)
+    return bool(stated_s.min() >= -HOUR_S and stated_s.max() < 2 * half_life_s)
 
 
 def _series_starts_in_time(times: Timeline) -> bool:
@@ -176,7 +186,8 @@ def _series_starts_in_time(times: Timeline) -> bool:
         )
     if np.isnan(times.acquisition_s).all():
         raise StudyError(_no_acquisition_time())
-    return bool(times.series_start_s <= np.nanmin(times.acquisition_s) + SERIES_TOLERANCE_S)
+    late_s = times.series_start_s - np.nanmin(times.acquisition_s)
+    return bool(on_the_clock(late_s) <= SERIES_TOLERANCE_S)
 
 
 def _compare_with_frames(
@@ -218,23 +229,32 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
             "the day of injection is unknown, and with this half-life the uptake may exceed a day "
             f"({_START_DATETIME} {trouble}): correct it in the header"
         )
-    earliest_s = reference_s.min()
-    uptake_of_earliest_s = earliest_s % DAY_S - clock_s
-    if uptake_of_earliest_s < -HOUR_S:
-        uptake_of_earliest_s += DAY_S
-    return np.asarray(reference_s - earliest_s + uptake_of_earliest_s)
+    found_s = reference_s % DAY_S - clock_s
+    return np.where(on_the_clock(found_s) < -HOUR_S, found_s + DAY_S, found_s)
 
 
-def _remark_clock(stated_s: Array, found_s: Array, remarks: Remarks) -> None:
-    if np.isnan(stated_s).all():
-        remarks.reinterpretations.append(
-            f"{_START_TIME} has no date: it is taken within the day before the decay reference"
-        )
-    elif np.abs(found_s - stated_s).max() > 1e-3:
+def _remark_other_day(stated_s: Array, found_s: Array, remarks: Remarks) -> None:
+    if not np.isnan(stated_s).all() and np.abs(found_s - stated_s).max() > 1e-3:
         remarks.reinterpretations.append(
             f"only the clock time of {_START_DATETIME} is used: "
             "its date does not fit the date of the scan"
         )
+
+
+def _enhanced_reference_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
+    found_s = times.stated_reference_s
+    if series.decay_correction == "NONE":
+        average_s = times.acquisition_s + average_rate_time_s(times.frame_duration_s, half_life_s)
+        found_s = np.where(np.isfinite(found_s), found_s, average_s)
+    if np.isfinite(found_s).all():
+        return found_s
+    missing = (
+        "FrameReferenceDateTime (0018,9151), or FrameAcquisitionDateTime (0018,9074) and "
+        "FrameAcquisitionDuration (0018,9220),"
+        if series.decay_correction == "NONE"
+        else "DecayCorrectionDateTime (0018,9701)"
+    )
+    raise StudyError(f"the decay reference is unknown ({missing} is missing): add it to the header")
 
 
 def _frame_average_s(times: Timeline, half_life_s: float) -> Array:
@@ -250,11 +270,6 @@ def _frame_average_s(times: Timeline, half_life_s: float) -> Array:
 def _acquisition_s(times: Timeline) -> Array:
     if np.isnan(times.acquisition_s).any():
         raise StudyError(_no_acquisition_time())
-    if np.ptp(times.acquisition_s) > LONGEST_SCAN_S:
-        raise StudyError(
-            f"the slices were acquired more than half a day apart ({_ACQUISITION_TIME}), as if the "
-            "date had not changed at midnight: correct it in the header"
-        )
     return times.acquisition_s
 
 
@@ -263,15 +278,6 @@ def _no_acquisition_time() -> str:
         f"the time of acquisition is unknown ({_ACQUISITION_TIME} missing): "
         "export the series from the scanner anew"
     )
-
-
-def _no_enhanced_reference(series: PetSeries) -> str:
-    missing = (
-        "FrameReferenceDateTime (0018,9151)"
-        if series.decay_correction == "NONE"
-        else "DecayCorrectionDateTime (0018,9701)"
-    )
-    return f"the decay reference is unknown ({missing} is missing): add it to the header"
 
 
 def _minutes(span_s: float) -> str:

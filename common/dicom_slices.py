@@ -85,18 +85,27 @@ def _slices_of_frames(file: DicomFile, frames: Sequence[Dataset]) -> list[Slice]
             "export the series again",
             file.name,
         )
-    keywords = (
-        "PlanePositionSequence",
-        "PlaneOrientationSequence",
-        "PixelMeasuresSequence",
-        "PixelValueTransformationSequence",
-    )
-    return [
-        _slice(
-            file, index, *(functional_group(file.header, frame, k) or Dataset() for k in keywords)
+    keywords = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+    slices = []
+    for index, frame in enumerate(frames):
+        position, orientation, measures = (
+            functional_group(file.header, frame, keyword) or Dataset() for keyword in keywords
         )
-        for index, frame in enumerate(frames)
-    ]
+        rescaling = _rescaling(file.header, frame)
+        slices.append(_slice(file, index, position, orientation, measures, rescaling))
+    return slices
+
+
+def _rescaling(header: Dataset, frame: Dataset) -> Dataset:
+    """Return what rescales a frame; of a PET whose mapping to real values stands alone, nothing."""
+    found = functional_group(header, frame, "PixelValueTransformationSequence")
+    if found is not None:
+        return found
+    identity = Dataset()
+    mapping = functional_group(header, frame, "RealWorldValueMappingSequence")
+    if mapping is not None and joined_text(header, "Modality") == "PT":
+        identity.RescaleSlope = 1
+    return identity
 
 
 def _slice(

@@ -12,6 +12,7 @@ from common.dicom_values import PrivateTag, malformed, private_text, tag_of, tex
 from common.errors import StudyError
 
 _DATE = re.compile(r"(\d{4})\.?(\d{2})\.?(\d{2})", re.ASCII)
+_HOUR = re.compile(r"\d{2}", re.ASCII)
 _TIME = re.compile(r"(\d{2}):?(\d{2}):?(?:(\d{2})(?:\.(\d*))?)?", re.ASCII)
 _DATE_TIME = re.compile(r"(\d{8})(\d{4}(?:\d{2}(?:\.\d*)?)?)([+-]\d{4})?", re.ASCII)
 _DATE_TIME_WITHOUT_MINUTES = re.compile(r"\d{4}(\d{2}){0,3}([+-]\d{4})?", re.ASCII)
@@ -26,9 +27,14 @@ def utc_offset(header: Dataset) -> timezone | None:
 
 
 def clock_time(header: Dataset, keyword: str, zone: timezone | None) -> time | None:
-    """Return a time of day (TM), aware of `zone` if there is one."""
+    """Return a time of day (TM), aware of `zone` if there is one.
+
+    None also where it has no minutes, as DICOM allows.
+    """
     value = text(header, keyword)
-    return None if value is None else _parse_time(value, tag_of(keyword)).replace(tzinfo=zone)
+    if value is None or _HOUR.fullmatch(value):
+        return None
+    return _parse_time(value, tag_of(keyword)).replace(tzinfo=zone)
 
 
 def date_and_time(

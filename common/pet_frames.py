@@ -36,8 +36,9 @@ UNITS_OF_UCUM = {
     "g/ml{SUVibw}": ("GML", "IBW"),
     "cm2/ml": ("CM2ML", None),
     "cm2/ml{SUVbsa}": ("CM2ML", "BSA"),
+    "g/ml{SUVbsa}": ("CM2ML", "BSA"),
 }
-"""Units and SUVType of the units of Enhanced PET (DICOM CID 84)."""
+"""Units and SUVType of the units of Enhanced PET (DICOM CID 84; the last one by IBSI's manual)."""
 
 
 def series_of_frames(
@@ -99,10 +100,18 @@ def _slice_of_frame(groups: Sequence[Dataset]) -> PetSlice:
     zone = utc_offset(header)
     for rescaling in _group(groups, "PixelValueTransformationSequence"):
         require_no_intercept(rescaling)
+    slope = _real_world_slope(groups)
     if _decay_corrected(header) == "YES":
-        return PetSlice(decay_reference=date_time(header, "DecayCorrectionDateTime", zone))
+        reference = date_time(header, "DecayCorrectionDateTime", zone)
+        return PetSlice(decay_reference=reference, real_world_slope=slope)
     content = (_group(groups, "FrameContentSequence") or [Dataset()])[0]
-    return PetSlice(decay_reference=date_time(content, "FrameReferenceDateTime", zone))
+    duration_ms = number(content, "FrameAcquisitionDuration")
+    return PetSlice(
+        acquisition=date_time(content, "FrameAcquisitionDateTime", zone),
+        frame_duration_s=None if duration_ms is None else duration_ms / 1000,
+        decay_reference=date_time(content, "FrameReferenceDateTime", zone),
+        real_world_slope=slope,
+    )
 
 
 def _corrections(header: Dataset) -> frozenset[str]:
@@ -162,18 +171,44 @@ def _unit_carriers(groups: Sequence[Dataset]) -> tuple[list[Dataset], bool]:
     mappings = _group(groups, "RealWorldValueMappingSequence")
     if not mappings:
         return [*groups, *rescaling], False
-    slope = number(rescaling[0], "RescaleSlope") if rescaling else None
+    slope = _rescale_slope(groups)
     for expected in (slope, 1.0):
         carriers = [each for each in mappings if _has_slope(each, expected)]
         if carriers:
             return carriers, expected != slope
+    if slope == 1:  # which says nothing: the mapping alone scales
+        return mappings, False
     raise StudyError(
         f"the unit of the rescaled values is unknown ({tag_of('RealWorldValueSlope')} differs from "
         f"{tag_of('RescaleSlope')}): export the series as Bq/ml"
     )
 
 
-def _has_slope(mapping: Dataset, slope: float | None) -> bool:
+def _real_world_slope(groups: Sequence[Dataset]) -> float:
+    """Return the slope of the mapping where it alone scales the stored values, else 1."""
+    mappings = _group(groups, "RealWorldValueMappingSequence")
+    if not mappings or _rescale_slope(groups) != 1:
+        return 1.0
+    carriers, _ = _unit_carriers(groups)
+    slopes = {_or_one(number(each, "RealWorldValueSlope")) for each in carriers}
+    if len(slopes) > 1 or any(number(each, "RealWorldValueIntercept") for each in carriers):
+        raise StudyError(
+            "the values of a frame are scaled in several ways, or offset "
+            f"({tag_of('RealWorldValueSlope')}, {tag_of('RealWorldValueIntercept')}): "
+            "export the series as Bq/ml"
+        )
+    return slopes.pop()
+
+
+def _rescale_slope(groups: Sequence[Dataset]) -> float:
+    rescaling = _group(groups, "PixelValueTransformationSequence")
+    return _or_one(number(rescaling[0], "RescaleSlope") if rescaling else None)
+
+
+def _or_one(slope: float | None) -> float:
+    return 1.0 if slope is None else slope
+
+
+def _has_slope(mapping: Dataset, slope: float) -> bool:
     own = number(mapping, "RealWorldValueSlope")
-    expected = 1.0 if slope is None else slope
-    return own is None or abs(own - expected) <= SAME_SLOPE * abs(expected)
+    return own is None or abs(own - slope) <= SAME_SLOPE * abs(slope)

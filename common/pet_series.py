@@ -14,11 +14,11 @@ class PetSlice:
     Attributes
     ----------
     acquisition : datetime or None
-        AcquisitionDate and AcquisitionTime.
+        AcquisitionDate and AcquisitionTime; of an enhanced object FrameAcquisitionDateTime.
     frame_reference_time_s : float or None
         FrameReferenceTime [s].
     frame_duration_s : float or None
-        ActualFrameDuration [s].
+        ActualFrameDuration [s]; of an enhanced object FrameAcquisitionDuration.
     decay_reference : datetime or None
         The moment the values refer to, where the header states it: GE (0009,100D), Siemens
         (0071,1022); of an enhanced object DecayCorrectionDateTime if the values are corrected for
@@ -27,6 +27,8 @@ class PetSlice:
         (7053,1000) [g/ml per count].
     philips_activity_factor : float or None
         (7053,1009) [Bq/ml per count].
+    real_world_slope : float
+        Value in the unit of the series per rescaled value; other than 1 only in enhanced objects.
 
     """
 
@@ -36,6 +38,7 @@ class PetSlice:
     decay_reference: datetime | None = None
     philips_suv_factor: float | None = None
     philips_activity_factor: float | None = None
+    real_world_slope: float = 1.0
 
 
 @dataclass(frozen=True)

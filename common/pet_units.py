@@ -16,11 +16,13 @@ from common.timeline import Array
 LARGEST_WITNESS_DIFFERENCE = 0.01
 """Relative difference between a factor and the vendor's own that is worth a warning."""
 
+DECAY_CORRECTION = "DecayCorrection (0054,1102)"
+DECAY_CORRECTED = "DecayCorrected (0018,9758)"
+SUV_FACTOR = "SUV scale factor (7053,1000)"
+ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
 _UNITS = "Units (0054,1001)"
+_UNITS_OF_FRAMES = "MeasurementUnitsCodeSequence (0040,08EA)"
 _SUV_TYPE = "SUVType (0054,1006)"
-_DECAY_CORRECTION = "DecayCorrection (0054,1102)"
-_SUV_FACTOR = "SUV scale factor (7053,1000)"
-_ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
 
 _TYPE_OF_GML = {
     None: "bw",
@@ -58,26 +60,27 @@ def scale_of_units(series: PetSeries) -> Scale:
     StudyError
         Nothing that can become SUV, or the header leaves open what.
     """
-    unity = np.ones(len(series.slices))
+    in_units = np.array([each.real_world_slope for each in series.slices])
     match series.units:
         case "GML":
-            return Scale("7", _type_of_gml(series), unity)
+            return Scale("7", _type_of_gml(series), in_units)
         case "CM2ML":
-            return Scale("8", "bsa", unity)
+            return Scale("8", "bsa", in_units)
         case "BQML":
             _require_decay_correction(series)
-            return Scale("", None, unity)
+            return Scale("", None, in_units)
         case "CNTS":
             _require_decay_correction(series)
             return _scale_of_counts(series)
         case None:
             raise StudyError(
-                f"the unit of the values is unknown ({_UNITS} is missing): add it to the header, "
-                "or name it by --pet-units"
+                f"the unit of the values is unknown ({_units(series)} is missing): add it to the "
+                "header, or name it by --pet-units"
             )
         case other:
             raise StudyError(
-                f"such values can't become SUV ({_UNITS} is {other}): export the series as BQML"
+                f"such values can't become SUV ({_units(series)} {_state(other)}): "
+                "export the series as BQML"
             )
 
 
@@ -98,7 +101,7 @@ def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> 
     difference = float(np.abs(factors * activity / suv - 1).max())
     if difference > LARGEST_WITNESS_DIFFERENCE:
         remarks.warnings.append(
-            f"vendor's factor disagrees: {_SUV_FACTOR} over {_ACTIVITY_FACTOR} differs by up to "
+            f"vendor's factor disagrees: {SUV_FACTOR} over {ACTIVITY_FACTOR} differs by up to "
             f"{difference:.1%}; it is not used"
         )
     return float(np.median(suv / activity))
@@ -107,18 +110,23 @@ def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> 
 def _type_of_gml(series: PetSeries) -> str:
     if series.suv_type in _TYPE_OF_GML:
         return _TYPE_OF_GML[series.suv_type]
+    where = _UNITS_OF_FRAMES if series.enhanced else _SUV_TYPE
     why = ", which leaves the formula open" if series.suv_type == "LBM" else ""
     raise StudyError(
-        f"the type of SUV is unknown ({_SUV_TYPE} is {series.suv_type}{why}): export it as BQML"
+        f"the type of SUV is unknown ({where} {_state(series.suv_type)}{why}): export it as BQML"
     )
 
 
 def _require_decay_correction(series: PetSeries) -> None:
     if series.decay_correction not in ("START", "ADMIN", "NONE"):
-        state = "is missing" if series.decay_correction is None else "has another value"
+        where, codes = (
+            (DECAY_CORRECTED, "YES or NO")
+            if series.enhanced
+            else (DECAY_CORRECTION, "START, ADMIN or NONE")
+        )
         raise StudyError(
-            f"the decay correction is unknown ({_DECAY_CORRECTION} {state}): "
-            "set it to START, ADMIN or NONE in the header"
+            f"the decay correction is unknown ({where} {_state(series.decay_correction)}): "
+            f"set it to {codes} in the header"
         )
 
 
@@ -130,10 +138,20 @@ def _scale_of_counts(series: PetSeries) -> Scale:
     if activity is not None:
         return Scale("9", None, activity)
     raise StudyError(
-        f"counts without scale ({_UNITS} is CNTS, but Philips' {_SUV_FACTOR} and "
-        f"{_ACTIVITY_FACTOR} are missing, zero or not usable with {_DECAY_CORRECTION} "
+        f"counts without scale ({_units(series)} is CNTS, but Philips' {SUV_FACTOR} and "
+        f"{ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
         f"{series.decay_correction}): export with private tags, or as BQML"
     )
+
+
+def _units(series: PetSeries) -> str:
+    return _UNITS_OF_FRAMES if series.enhanced else _UNITS
+
+
+def _state(code: str | None) -> str:
+    if code is None:
+        return "is missing"
+    return "is none that DICOM defines" if code == "UNKNOWN" else f"is {code}"
 
 
 def _on_every_slice(values: Iterable[float | None]) -> Array | None:

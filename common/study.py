@@ -157,21 +157,26 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         refuse_moving(header)
         if items(header.files[0].header, "PerFrameFunctionalGroupsSequence"):
             header = stack_slices(header)
-    suv = _suv(pet if isinstance(pet, Stack) else header, conversion)
+    source = pet if isinstance(pet, Stack) else header
+    suv = _suv(source, conversion, in_unit=isinstance(pet, NiftiFile))
     for stack in (ct, pet):
         warnings += stack.warnings if isinstance(stack, Stack) else ()
     warnings += [*suv.provenance["reinterpretations"], *suv.provenance["warnings"]]
     return Plan(ct, pet, roles.mask, role_drawn_on(roles), header, suv, tuple(warnings))
 
 
-def _suv(source: Series | Stack | None, conversion: Conversion) -> SuvConversion:
-    """Return the factors to SUV of each slice, or of each header."""
+def _suv(source: Series | Stack | None, conversion: Conversion, *, in_unit: bool) -> SuvConversion:
+    """Return the factors to SUV of each slice, or of each header of values in its unit already."""
     if conversion.pet_units == "suv":
         n_slices = len(source.slices) if isinstance(source, Stack) else 1
-        return already_suv(n_slices, conversion.suv_type, _series_if_readable(source, conversion))
+        series_if_readable = _series_if_readable(source, conversion)
+        return already_suv(n_slices, conversion.suv_type, series_if_readable, conversion.strict)
     series = _pet_series(source, conversion)
     if conversion.pet_units == "bqml":
         series = dataclasses.replace(series, units="BQML")
+    if in_unit:
+        slices = (dataclasses.replace(each, real_world_slope=1.0) for each in series.slices)
+        series = dataclasses.replace(series, slices=tuple(slices))
     return suv_factors(series, conversion.suv_type, conversion.strict)
 
 

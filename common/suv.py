@@ -22,7 +22,14 @@ from common.body_mass import SUV_UNITS, body_quantity
 from common.decay import decay_reference, uptake_s
 from common.errors import StudyError
 from common.pet_series import PetSeries, PetSlice
-from common.pet_units import compare_with_vendor, scale_of_units
+from common.pet_units import (
+    ACTIVITY_FACTOR,
+    DECAY_CORRECTED,
+    DECAY_CORRECTION,
+    SUV_FACTOR,
+    compare_with_vendor,
+    scale_of_units,
+)
 from common.remarks import Remarks, refuse_reinterpretations
 from common.suv_alternatives import alternative_factors
 from common.suv_provenance import SuvConversion, provenance, rounded, value_range
@@ -50,10 +57,8 @@ SAME_HALF_LIFE = 0.01
 _WEIGHT = "PatientWeight (0010,1030)"
 _DOSE = "RadionuclideTotalDose (0018,1074)"
 _HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
-_DECAY_CORRECTION = "DecayCorrection (0054,1102)"
 _CORRECTED_IMAGE = "CorrectedImage (0028,0051)"
-_SUV_FACTOR = "SUV scale factor (7053,1000)"
-_ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
+_ATTENUATION_CORRECTED = "AttenuationCorrected (0018,9759)"
 
 
 def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -> SuvConversion:
@@ -102,6 +107,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
             header_suv_type=series.suv_type,
             decay_correction=series.decay_correction,
             manufacturer=series.manufacturer,
+            injection_from=None if uptake is None else _injection_from(series),
             minutes_to_reference=None if uptake is None else value_range(uptake / 60),
             vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
             alternatives=_alternatives(suv_type, series, weight_kg),
@@ -110,7 +116,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
 
 
 def already_suv(
-    n_slices: int, suv_type: str = "bw", series: PetSeries | None = None
+    n_slices: int, suv_type: str = "bw", series: PetSeries | None = None, strict: bool = False
 ) -> SuvConversion:
     """Take values as SUV of `suv_type` (`--pet-units suv`): all factors are 1.
 
@@ -122,21 +128,21 @@ def already_suv(
         Type of SUV that the values are, as `suv_factors` takes it.
     series : PetSeries, optional
         Only its weight counts, for the provenance.
+    strict : bool
+        Refuse a weight that needs a reinterpretation.
 
+    Raises
+    ------
+    StudyError
+        Strict, and the weight is in grams.
     """
     _require_suv_type(suv_type)
     remarks = Remarks()
     factors = np.ones(n_slices)
-    return SuvConversion(
-        factors,
-        provenance(
-            suv_type,
-            "given as SUV",
-            factors,
-            None if series is None else _weight_kg(series, remarks),
-            remarks,
-        ),
-    )
+    weight_kg = None if series is None else _weight_kg(series, remarks)
+    if strict:
+        refuse_reinterpretations(remarks)
+    return SuvConversion(factors, provenance(suv_type, "given as SUV", factors, weight_kg, remarks))
 
 
 def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
@@ -157,7 +163,7 @@ def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
         )
     if conversion.provenance["rule"].endswith("13"):
         raise StudyError(
-            f"one header can't tell when each slice was acquired ({_DECAY_CORRECTION} is NONE): "
+            f"one header can't tell when each slice was acquired ({DECAY_CORRECTION} is NONE): "
             "give the header of every slice"
         )
     return np.full(n_slices, conversion.factors[0])
@@ -170,18 +176,26 @@ def _require_suv_type(suv_type: str) -> None:
 
 def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
     if "ATTN" not in series.corrected_image:
+        state = (
+            f"{_ATTENUATION_CORRECTED} is not YES"
+            if series.enhanced
+            else f"{_CORRECTED_IMAGE} lacks ATTN"
+        )
         raise StudyError(
-            f"not corrected for attenuation ({_CORRECTED_IMAGE} lacks ATTN): "
-            "give the attenuation-corrected series"
+            f"not corrected for attenuation ({state}): give the attenuation-corrected series"
         )
     decay_corrected = "DECY" in series.corrected_image
     if not decay_corrected and series.decay_correction != "NONE":
+        state = (
+            f"{DECAY_CORRECTED} is neither YES nor NO"
+            if series.enhanced
+            else f"{_CORRECTED_IMAGE} lacks DECY, but {DECAY_CORRECTION} is not NONE"
+        )
         raise StudyError(
-            f"it is unclear whether decay was corrected for ({_CORRECTED_IMAGE} lacks DECY, but "
-            f"{_DECAY_CORRECTION} is not NONE): correct the header"
+            f"it is unclear whether decay was corrected for ({state}): correct the header"
         )
     if decay_corrected and series.decay_correction == "NONE":
-        remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {_DECAY_CORRECTION} is NONE")
+        remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {DECAY_CORRECTION} is NONE")
 
 
 def _weight_kg(series: PetSeries, remarks: Remarks) -> float | None:
@@ -221,6 +235,12 @@ def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[str, Array,
     return rule, uptake, dose_bq * np.exp2(-uptake / half_life_s)
 
 
+def _injection_from(series: PetSeries) -> str | None:
+    if series.decay_correction == "ADMIN":
+        return None
+    return "clock time" if series.injection is None else "date-time"
+
+
 def _dose_bq(series: PetSeries, remarks: Remarks) -> float:
     dose = series.dose_bq
     if dose is None or dose <= 0:
@@ -250,7 +270,7 @@ def _require_positive(factors: Array) -> None:
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise StudyError(
             f"the factor to SUV is not a positive number ({_DOSE}, {_HALF_LIFE}, times of "
-            f"injection and scan, {_SUV_FACTOR} or {_ACTIVITY_FACTOR}): correct the header"
+            f"injection and scan, {SUV_FACTOR} or {ACTIVITY_FACTOR}): correct the header"
         )
 
 

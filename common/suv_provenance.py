@@ -26,6 +26,9 @@ class SuvConversion:
             What the header says.
         ``rule``
             What fired; see the modules `common.suv` and `common.decay`.
+        ``injection_from``
+            The header's "date-time" of injection; or "clock time" where it has no more, which then
+            is one within the day before the decay reference; or None where none is needed.
         ``minutes_to_reference``
             [least, largest] from injection to the moment that the values refer to, or None.
         ``factor_range``
@@ -62,6 +65,7 @@ def provenance(
         "decay_correction": None,
         "manufacturer": None,
         "rule": rule,
+        "injection_from": None,
         "minutes_to_reference": None,
         "factor_range": value_range(factors),
         "weight_kg": weight_kg,

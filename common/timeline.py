@@ -18,6 +18,9 @@ Array = NDArray[np.float64]
 
 DAY_S = 86_400.0
 
+SMALLEST_OFFSET_S = 900.0
+"""Step of UTC offsets [s]; clock times closer than that can't be of two zones."""
+
 _MIDNIGHT = datetime(2000, 1, 1)
 
 
@@ -58,7 +61,8 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
     Raises
     ------
     StudyError
-        Some moments have no offset, and the others disagree about it.
+        Some moments have no offset, and the others disagree about it; or the injection's clock
+        time, which has none, is not that of its date-time, which has one.
     """
     default = _offset_of_the_others(series, remarks)
     injected = series.injection or series.injection_clock
@@ -85,6 +89,11 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
     )
 
 
+def on_the_clock(span_s: Array | float) -> Array:
+    """Round spans [s] to DICOM's microseconds, as they are compared with a limit."""
+    return np.asarray(np.round(span_s, 6))
+
+
 def _offset_of_the_others(series: PetSeries, remarks: Remarks) -> timedelta:
     """UTC offset of the moments that have none."""
     moments = [series.injection, series.injection_clock, series.series_start]
@@ -99,11 +108,26 @@ def _offset_of_the_others(series: PetSeries, remarks: Remarks) -> timedelta:
             "date-times with different UTC offsets beside times with none "
             "(TimezoneOffsetFromUTC (0008,0201) is missing): add it to the header"
         )
+    if _injection_is_in_two_zones(series):
+        raise StudyError(
+            "RadiopharmaceuticalStartDateTime (0018,1078) and RadiopharmaceuticalStartTime "
+            "(0018,1072) are in different time zones, and that of the scan is unknown "
+            "(TimezoneOffsetFromUTC (0008,0201) is missing): add it to the header"
+        )
     remarks.reinterpretations.append(
         "times without UTC offset (TimezoneOffsetFromUTC (0008,0201) is missing) "
         "are taken at the offset of the header's date-times"
     )
     return stated[0]
+
+
+def _injection_is_in_two_zones(series: PetSeries) -> bool:
+    """Tell whether the clock time, without offset, is not that of the date-time, with one."""
+    stated, clock = series.injection, series.injection_clock
+    if stated is None or clock is None or stated.tzinfo is None or clock.tzinfo is not None:
+        return False
+    later_s = (_of_day(stated.time()) - _of_day(clock)) / timedelta(seconds=1) % DAY_S
+    return min(later_s, DAY_S - later_s) >= SMALLEST_OFFSET_S
 
 
 def _offset(moment: datetime | time, default: timedelta) -> timedelta:
@@ -114,8 +138,12 @@ def _offset(moment: datetime | time, default: timedelta) -> timedelta:
 def _clock_s(clock: time | None, default: timedelta, zone: timedelta) -> float:
     if clock is None:
         return float("nan")
-    of_day = datetime.combine(_MIDNIGHT, clock.replace(tzinfo=None)) - _MIDNIGHT
-    return (of_day - _offset(clock, default) + zone) / timedelta(seconds=1) % DAY_S
+    since_midnight = _of_day(clock) - _offset(clock, default) + zone
+    return since_midnight / timedelta(seconds=1) % DAY_S
+
+
+def _of_day(clock: time) -> timedelta:
+    return datetime.combine(_MIDNIGHT, clock.replace(tzinfo=None)) - _MIDNIGHT
 
 
 def _numbers(values: Iterable[float | None]) -> Array:

@@ -82,13 +82,17 @@ class Case:
         """What the headers say."""
         return read_pet_series(self.build(np.ones(N_SLICES)))
 
-    def write(self, folder: Path) -> tuple[list[Dataset], Array, Array]:
-        """Headers as read back from files, stored values and slopes."""
+    def write(
+        self, folder: Path, change: Callable[[Dataset], None] = lambda header: None
+    ) -> tuple[list[Dataset], Array, Array]:
+        """Headers as read back from files, after `change` of each; stored values and slopes."""
         wanted = np.broadcast_to(np.asarray(self.value_per_suv, dtype=float), (N_SLICES,))
         steps = wanted * HOT / 20_000 * np.array(self.slope_ratios)
         slopes = np.array([float(ds(step)) for step in steps])
         stored = np.rint(phantom_suv(N_SLICES) * wanted / slopes)
         headers = self.build(slopes)
+        for header in headers:
+            change(header)
         if self.enhanced is not None:
             paths = [write_enhanced_pet(folder / "enhanced.dcm", headers[0], stored)]
         else:
@@ -232,12 +236,11 @@ CONVERT = [
         for name, vendor in VENDORS.items()
     ),
     Case("start date-time only", AT_START, "12b", header={"RadiopharmaceuticalStartTime": None}),
-    Case("start time only", AT_START, "12b", 1, header={"RadiopharmaceuticalStartDateTime": None}),
+    Case("start time only", AT_START, "12b", header={"RadiopharmaceuticalStartDateTime": None}),
     Case(
         "across midnight, time only",
         AT_START,
         "12b",
-        1,
         header=on_days(MIDNIGHT, EVENING, RadiopharmaceuticalStartDateTime=None),
     ),
     Case("across midnight, date-time", AT_START, "12b", header=on_days(MIDNIGHT, EVENING)),

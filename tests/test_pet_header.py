@@ -1,6 +1,7 @@
 """PET headers as scanners, archives and anonymisers leave them."""
 
 import json
+from copy import deepcopy
 from datetime import UTC, datetime, time, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pet_headers import (
+    DURATION_S,
     INJECTION,
     REFERENCE_S,
     PerSlice,
     activity_per_suv,
     dt,
     enhanced_pet_header,
+    mean_activity_per_suv,
     moment,
     pet_headers,
     phantom_suv,
@@ -156,6 +159,16 @@ def test_times_of_day(text: str, expected: time) -> None:
     series = read_pet_series([header])
     assert series.injection_clock == expected
     assert series.series_start == datetime.combine(datetime(2025, 1, 2), expected)
+
+
+def test_an_hour_alone_is_no_time_of_day() -> None:
+    """DICOM allows it, so it must not refuse a header whose SUV needs no time."""
+    (header,) = pet_headers(1, Units="GML")
+    for keyword in ("SeriesTime", "AcquisitionTime"):
+        put_raw(header, keyword, b"11")
+    series = read_pet_series([header])
+    assert series.series_start is series.slices[0].acquisition is None
+    assert suv_factors(series).factors == [1]
 
 
 EAST = timezone(timedelta(hours=5, minutes=30))
@@ -309,7 +322,7 @@ def test_refuses(overrides: dict[str, Any], what: str) -> None:
         ("PatientSize", b"inf"),
         ("PatientSex", b"M\\F"),
         ("Units", b"BQML\\GML"),
-        ("SeriesTime", b"11"),
+        ("SeriesTime", b"11h"),
         ("SeriesTime", b"256161"),
         ("SeriesDate", b"20251301"),
         ("SeriesDate", b"00000000"),
@@ -447,6 +460,7 @@ def test_enhanced_object_from_a_file(tmp_path: Path) -> None:
         ("g/ml{SUVlbm(Janma)}", "GML", "LBMJANMA"),
         ("g/ml{SUVibw}", "GML", "IBW"),
         ("cm2/ml{SUVbsa}", "CM2ML", "BSA"),
+        ("g/ml{SUVbsa}", "CM2ML", "BSA"),
         ("{counts}", "CNTS", None),
         ("{propcounts}", "PROPCNTS", None),
         ("kBq/ml", "UNKNOWN", None),
@@ -488,11 +502,17 @@ def test_offsets_of_enhanced_objects() -> None:
     ("overrides", "what"),
     [
         ({"DecayCorrectionDateTime": None}, "DecayCorrectionDateTime (0018,9701) is missing"),
-        ({"DecayCorrected": "NO"}, "FrameReferenceDateTime (0018,9151) is missing"),
-        ({"DecayCorrected": None}, "DecayCorrection (0054,1102)"),
-        ({"AttenuationCorrected": "NO"}, "ATTN"),
-        ({"unit": None}, "Units (0054,1001) is missing"),
-        ({"unit": "kBq/ml"}, "Units (0054,1001) is UNKNOWN"),
+        ({"DecayCorrected": "NO"}, "FrameReferenceDateTime (0018,9151), or FrameAcquisitionDate"),
+        ({"DecayCorrected": None}, "DecayCorrected (0018,9758) is neither YES nor NO"),
+        (
+            {"DecayCorrected": None, "CorrectedImage": ["DECY"]},
+            "DecayCorrected (0018,9758) is missing",
+        ),
+        ({"AttenuationCorrected": "NO"}, "AttenuationCorrected (0018,9759) is not YES"),
+        ({"unit": None}, "MeasurementUnitsCodeSequence (0040,08EA) is missing"),
+        ({"unit": "{counts}"}, "MeasurementUnitsCodeSequence (0040,08EA) is CNTS"),
+        ({"unit": "kBq/ml"}, "MeasurementUnitsCodeSequence (0040,08EA) is none that DICOM"),
+        ({"unit": "g/ml{SUVlbm}"}, "MeasurementUnitsCodeSequence (0040,08EA) is LBM"),
     ],
 )
 def test_enhanced_refusals_of_the_conversion(overrides: dict[str, Any], what: str) -> None:
@@ -592,3 +612,48 @@ def test_the_unit_is_that_of_the_rescaled_values() -> None:
     suv.RealWorldValueSlope = 2.0
     frame.RealWorldValueMappingSequence = [suv, mapping]
     assert "several units for one frame" in refusal(header)
+
+
+@pytest.mark.parametrize("rescaled_by", ["one", "nothing"])
+def test_a_mapping_to_real_values_may_stand_alone(rescaled_by: str) -> None:
+    """Without a slope other than 1 beside it, its slope is what scales the stored values."""
+    header = enhanced_pet_header(2, slopes=[2.0, 3.0])
+    for frame in header.PerFrameFunctionalGroupsSequence:
+        if rescaled_by == "one":
+            frame.PixelValueTransformationSequence[0].RescaleSlope = 1
+        else:
+            del frame.PixelValueTransformationSequence
+    series = read_pet_series([header])
+    assert (series.units, series.reinterpretations) == ("BQML", ())
+    factors = suv_factors(series, strict=True).factors
+    assert factors * activity_per_suv(REFERENCE_S) == pytest.approx([2, 3], rel=1e-9)
+
+    (mapping,) = header.PerFrameFunctionalGroupsSequence[1].RealWorldValueMappingSequence
+    mapping.RealWorldValueIntercept = 5.0
+    assert "RealWorldValueIntercept (0040,9224)" in refusal(header)
+    mapping.RealWorldValueIntercept = 0.0
+    mapping.RealWorldValueSlope = 0.0
+    with pytest.raises(StudyError, match="not a positive number"):
+        suv_factors(read_pet_series([header]))
+    mapping.RealWorldValueSlope = 3.0
+    other = deepcopy(mapping)
+    other.RealWorldValueSlope = 4.0
+    frame.RealWorldValueMappingSequence = [mapping, other]
+    assert "scaled in several ways" in refusal(header)
+
+
+def test_frames_without_reference_tell_when_they_were_acquired() -> None:
+    header = enhanced_pet_header(2, DecayCorrected="NO", DecayCorrectionDateTime=None)
+    after_s = np.array([3600.0, 4000.0])
+    for frame, each in zip(header.PerFrameFunctionalGroupsSequence, after_s, strict=True):
+        frame.FrameContentSequence[0].FrameAcquisitionDateTime = dt(moment(each))
+    conversion = suv_factors(read_pet_series([header]))
+    expected = mean_activity_per_suv(after_s, DURATION_S)
+    assert conversion.factors * expected == pytest.approx(np.ones(2), rel=1e-9)
+    assert conversion.provenance["rule"] == "15"
+    frame.FrameContentSequence[0].FrameReferenceDateTime = dt(moment(5000))
+    (_, factor) = suv_factors(read_pet_series([header])).factors
+    assert factor * activity_per_suv(5000) == pytest.approx(1, rel=1e-9)
+    del header.PerFrameFunctionalGroupsSequence[0].FrameContentSequence[0].FrameAcquisitionDuration
+    with pytest.raises(StudyError, match=r"FrameAcquisitionDuration \(0018,9220\)"):
+        suv_factors(read_pet_series([header]))

@@ -86,21 +86,29 @@ def average_rate_time(scan: Scan) -> timedelta:
 
 
 def uptakes_s(scan: Scan, moments: list[datetime]) -> list[float]:
+    found_s = [uptake_s(scan, each) for each in moments]
+    if max(found_s) - min(found_s) > 12 * 3600:
+        raise Refused
+    return found_s
+
+
+def uptake_s(scan: Scan, moment: datetime) -> float:
     if scan.injected is not None:
-        stated_s = [(each - scan.injected).total_seconds() for each in moments]
-        if all(-3600 <= each < 2 * scan.half_life_s for each in stated_s):
+        stated_s = (moment - scan.injected).total_seconds()
+        if -3600 <= stated_s < 2 * scan.half_life_s:
             return stated_s
     clock = scan.injected.time() if scan.injected else needed(scan.injected_clock)
     if scan.half_life_s >= 41_400:
         raise Refused
-    injected = datetime.combine(min(moments).date(), clock)
-    if injected > min(moments) + timedelta(seconds=3600):
+    injected = datetime.combine(moment.date(), clock)
+    if injected > moment + timedelta(seconds=3600):
         injected -= timedelta(days=1)
-    return [(each - injected).total_seconds() for each in moments]
+    return (moment - injected).total_seconds()
 
 
 def random_scan(rng: random.Random) -> Scan:
-    start = DAY + timedelta(seconds=rng.randrange(86_400))
+    microseconds = rng.choice((0, 0, 1, 100_000, 687_000))
+    start = DAY + timedelta(seconds=rng.randrange(86_400), microseconds=microseconds)
     before_s = (3600, 3600, 5400, -1800, -3600, -3601, 10_000, 90_000, 200_000)
     injected = start - timedelta(seconds=rng.choice(before_s))
     acquired = sorted(start + timedelta(seconds=rng.choice((0, 1, 120, 900))) for _ in range(3))
