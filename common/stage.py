@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.atomic_files import behind_links, clear_write_errors, sync, writing
+from common.atomic_files import (
+    behind_links,
+    clear_write_errors,
+    list_temporaries,
+    remove_listed,
+    sync,
+    temporary_beside,
+    writing,
+)
 from common.errors import StageError, WorkerKilled
 from common.locking import locked
 from common.machine import default_jobs
@@ -157,18 +165,22 @@ def run_stage(
     with clear_write_errors(output):
         if part_of:
             parts.mkdir(exist_ok=True)
+            list_temporaries(parts, (path for study in todo for path in study.beside))
     tasks = [Task(s.hash, PartTask(s.hash, s.payload, part_of[s.hash])) for s in todo]
-    computed = {
-        outcome.hash: outcome
-        for outcome in run_studies(
-            worker,
-            tasks,
-            worker_processes(jobs, dask, todo),
-            lambda outcome: report(outcome, known_skips or {}),
-            dask,
-            parts,
-        )
-    }
+    try:
+        computed = {
+            outcome.hash: outcome
+            for outcome in run_studies(
+                worker,
+                tasks,
+                worker_processes(jobs, dask, todo),
+                lambda outcome: report(outcome, known_skips or {}),
+                dask,
+                parts,
+            )
+        }
+    finally:
+        remove_listed(parts)
     if dask is not None and part_of:
         # A file server's client may remember that parts were not there; this makes it look again.
         os.listdir(parts)
@@ -251,7 +263,8 @@ def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> Non
     path = output.with_name(f"{output.stem}_failed.csv")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if not failed:
-        path.unlink(missing_ok=True)
+        for stale in (path, temporary_beside(path)):
+            stale.unlink(missing_ok=True)
         return
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -285,8 +298,7 @@ def writing_part(part: Path) -> Iterator[Path]:
 @contextmanager
 def writing_beside(path: Path) -> Iterator[Path]:
     """Yield a hidden path of the same suffix; what is written there then takes the file's place."""
-    real = behind_links(path)
-    with writing(real, real.with_name(f".{real.stem}.tmp{real.suffix}")) as temporary:
+    with writing(behind_links(path), temporary_beside(path)) as temporary:
         yield temporary
 
 
@@ -295,6 +307,7 @@ def write_beside(path: Path, text: str) -> None:
     content = text.encode()
     with suppress(OSError):
         if path.read_bytes() == content:
+            temporary_beside(path).unlink(missing_ok=True)
             return
     with writing_beside(path) as temporary:
         temporary.write_bytes(content)
@@ -347,6 +360,7 @@ def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterat
     """
     parts = parts_folder(output)
     with locked(behind_links(output)) if lock else nullcontext():
+        remove_listed(parts)
         if force:
             shutil.rmtree(parts, ignore_errors=True)
         for litter in parts.glob("*.tmp*"):
