@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
+from common.atomic_files import clear_write_errors
 from common.errors import StageError, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
 from common.processes import call_apart
@@ -136,7 +137,7 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
         if status == "written":
             write_merged(options, plan)
-        if options.splits is not None:
+        elif options.splits is not None:
             write_splits(options, plan)
     return [Outcome(study, status) for study in hdf5.studies_of(plan.sources, plan.parameters)]
 
@@ -239,7 +240,12 @@ def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
         if options.link
         else functools.partial(hdf5_assembly.assemble, **made_by)
     )
-    stage.replace_output(options.output, assemble, plan.sources)
+
+    def write_what_goes_beside(path: Path) -> None:
+        if options.splits is not None:
+            write_splits(options, plan)
+
+    stage.replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
 
 
 def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
@@ -247,7 +253,8 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
     keys = sorted(plan.sources)
     folds = splits.patient_folds(keys, plan.projects, options.splits, options.patient_characters)
     folder = options.splits_dir or options.output.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for number, validation in enumerate(folds, start=1):
         held_out = set(validation)
         training = [key for key in keys if key not in held_out]

@@ -221,16 +221,25 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         if options.save_nifti is not None:
             options.save_nifti.mkdir(parents=True, exist_ok=True)
         studies = plan(archived, recipe, options)
-        digests: dict[str, list[str]] = {}
 
-        def read_new_output(path: Path | None, outcomes: Sequence[Outcome]) -> None:
-            # What could fail for its reading fails before it takes the old one's place.
+        def write_what_goes_beside(path: Path | None, outcomes: Sequence[Outcome]) -> None:
             if path is not None and options.measures is not None:
                 write_measures(options.measures, path)
             if path is not None and options.report is not None:
-                digests.update(call_apart(hdf5_assembly.read_all_digests, path))
+                # Slow to load, and only for those who ask for it.
+                from common.report_cards import write_report
 
-        outcomes = stage.run_stage(
+                write_report(
+                    options.report,
+                    options.output.resolve(),
+                    path.resolve(),
+                    outcomes,
+                    options.jobs,
+                    cli.SOFTWARE,
+                    options.dask,
+                )
+
+        return stage.run_stage(
             options.output,
             studies,
             stage.present_content(
@@ -243,24 +252,10 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 hdf5_assembly.assemble, parameters=asdict(recipe), software=cli.SOFTWARE
             ),
             options.jobs,
-            read_new_output,
+            write_what_goes_beside,
             failures_of="preprocessing",
             dask=options.dask,
         )
-        if options.report is not None:
-            # Slow to load, and only for those who ask for it.
-            from common.report_cards import write_report
-
-            write_report(
-                options.report,
-                options.output.resolve(),
-                digests,
-                outcomes,
-                options.jobs,
-                cli.SOFTWARE,
-                options.dask,
-            )
-    return outcomes
 
 
 def plan(

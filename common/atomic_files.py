@@ -18,6 +18,7 @@ _REMEDIES = {
     errno.EPERM: "no permission to write: choose another folder",
     errno.ENOENT: "its folder is gone: make it again",
     errno.EEXIST: "something else has its name: move that away",
+    errno.EISDIR: "a folder has its name: move that away",
     errno.ENOTDIR: "something else has its name: move that away",
     errno.EIO: "the disk fails: check it",
     errno.ESTALE: "the file server has lost it: check the server",

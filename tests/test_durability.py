@@ -54,7 +54,6 @@ class Stage:
     output: str
     options: tuple[str, ...]
     other_options: tuple[str, ...]
-    beside: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ("-j", "2")
 
     @property
@@ -65,6 +64,7 @@ class Stage:
         return [*self.inputs, "-o", self.output, *self.options, *self.jobs, *more]
 
 
+BESIDE = ("--measures", "out/m.csv", "--save-nifti", "out/nii", "--report", "out/r.html")
 SMALL = ("--spacing", "4", "4", "5", "--shape", "10", "10")
 STAGES = {
     stage.name: stage
@@ -75,15 +75,13 @@ STAGES = {
             "out/p.zip",
             ("--pet-units", "suv"),
             ("--pet-units", "suv", "--name", "other"),
-            ("p_mapping.csv",),
         ),
         Stage(
             preprocessing.main,
             ("p.zip",),
             "out/p.h5",
-            (*SMALL, "--measures", "out/m.csv", "--save-nifti", "out/nii"),
+            (*SMALL, *BESIDE),
             (*SMALL, "--iso-threshold", "50"),
-            ("m.csv", "nii"),
         ),
         Stage(
             mergeh5.main,
@@ -91,16 +89,14 @@ STAGES = {
             "out/all.h5",
             ("--splits", "2", "--splits-dir", "out/folds"),
             ("--link",),
-            ("folds",),
-            (),
+            jobs=(),
         ),
         Stage(
             project_2d.main,
             ("a.h5",),
             "out/mips.h5",
-            ("--angles", "0", "180", "60", "--png", "out/png"),
+            ("--angles", "0", "180", "60", "--png", "out/png", "--gif", "out/gif"),
             ("--angles", "0", "180", "90"),
-            ("mips.csv", "png"),
         ),
     )
 }
