@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
-from common.atomic_files import clear_write_errors
 from common.errors import StageError, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
 from common.processes import call_apart
@@ -37,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    with cli.checking(parser):
+        check_options(parser, options)
     if options.verify:
         return cli.run(options, lambda: verify(options), verify_line)
     return cli.run(options, lambda: merge(options))
@@ -95,18 +95,19 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.verify:
         if options.output or options.link or options.splits:
             parser.error("--verify writes nothing: leave out -o, --link and --splits")
-        for path in options.inputs:
-            if not path.exists():
-                parser.error(f"input {path} does not exist")
+        cli.check_files(parser, options.inputs)
         cli.check_log_file(parser, options, options.inputs)
         return
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
+    cli.check_files(parser, options.inputs)
     cli.check_paths(parser, options, options.inputs)
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
-    if options.splits_dir is not None and options.splits is None:
-        parser.error("--splits-dir needs --splits K")
+    if options.splits_dir is not None:
+        if options.splits is None:
+            parser.error("--splits-dir needs --splits K")
+        cli.check_folder(parser, options.splits_dir, options)
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -253,8 +254,7 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
     keys = sorted(plan.sources)
     folds = splits.patient_folds(keys, plan.projects, options.splits, options.patient_characters)
     folder = options.splits_dir or options.output.parent
-    with clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    stage.make_folder(folder)
     for number, validation in enumerate(folds, start=1):
         held_out = set(validation)
         training = [key for key in keys if key not in held_out]

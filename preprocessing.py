@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,12 @@ EXAMPLES = """
 MEMORY_BASE, MEMORY_PER_VOXEL = 250_000_000, 3
 """What a worker takes at most, roughly [bytes], beside each voxel of its study's three images."""
 
+SPACINGS_MM = (0.01, 1000)
+"""Voxel sizes that images of people can have."""
+
+MOST_VOXELS = 32767
+"""Voxels along an axis that a NIfTI header can count."""
+
 logger = logging.getLogger("tumorvolume")
 
 
@@ -56,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    with cli.checking(parser):
+        check_options(parser, options)
     return cli.run(options, lambda: preprocess(options))
 
 
@@ -172,11 +180,15 @@ def orientation(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
+    cli.check_files(parser, [options.zip])
     cli.check_paths(parser, options, [options.zip])
-    if min(options.spacing) <= 0:
-        parser.error("--spacing: voxel sizes must be above 0 mm")
+    least_mm, greatest_mm = SPACINGS_MM
+    if not all(least_mm <= spacing_mm <= greatest_mm for spacing_mm in options.spacing):
+        parser.error(f"--spacing: voxel sizes must be from {least_mm} to {greatest_mm} mm")
     if len(options.shape) not in (2, 3):
         parser.error("--shape: give two or three numbers of voxels")
+    if max(options.shape) > MOST_VOXELS:
+        parser.error(f"--shape: at most {MOST_VOXELS} voxels along an axis, as NIfTI can count")
     for name, (least, greatest) in (("ct", options.ct_range), ("suv", options.suv_range)):
         if not least < greatest:
             parser.error(f"--{name}-range: MIN must be below MAX")
@@ -190,7 +202,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         beside = [options.zip, *([options.measures] if options.measures else [])]
         cli.check_side_output(parser, options.report, options, beside)
     if options.save_nifti is not None:
-        cli.check_folder(parser, options.save_nifti)
+        cli.check_folder(parser, options.save_nifti, options)
     if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -219,7 +231,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 "<hash>/<hash>_{ct,petsuv,mask}.nii.gz"
             )
         if options.save_nifti is not None:
-            options.save_nifti.mkdir(parents=True, exist_ok=True)
+            stage.make_folder(options.save_nifti)
         studies = plan(archived, recipe, options)
 
         def write_what_goes_beside(path: Path | None, outcomes: Sequence[Outcome]) -> None:
@@ -285,7 +297,8 @@ def plan(
 def memory_bytes(study: archive.ArchivedStudy) -> int:
     """Return what preprocessing a study takes at most, roughly [bytes]."""
     try:
-        n_voxels = sum(math.prod(shape) for shape in study.record["shapes"].values())
+        shapes = study.record["shapes"].values()
+        n_voxels = sum(math.prod(map(operator.index, shape)) for shape in shapes)
     except (KeyError, AttributeError, TypeError):
         # A zip of another make: images of gzipped CT and PET take about two bytes a voxel.
         n_voxels = sum(member.size for member in study.members.values()) // 2

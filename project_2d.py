@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    with cli.checking(parser):
+        check_options(parser, options)
     return cli.run(options, lambda: project(options))
 
 
@@ -128,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
+    cli.check_files(parser, [options.input])
     cli.check_paths(parser, options, [options.input])
     try:
         options.all_angles = projection_angles(*options.angles)
@@ -136,7 +138,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     cli.check_side_output(parser, csv_path(options.output), options, [options.input])
     for folder in (options.gif, options.png):
         if folder is not None:
-            cli.check_folder(parser, folder)
+            cli.check_folder(parser, folder, options)
     if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -156,7 +158,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
         parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+                stage.make_folder(folder)
         studies = plan(options, source, parameters)
         by_key = {
             two_d_key(study.hash, angle): study.hash

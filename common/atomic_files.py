@@ -20,6 +20,7 @@ _REMEDIES = {
     errno.EEXIST: "something else has its name: move that away",
     errno.EISDIR: "a folder has its name: move that away",
     errno.ENOTDIR: "something else has its name: move that away",
+    errno.ENAMETOOLONG: "its name is too long: choose a shorter one",
     errno.EIO: "the disk fails: check it",
     errno.ESTALE: "the file server has lost it: check the server",
 }

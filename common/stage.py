@@ -258,9 +258,14 @@ def report(outcome: Outcome, known_skips: Mapping[str, str] | None = None) -> No
         logger.info("%s: %s", outcome.hash, outcome.status)
 
 
+def failures_file(output: Path) -> Path:
+    """Return where failed studies are listed."""
+    return output.with_name(f"{output.stem}_failed.csv")
+
+
 def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> None:
     """Write ``OUTPUT_failed.csv``; where no study failed, there is none."""
-    path = output.with_name(f"{output.stem}_failed.csv")
+    path = failures_file(output)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if not failed:
         for stale in (path, temporary_beside(path)):
@@ -285,6 +290,12 @@ def parts_folder(output: Path) -> Path:
 
 def _part_name(study: Study, output: Path) -> str:
     return f"{study.hash}.{study.fingerprint[:16]}{output.suffix}"
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, and those above it, where they are not there."""
+    with clear_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
