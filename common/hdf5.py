@@ -194,16 +194,39 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises
     ------
     StageError
-        Shapes that volumes or projections can't have, or masks that do not fit.
+        Shapes or types that volumes or projections can't have, masks that do not fit, or data
+        that lie where they must not.
     """
     with open_studies(path) as file:
         shapes = {}
         for key in sorted(file["image"]):
-            shape, *others = (file[group][key].shape for group in GROUPS)
-            if shape[:1] != (2,) or any(other != (1, *shape[1:]) for other in others):
+            image, *masks = (sound_dataset(path, file[group], key) for group in GROUPS)
+            if image.shape[:1] != (2,) or any(m.shape != (1, *image.shape[1:]) for m in masks):
                 raise StageError(f"{path}: study {key} has shapes that do not fit: make it again")
-            shapes[key] = shape
+            if image.dtype.kind != "f" or any(mask.dtype != np.uint8 for mask in masks):
+                raise StageError(f"{path}: study {key} has types that do not fit: make it again")
+            shapes[key] = image.shape
         return shapes
+
+
+def sound_dataset(path: Path, group: h5py.Group, key: str) -> h5py.Dataset:
+    """Return a dataset of the file at `path`, or one that a link in it leads to.
+
+    Raises
+    ------
+    StageError
+        A link to a pipe or device, which might never end, or values that lie in another file.
+    """
+    link = group.get(key, getlink=True)
+    if isinstance(link, h5py.ExternalLink):
+        # As libhdf5 looks for it.
+        for there in (path.resolve().parent / link.filename, Path(link.filename)):
+            if there.exists() and not there.is_file():
+                raise StageError(f"{path}: links to a device, pipe or folder: make it again")
+    dataset = group[key]
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise StageError(f"{path}: {key} is no dataset with its values in the file: make it again")
+    return dataset
 
 
 def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from common.hdf5 import (
     open_studies,
     read_parameters,
     sound_attributes,
+    sound_dataset,
 )
 
 _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
@@ -52,9 +53,9 @@ def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> l
     faults = []
     for group in GROUPS:
         try:
-            dataset = file[group][key]
+            dataset = sound_dataset(Path(file.filename), file[group], key)
             arrays[group], attributes[group] = dataset[()], all_attributes(dataset)
-        except DAMAGE:
+        except (*DAMAGE, StageError):
             faults.append(f"{group} cannot be read")
             continue
         if attributes[group].get("sha256") != array_digest(arrays[group]):

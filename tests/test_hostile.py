@@ -743,12 +743,67 @@ HDF5_FAULTS = {
         lambda path: changed(path, lambda f: delete(f["mask"], next(iter(f["mask"])))),
         "different studies",
     ),
+    "link to a pipe": (lambda path: linked_to_a_pipe(path), "links to a device, pipe or folder"),
+    "link to a device": (
+        lambda path: replaced(path, "image", lambda *old: h5py.ExternalLink("/dev/zero", "/")),
+        "links to a device",
+    ),
+    "virtual": (lambda path: replaced(path, "image", virtual), "no dataset with its values"),
+    "values elsewhere": (
+        lambda path: replaced(path, "mask", elsewhere), "no dataset with its values",
+    ),
+    "complex": (
+        lambda path: replaced(path, "image", lambda g, k, old: old.astype(np.complex64)), "types",
+    ),
+    "masks of floats": (
+        lambda path: replaced(path, "mask", lambda g, k, old: old.astype(np.float32)), "types",
+    ),
 }  # fmt: skip
 
 
 def changed(path: Path, change: Callable[[h5py.File], None]) -> None:
     with h5py.File(path, "r+") as file:
         change(file)
+
+
+def replaced(path: Path, group: str, by: Callable[[h5py.Group, str, np.ndarray], object]) -> None:
+    """Replace the first dataset of a group by what a function makes, or puts there, of it."""
+    with h5py.File(path, "r+") as file:
+        key = sorted(file[group])[0]
+        old = file[group][key][()]
+        del file[group][key]
+        new = by(file[group], key, old)
+        if new is not None:
+            file[group][key] = new
+
+
+def linked_to_a_pipe(path: Path) -> None:
+    """libhdf5 waited for ever for someone to write to it."""
+    os.mkfifo(path.with_name("pipe"))
+    replaced(path, "image", lambda group, key, old: h5py.ExternalLink("pipe", f"/image/{key}"))
+
+
+def virtual(group: h5py.Group, key: str, old: np.ndarray) -> None:
+    """Values from another dataset; of one from itself libhdf5 crashes."""
+    layout = h5py.VirtualLayout(old.shape, old.dtype)
+    layout[...] = h5py.VirtualSource(".", f"{group.name}/{key}", shape=old.shape)
+    group.create_virtual_dataset(key, layout)
+
+
+def elsewhere(group: h5py.Group, key: str, old: np.ndarray) -> None:
+    """Values from any file of this machine; merging took the reference over."""
+    group.create_dataset(key, old.shape, old.dtype, external=[("/etc/hostname", 0, old.nbytes)])
+
+
+@pytest.mark.parametrize("fault", ["link to a pipe", "virtual", "values elsewhere"])
+def test_verifying_a_file_with_values_elsewhere_names_the_study(sound, tmp_path, capfd, fault):
+    path = tmp_path / "in.h5"
+    shutil.copy(sound / "3d.h5", path)
+    HDF5_FAULTS[fault][0](path)
+    ending = end(capfd, "mergeh5", "--verify", path)
+    assert ending.status == 3, ending.said
+    assert f"{min(set_of_keys(sound / '3d.h5'))}: " in ending.errors[0]
+    assert "cannot be read" in ending.errors[0]
 
 
 def delete(holder, name: str) -> None:
