@@ -321,7 +321,7 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
     work: ZippedStudy = task.payload
     laps = Laps()
     placed = place_study(work.zip_path, work.study, work.recipe, laps)
-    with stage.writing_part(task.part) as temporary:
+    with stage.writing_part(task.part, task.beside) as temporary:
         write_study(
             temporary,
             work.study,

@@ -288,7 +288,7 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
         "hash": work.key,
         "spacing": np.array(attributes["spacing"])[[0, 2]],
     }
-    with stage.writing_part(task.part) as temporary:
+    with stage.writing_part(task.part, task.beside) as temporary:
         with hdf5.create_file(temporary, work.parameters, cli.SOFTWARE) as file:
             for i, angle in enumerate(work.angles):
                 for group in hdf5.GROUPS:

@@ -69,11 +69,15 @@ class Study:
 
 @dataclass(frozen=True)
 class PartTask:
-    """What a worker gets: the study's payload and where its finished part goes."""
+    """What a worker gets: the study's payload and where its finished part goes.
+
+    `beside` are the files besides OUTPUT that it writes; see `Study`.
+    """
 
     hash: str
     payload: Any
     part: Path
+    beside: tuple[Path, ...] = ()
 
 
 Assemble = Callable[[Path, Mapping[str, Path]], None]
@@ -155,6 +159,7 @@ def run_stage(
     """
     parts = parts_folder(output)
     finished, is_known = finished or {}, finished is not None
+    _remove_replaced(parts, studies, output)
     kept = [s for s in studies if finished.get(s.hash) == s.fingerprint and s.all_beside]
     kept_hashes = {study.hash for study in kept}
     part_of = {s.hash: parts / _part_name(s, output) for s in studies if s.hash not in kept_hashes}
@@ -166,7 +171,7 @@ def run_stage(
         if part_of:
             parts.mkdir(exist_ok=True)
             list_temporaries(parts, (path for study in todo for path in study.beside))
-    tasks = [Task(s.hash, PartTask(s.hash, s.payload, part_of[s.hash])) for s in todo]
+    tasks = [Task(s.hash, PartTask(s.hash, s.payload, part_of[s.hash], s.beside)) for s in todo]
     try:
         computed = {
             outcome.hash: outcome
@@ -298,9 +303,27 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def _remove_replaced(parts: Path, studies: Sequence[Study], output: Path) -> None:
+    """Remove what a run with other options, that never ended, has put beside OUTPUT.
+
+    Its part of the study tells; else OUTPUT would be kept with files beside it that do not fit.
+    """
+    beside = {study.hash: study for study in studies if study.beside}
+    for part in sorted(parts.iterdir()) if beside and parts.is_dir() else ():
+        study = beside.get(part.name.removesuffix(output.suffix).rpartition(".")[0])
+        if study is not None and part.name != _part_name(study, output):
+            for path in (*study.beside, part):
+                path.unlink(missing_ok=True)
+
+
 @contextmanager
-def writing_part(part: Path) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes the finished part, or nothing does."""
+def writing_part(part: Path, beside: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yield a temporary path; what is written there becomes the finished part, or nothing does.
+
+    Old files `beside` OUTPUT go first: those there are when the part is there belong to it.
+    """
+    for path in beside:
+        path.unlink(missing_ok=True)
     here = f"{socket.gethostname()}.{os.getpid()}"
     with writing(part, part.with_name(f"{part.name}.{here}.tmp")) as temporary:
         yield temporary

@@ -401,8 +401,11 @@ def write_picture(task: PartTask):
         while not list(picture.parent.glob(".*")):
             time.sleep(0.001)
         raise StageError("out.txt cannot be written: the disk is full")
-    with writing_part(task.part) as temporary, stage.writing_beside(picture) as half:
-        half.write_text("half")
+    with (
+        writing_part(task.part, task.beside) as temporary,
+        stage.writing_beside(picture) as half,
+    ):
+        half.write_text(task.payload)
         if task.payload == "dies":
             os.kill(os.getppid(), signal.SIGKILL)
         if task.payload in ("stuck", "dies"):
@@ -449,6 +452,27 @@ def test_half_files_of_killed_workers_go_though_their_studies_are_no_longer_ther
     run_pictures(folder, picture_studies(folder, c="1"))
     assert folder.output.read_text() == "c 1\n"
     assert sorted(os.listdir(pictures)) == [".mine", "c.nii.gz"]
+    assert folder.left == ["out.txt", "pictures"]
+
+
+def test_files_beside_that_another_run_has_replaced_are_made_again(folder):
+    """One night with other options, stopped, and the old output was kept with the new pictures."""
+    finished = {"a": "1" * 16, "b": "1" * 16}
+    one, two = (picture_studies(folder, a=payload, b=payload) for payload in "12")
+    picture = one[0].beside[0]
+    run_pictures(folder, one)
+
+    def interrupted(path, sources):
+        raise StageError("interrupted")
+
+    for plan in (two, picture_studies(folder, a="3", b="3"), two):
+        with pytest.raises(StageError, match="interrupted"), exclusive(folder.output):
+            run_stage(folder.output, plan, finished, write_picture, interrupted, 2)
+        assert picture.read_text() == plan[0].payload
+    with exclusive(folder.output):
+        run_stage(folder.output, one, finished, write_picture, assemble, 2)
+    assert picture.read_text() == "1"
+    assert folder.output.read_text() == "a 1\nb 1\n"
     assert folder.left == ["out.txt", "pictures"]
 
 
