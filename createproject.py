@@ -7,6 +7,12 @@ Incomplete studies are skipped and listed. The private mapping from hash to pati
 beside the zip, readable by you alone: keep it apart from the zip.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import logging

@@ -6,6 +6,12 @@ spacing, shape, ranges, orientation, type or thresholds are refused unless --all
 With --verify nothing is written: each file is held against its own checksums and attributes.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import logging

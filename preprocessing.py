@@ -6,6 +6,12 @@ isocontour of the mask taken, and CT and PET normalised to [0, 1]. The file hold
 (2, X, Y, Z: PET, CT), mask/<hash> and mask_iso/<hash> (1, X, Y, Z).
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import json

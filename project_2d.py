@@ -6,6 +6,12 @@ image/<hash>_<angle> (2, X, Z: PET, CT), mask/<hash>_<angle> and mask_iso/<hash>
 a CSV of the same name lists them.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import functools
