@@ -303,10 +303,12 @@ def test_killed_at_a_random_moment(name, number, inputs, uninterrupted, tmp_path
 
     if victim == "worker":
         assert run.status in (0, 1, 3), run.stderr
-        assert ("was killed" in run.stderr) == (run.status != 0), run.stderr
+        # One that drew a study for the report takes no study along.
+        told = [line for line in run.stderr.splitlines() if "is not shown" not in line]
+        failed = sum("the worker process was killed" in line for line in told)
+        assert (failed > 0) == (run.status != 0), run.stderr
         if run.status == 1:
             assert found.get(output) == before.get(output)
-        failed = run.stderr.count("the worker process was killed")
         listed = found.get(f"{Path(output).stem}_failed.csv", b"").decode()
         if run.status == 3 and name != "createproject":
             assert listed.count("the worker process was killed") == failed == 1
