@@ -171,7 +171,7 @@ def run_stage(
         if part_of:
             parts.mkdir(exist_ok=True)
             list_temporaries(parts, (path for study in todo for path in study.beside))
-    tasks = [Task(s.hash, PartTask(s.hash, s.payload, part_of[s.hash], s.beside)) for s in todo]
+    tasks = [Task(s.hash, _part_task(s, part_of[s.hash])) for s in todo]
     try:
         computed = {
             outcome.hash: outcome
@@ -220,6 +220,12 @@ def worker_processes(jobs: int | None, dask: str | None, todo: Sequence[Study]) 
     jobs = default_jobs(needed)
     logger.info("%d worker processes; the largest study takes about %.1f GB", jobs, needed / 1e9)
     return jobs
+
+
+def _part_task(study: Study, part: Path) -> PartTask:
+    # Workers of a cluster are in other folders.
+    beside = tuple(path.absolute() for path in study.beside)
+    return PartTask(study.hash, study.payload, part, beside)
 
 
 def _report_plan(

@@ -476,6 +476,25 @@ def test_files_beside_that_another_run_has_replaced_are_made_again(folder):
     assert folder.left == ["out.txt", "pictures"]
 
 
+def tell_paths(task: PartTask):
+    with writing_part(task.part, task.beside) as temporary:
+        temporary.write_text(f"{task.hash} x\n")
+    return [str(path) for path in (task.part, *task.beside)]
+
+
+def test_workers_are_given_absolute_paths(folder, tmp_path, monkeypatch):
+    """Those of a cluster are in another folder."""
+    monkeypatch.chdir(tmp_path)
+    output = Path("out.txt")
+    with exclusive(output):
+        plan = [Study("a", "1", "x", beside=(Path("a.png"),))]
+        [outcome] = run_stage(output, plan, {}, tell_paths, assemble, 1)
+    assert outcome.warnings == (
+        f"{tmp_path}/out.txt.parts/a.1.txt",
+        f"{tmp_path}/a.png",
+    )
+
+
 @pytest.mark.parametrize("text", ["", "[", "{}", "[1, null, [2]]", '["../out.txt", "\\u0000"]'])
 def test_a_damaged_list_of_half_files_removes_nothing(text, folder):
     folder.run(studies(a="1"))
