@@ -23,6 +23,7 @@ from common.hdf5 import (
     sound_attributes,
     sound_dataset,
 )
+from common.hdf5_assembly import row_digest, stack_digest
 
 _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
 """Options that datasets repeat."""
@@ -42,9 +43,16 @@ def check_file(path: Path) -> list[tuple[str, list[str]]]:
     """
     parameters = read_parameters(path)
     if parameters.get("stack"):
-        return [("key", _stack_faults(path))]
-    with open_studies(path) as file:
-        return [(key, _study_faults(file, key, parameters)) for key in sorted(file["image"])]
+        checked = [("key", _stack_faults(path))]
+    else:
+        with open_studies(path) as file:
+            all_attributes(file)
+            checked = [(key, _study_faults(file, key, parameters)) for key in sorted(file["image"])]
+    if not any(faults for _, faults in checked):
+        with open_file(path) as file:
+            # Indices that neither values nor attributes need are read, too.
+            file.visit(lambda name: None)
+    return checked
 
 
 def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> list[str]:
@@ -149,17 +157,24 @@ def _stack_faults(path: Path) -> list[str]:
     with open_file(path) as file:
         with ending_loops():
             names = [name.decode() for name in file["key"][()]]
+        all_attributes(file)
+        about = all_attributes(file["key"])
+        digests = np.array(about.get("sha256"), np.uint8)
+        kept = stack_digest(names, about.get("fingerprints", ""), digests)
+        if about.get(ATTRIBUTES_DIGEST) != kept or digests.shape != (len(names), 32):
+            raise StageError(f"{path}: the list of its keys is damaged: make it again")
         faults = [] if names == sorted(set(names)) else ["the keys are not in order"]
         for group in GROUPS:
-            stack = file[group]
-            if stack.shape[:2] != (len(names), 2 if group == "image" else 1):
+            if file[group].shape[:2] != (len(names), 2 if group == "image" else 1):
                 raise StageError(f"{path}: {group} has not a row a key: make it again")
-            for row, name in enumerate(names):
-                try:
-                    values = stack[row]
-                except DAMAGE:
-                    faults.append(f"{group} of {name} cannot be read")
-                else:
-                    if not ((values >= 0) & (values <= 1)).all():
-                        faults.append(f"{group} of {name} has values outside 0 to 1")
+        for row, name in enumerate(names):
+            try:
+                values = [file[group][row] for group in GROUPS]
+            except DAMAGE:
+                faults.append(f"{name} cannot be read")
+                continue
+            if not np.array_equal(row_digest([array_digest(v) for v in values]), digests[row]):
+                faults.append(f"{name} differs from its checksum")
+            if not all(((v >= 0) & (v <= 1)).all() for v in values):
+                faults.append(f"{name} has values outside 0 to 1")
         return faults
