@@ -7,6 +7,12 @@ Incomplete studies are skipped and listed. The private mapping from hash to pati
 beside the zip, readable by you alone: keep it apart from the zip.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import logging
@@ -42,6 +48,9 @@ logger = logging.getLogger("tumorvolume")
 LONGEST_DIGEST = 64
 """Hex digits of a SHA-256 digest."""
 
+LONGEST_KEY = 1 << 16
+"""What a key file may hold [bytes]; a device would have no end."""
+
 MEMORY_PER_BYTE, MEMORY_PER_GZIPPED_BYTE = 3, 8
 """What a worker needs for an image, by the size of its file: of DICOM or NIfTI, of `.nii.gz`."""
 
@@ -62,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    with cli.checking(parser):
+        check_options(parser, options)
     if options.dry_run:
         return cli.run(options, lambda: dry_run(options), dry_closing_line)
     return cli.run(options, lambda: create_project(options))
@@ -195,6 +205,8 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error(f"{options.raw_project} is not a folder")
     if max(options.hash_length) > LONGEST_DIGEST:
         parser.error(f"--hash-length: a digest has {LONGEST_DIGEST} characters")
+    if sum(options.hash_length) > archive.LONGEST_NAME:
+        parser.error(f"--hash-length: a hash has at most {archive.LONGEST_NAME} characters")
     options.name = options.name or options.raw_project.resolve().name
     if not options.name.isprintable() or not re.fullmatch(r"(?!\.\.?$)[^/\\:]+", options.name):
         parser.error(f"--name {options.name!r} can't be a folder's name: choose another by --name")
@@ -204,10 +216,13 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def read_key(parser: argparse.ArgumentParser, path: Path) -> bytes:
     """Return the key, refusing one that is short or that others may read."""
     try:
-        key = path.read_bytes()
-        mode = path.stat().st_mode
+        with open(path, "rb") as stream:
+            key = stream.read(LONGEST_KEY + 1)
+            mode = os.fstat(stream.fileno()).st_mode
     except OSError as error:
         parser.error(f"key file {path} cannot be read: {error.strerror}")
+    if len(key) > LONGEST_KEY:
+        parser.error(f"key file {path} has more than {LONGEST_KEY} bytes: is it another file?")
     if len(key) < SHORTEST_KEY:
         parser.error(
             f"key file {path} has {len(key)} bytes, at least {SHORTEST_KEY} are needed: "

@@ -6,6 +6,12 @@ spacing, shape, ranges, orientation, type or thresholds are refused unless --all
 With --verify nothing is written: each file is held against its own checksums and attributes.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import logging
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    with cli.checking(parser):
+        check_options(parser, options)
     if options.verify:
         return cli.run(options, lambda: verify(options), verify_line)
     return cli.run(options, lambda: merge(options))
@@ -96,18 +103,19 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.verify:
         if options.output or options.link or options.splits:
             parser.error("--verify writes nothing: leave out -o, --link and --splits")
-        for path in options.inputs:
-            if not path.exists():
-                parser.error(f"input {path} does not exist")
+        cli.check_files(parser, options.inputs)
         cli.check_log_file(parser, options, options.inputs)
         return
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
+    cli.check_files(parser, options.inputs)
     cli.check_paths(parser, options, options.inputs)
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
-    if options.splits_dir is not None and options.splits is None:
-        parser.error("--splits-dir needs --splits K")
+    if options.splits_dir is not None:
+        if options.splits is None:
+            parser.error("--splits-dir needs --splits K")
+        cli.check_folder(parser, options.splits_dir, options)
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -138,7 +146,7 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
         if status == "written":
             write_merged(options, plan)
-        if options.splits is not None:
+        elif options.splits is not None:
             write_splits(options, plan)
     return [Outcome(study, status) for study in hdf5.studies_of(plan.sources, plan.parameters)]
 
@@ -245,7 +253,12 @@ def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
         if options.link
         else functools.partial(hdf5_assembly.assemble, **made_by)
     )
-    stage.replace_output(options.output, assemble, plan.sources)
+
+    def write_what_goes_beside(path: Path) -> None:
+        if options.splits is not None:
+            write_splits(options, plan)
+
+    stage.replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
 
 
 def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
@@ -253,7 +266,7 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
     keys = sorted(plan.sources)
     folds = splits.patient_folds(keys, plan.projects, options.splits, options.patient_characters)
     folder = options.splits_dir or options.output.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    stage.make_folder(folder)
     for number, validation in enumerate(folds, start=1):
         held_out = set(validation)
         training = [key for key in keys if key not in held_out]
@@ -267,13 +280,13 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
 
 def verify(options: argparse.Namespace) -> list[Outcome]:
     """Check every dataset of every file, and go on after a damaged one."""
-    tasks, unreadable = [], 0
+    tasks, unreadable = [], set()
     for path in options.inputs:
         try:
             keys, parameters = call_apart(hdf5_check.keys_to_check, path)
         except StageError as error:
             logger.error("%s", error)
-            unreadable += 1
+            unreadable.add(path)
             continue
         tasks += [
             Task(key, StoredDatasets(path, key, parameters))
@@ -281,8 +294,17 @@ def verify(options: argparse.Namespace) -> list[Outcome]:
             if cli.in_shard(hdf5.study_of(key, parameters), options.shard)
         ]
     outcomes = run_studies(verify_datasets, tasks, options.jobs, stage.report)
+    if all(outcome.status == "written" for outcome in outcomes):
+        for path in (path for path in options.inputs if path not in unreadable):
+            try:
+                call_apart(hdf5_check.read_indices, path)
+            except StageError as error:
+                logger.error("%s", error)
+                unreadable.add(path)
     if unreadable:
-        raise StageError(f"{unreadable} of {len(options.inputs)} files cannot be read: see above")
+        raise StageError(
+            f"{len(unreadable)} of {len(options.inputs)} files cannot be read: see above"
+        )
     return outcomes
 
 

@@ -6,11 +6,18 @@ isocontour of the mask taken, and CT and PET normalised to [0, 1]. The file hold
 (2, X, Y, Z: PET, CT), mask/<hash> and mask_iso/<hash> (1, X, Y, Z).
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import json
 import logging
 import math
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +43,12 @@ EXAMPLES = """
 MEMORY_BASE, MEMORY_PER_VOXEL = 250_000_000, 3
 """What a worker takes at most, roughly [bytes], beside each voxel of its study's three images."""
 
+SPACINGS_MM = (0.01, 1000)
+"""Voxel sizes that images of people can have."""
+
+MOST_VOXELS = 32767
+"""Voxels along an axis that a NIfTI header can count."""
+
 logger = logging.getLogger("tumorvolume")
 
 
@@ -56,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    with cli.checking(parser):
+        check_options(parser, options)
     return cli.run(options, lambda: preprocess(options))
 
 
@@ -172,11 +186,15 @@ def orientation(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
+    cli.check_files(parser, [options.zip])
     cli.check_paths(parser, options, [options.zip])
-    if min(options.spacing) <= 0:
-        parser.error("--spacing: voxel sizes must be above 0 mm")
+    least_mm, greatest_mm = SPACINGS_MM
+    if not all(least_mm <= spacing_mm <= greatest_mm for spacing_mm in options.spacing):
+        parser.error(f"--spacing: voxel sizes must be from {least_mm} to {greatest_mm} mm")
     if len(options.shape) not in (2, 3):
         parser.error("--shape: give two or three numbers of voxels")
+    if max(options.shape) > MOST_VOXELS:
+        parser.error(f"--shape: at most {MOST_VOXELS} voxels along an axis, as NIfTI can count")
     for name, (least, greatest) in (("ct", options.ct_range), ("suv", options.suv_range)):
         if not least < greatest:
             parser.error(f"--{name}-range: MIN must be below MAX")
@@ -190,7 +208,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         beside = [options.zip, *([options.measures] if options.measures else [])]
         cli.check_side_output(parser, options.report, options, beside)
     if options.save_nifti is not None:
-        cli.check_folder(parser, options.save_nifti)
+        cli.check_folder(parser, options.save_nifti, options)
     if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -219,18 +237,27 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 "<hash>/<hash>_{ct,petsuv,mask}.nii.gz"
             )
         if options.save_nifti is not None:
-            options.save_nifti.mkdir(parents=True, exist_ok=True)
+            stage.make_folder(options.save_nifti)
         studies = plan(archived, recipe, options)
-        digests: dict[str, list[str]] = {}
 
-        def read_new_output(path: Path | None, outcomes: Sequence[Outcome]) -> None:
-            # What could fail for its reading fails before it takes the old one's place.
+        def write_what_goes_beside(path: Path | None, outcomes: Sequence[Outcome]) -> None:
             if path is not None and options.measures is not None:
                 write_measures(options.measures, path)
             if path is not None and options.report is not None:
-                digests.update(call_apart(hdf5_assembly.read_all_digests, path))
+                # Slow to load, and only for those who ask for it.
+                from common.report_cards import write_report
 
-        outcomes = stage.run_stage(
+                write_report(
+                    options.report,
+                    options.output.resolve(),
+                    path.resolve(),
+                    outcomes,
+                    options.jobs,
+                    cli.SOFTWARE,
+                    options.dask,
+                )
+
+        return stage.run_stage(
             options.output,
             studies,
             stage.present_content(
@@ -243,24 +270,10 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 hdf5_assembly.assemble, parameters=asdict(recipe), software=cli.SOFTWARE
             ),
             options.jobs,
-            read_new_output,
+            write_what_goes_beside,
             failures_of="preprocessing",
             dask=options.dask,
         )
-        if options.report is not None:
-            # Slow to load, and only for those who ask for it.
-            from common.report_cards import write_report
-
-            write_report(
-                options.report,
-                options.output.resolve(),
-                digests,
-                outcomes,
-                options.jobs,
-                cli.SOFTWARE,
-                options.dask,
-            )
-    return outcomes
 
 
 def plan(
@@ -290,7 +303,8 @@ def plan(
 def memory_bytes(study: archive.ArchivedStudy) -> int:
     """Return what preprocessing a study takes at most, roughly [bytes]."""
     try:
-        n_voxels = sum(math.prod(shape) for shape in study.record["shapes"].values())
+        shapes = study.record["shapes"].values()
+        n_voxels = sum(math.prod(map(operator.index, shape)) for shape in shapes)
     except (KeyError, AttributeError, TypeError):
         # A zip of another make: images of gzipped CT and PET take about two bytes a voxel.
         n_voxels = sum(member.size for member in study.members.values()) // 2
@@ -313,7 +327,7 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
     work: ZippedStudy = task.payload
     laps = Laps()
     placed = place_study(work.zip_path, work.study, work.recipe, laps)
-    with stage.writing_part(task.part) as temporary:
+    with stage.writing_part(task.part, task.beside) as temporary:
         write_study(
             temporary,
             work.study,

@@ -6,6 +6,12 @@ image/<hash>_<angle> (2, X, Z: PET, CT), mask/<hash>_<angle> and mask_iso/<hash>
 a CSV of the same name lists them.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the second that the packages below take to load is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import functools
@@ -82,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    check_options(parser, options)
+    with cli.checking(parser):
+        check_options(parser, options)
     return cli.run(options, lambda: project(options))
 
 
@@ -128,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
+    cli.check_files(parser, [options.input])
     cli.check_paths(parser, options, [options.input])
     try:
         options.all_angles = projection_angles(*options.angles)
@@ -136,7 +144,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     cli.check_side_output(parser, csv_path(options.output), options, [options.input])
     for folder in (options.gif, options.png):
         if folder is not None:
-            cli.check_folder(parser, folder)
+            cli.check_folder(parser, folder, options)
     if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -156,7 +164,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
         parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+                stage.make_folder(folder)
         studies = plan(options, source, parameters)
         by_key = {
             two_d_key(study.hash, angle): study.hash
@@ -286,7 +294,7 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
         "hash": work.key,
         "spacing": np.array(attributes["spacing"])[[0, 2]],
     }
-    with stage.writing_part(task.part) as temporary:
+    with stage.writing_part(task.part, task.beside) as temporary:
         with hdf5.create_file(temporary, work.parameters, cli.SOFTWARE) as file:
             for i, angle in enumerate(work.angles):
                 for group in hdf5.GROUPS:

@@ -38,7 +38,7 @@ _CHUNK = 1 << 22
 _LARGEST_RECORD = 1 << 16
 """What ``studies.json`` may hold a study [bytes]."""
 
-_LONGEST = 100
+LONGEST_NAME = 100
 """Characters of a study's name."""
 
 _DAMAGED = (
@@ -152,10 +152,10 @@ def _check_member(path: Path, entry: zipfile.ZipInfo) -> None:
 
 def _check_name(path: Path, study_hash: str) -> None:
     """Refuse what can't name files, datasets and lines of a log."""
-    if study_hash.startswith(".") or not study_hash.isprintable() or len(study_hash) > _LONGEST:
+    if study_hash.startswith(".") or not study_hash.isprintable() or len(study_hash) > LONGEST_NAME:
         raise StageError(
-            f"{path}: holds a study whose name is hidden, not printable or longer than {_LONGEST} "
-            "characters: rename its folder and files"
+            f"{path}: holds a study whose name is hidden, not printable or longer than "
+            f"{LONGEST_NAME} characters: rename its folder and files"
         )
 
 

@@ -19,8 +19,10 @@ from typing import Any, NoReturn
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.interruption import interruptible
+from common.locking import lock_file
 from common.machine import available_cpus
 from common.progress import PROGRESS
+from common.stage import failures_file
 from common.worker import Outcome, traceback_without_text
 
 VERSION = "1.1.0"
@@ -172,6 +174,24 @@ def in_shard(study_hash: str, part: tuple[int, int]) -> bool:
     return int(fingerprint(study_hash), 16) % count == index - 1
 
 
+@contextmanager
+def checking(target: argparse.ArgumentParser) -> Iterator[None]:
+    """End with status 2 where a path can't even be looked at."""
+    try:
+        yield
+    except OSError as error:
+        target.error(f"{error.filename}: {error.strerror}: check the path and its permissions")
+
+
+def check_files(target: argparse.ArgumentParser, inputs: Sequence[Path]) -> None:
+    """End with status 2 where an input is missing, or a device or pipe, which may never end."""
+    for path in inputs:
+        if not path.exists():
+            target.error(f"input {path} does not exist")
+        if not (path.is_file() or path.is_dir()):
+            target.error(f"input {path} is a device or pipe: give a file")
+
+
 def check_paths(
     target: argparse.ArgumentParser, options: argparse.Namespace, inputs: Sequence[Path]
 ) -> None:
@@ -190,6 +210,8 @@ def check_paths(
         target.error(
             f"folder {output.resolve().parent} of the output does not exist: make it first"
         )
+    for path in inputs:
+        _check_is_none_of(target, path, _own_files(output))
     check_log_file(target, options, [*inputs, output])
 
 
@@ -198,14 +220,15 @@ def check_log_file(
 ) -> None:
     """End with status 2 where the log would go into another file of this run."""
     if options.log_file is not None:
-        _check_is_none_of(target, options.log_file, others)
+        own = _own_files(options.output) if options.output is not None else []
+        _check_is_none_of(target, options.log_file, [*others, *own])
 
 
 def check_side_output(
     target: argparse.ArgumentParser, path: Path, options: argparse.Namespace, inputs: Sequence[Path]
 ) -> None:
     """End with status 2 where a file beside the output can't be written or is another one."""
-    _check_is_none_of(target, path, [*inputs, options.output])
+    _check_is_none_of(target, path, [*inputs, options.output, *_own_files(options.output)])
     if options.log_file is not None:
         _check_is_none_of(target, path, [options.log_file])
     if path.exists() and not path.is_file():
@@ -220,6 +243,11 @@ def check_side_output(
         )
 
 
+def _own_files(output: Path) -> list[Path]:
+    """Return what a stage writes and removes beside its output unasked."""
+    return [lock_file(output), failures_file(output)]
+
+
 def _check_is_none_of(target: argparse.ArgumentParser, path: Path, others: Sequence[Path]) -> None:
     for other in others:
         if path.resolve() == other.resolve() or (
@@ -228,10 +256,16 @@ def _check_is_none_of(target: argparse.ArgumentParser, path: Path, others: Seque
             target.error(f"{path} is another file of this run: choose another name")
 
 
-def check_folder(target: argparse.ArgumentParser, path: Path) -> None:
-    """End with status 2 where a folder for results is a file."""
-    if path.exists() and not path.is_dir():
-        target.error(f"{path} is not a folder")
+def check_folder(target: argparse.ArgumentParser, path: Path, options: argparse.Namespace) -> None:
+    """End with status 2 where a folder for results is a file, or can't be made or written to."""
+    path = path.resolve()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        target.error(f"{there} is not a folder")
+    # The output's own folder is tried by the stage.
+    beside = options.output.resolve().parent in (there, *there.parents)
+    if not beside and not os.access(there, os.W_OK | os.X_OK):
+        target.error(f"folder {there} can't be written to: see its permissions")
 
 
 # --- running ---------------------------------------------------------------------------------

@@ -194,16 +194,39 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises
     ------
     StageError
-        Shapes that volumes or projections can't have, or masks that do not fit.
+        Shapes or types that volumes or projections can't have, masks that do not fit, or data
+        that lie where they must not.
     """
     with open_studies(path) as file:
         shapes = {}
         for key in sorted(file["image"]):
-            shape, *others = (file[group][key].shape for group in GROUPS)
-            if shape[:1] != (2,) or any(other != (1, *shape[1:]) for other in others):
+            image, *masks = (sound_dataset(path, file[group], key) for group in GROUPS)
+            if image.shape[:1] != (2,) or any(m.shape != (1, *image.shape[1:]) for m in masks):
                 raise StageError(f"{path}: study {key} has shapes that do not fit: make it again")
-            shapes[key] = shape
+            if image.dtype.kind != "f" or any(mask.dtype != np.uint8 for mask in masks):
+                raise StageError(f"{path}: study {key} has types that do not fit: make it again")
+            shapes[key] = image.shape
         return shapes
+
+
+def sound_dataset(path: Path, group: h5py.Group, key: str) -> h5py.Dataset:
+    """Return a dataset of the file at `path`, or one that a link in it leads to.
+
+    Raises
+    ------
+    StageError
+        A link to a pipe or device, which might never end, or values that lie in another file.
+    """
+    link = group.get(key, getlink=True)
+    if isinstance(link, h5py.ExternalLink):
+        # As libhdf5 looks for it.
+        for there in (path.resolve().parent / link.filename, Path(link.filename)):
+            if there.exists() and not there.is_file():
+                raise StageError(f"{path}: links to a device, pipe or folder: make it again")
+    dataset = group[key]
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise StageError(f"{path}: {key} is no dataset with its values in the file: make it again")
+    return dataset
 
 
 def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
@@ -216,9 +239,9 @@ def study_of(key: str, parameters: Mapping[str, Any]) -> str:
     return key.rpartition("_")[0] if "angles" in parameters else key
 
 
-def all_attributes(dataset: h5py.Dataset) -> dict[str, Any]:
-    """Return the attributes of a dataset as plain Python values."""
-    return {name: attribute(dataset, name) for name in dataset.attrs}
+def all_attributes(holder: h5py.Dataset | h5py.File) -> dict[str, Any]:
+    """Return the attributes of a dataset, or of a file, as plain Python values."""
+    return {name: attribute(holder, name) for name in holder.attrs}
 
 
 def attribute(holder: h5py.Dataset | h5py.File, name: str) -> Any:
@@ -252,6 +275,7 @@ def new_file(
         file.attrs["schema_version"] = SCHEMA_VERSION
         file.attrs["software"] = software
         file.attrs["parameters"] = json.dumps(parameters, sort_keys=True)
+        file.attrs[ATTRIBUTES_DIGEST] = fingerprint(all_attributes(file))
         yield file, stream.check
 
 

@@ -8,14 +8,16 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import StageError
-from common.hashing import array_digest
+from common.hashing import array_digest, fingerprint
 from common.hdf5 import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
@@ -117,8 +119,8 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
     for path in sorted(set(sources.values())):
         with open_studies(path) as file:
             for key in (key for key, source in sources.items() if source == path):
-                fingerprint = str(attribute(file["image"][key], "fingerprint"))
-                digests[key] = [fingerprint, *(_digest(file[group][key]) for group in GROUPS)]
+                made_from = str(attribute(file["image"][key], "fingerprint"))
+                digests[key] = [made_from, *(_digest(file[group][key]) for group in GROUPS)]
     return digests
 
 
@@ -135,8 +137,10 @@ def read_projected(path: Path) -> dict[str, str]:
     """Return the fingerprints of the studies in a 2D file, plain or stacked; unknown ones empty."""
     with open_file(path) as file:
         if isinstance(file.get("image"), h5py.Dataset):
-            return dict(json.loads(attribute(file["key"], "fingerprints")))
-    found: dict[str, str] = {}
+            found = dict(json.loads(attribute(file["key"], "fingerprints")))
+            # Without digests it is of an older version.
+            return found if "sha256" in file["key"].attrs else dict.fromkeys(found, "")
+    found = {}
     with open_studies(path) as file:
         for key in file["image"]:
             study = key.rpartition("_")[0]
@@ -160,6 +164,7 @@ def assemble_stack(
     with new_file(path, parameters, software) as (target, raise_failure):
         stacks = {}
         fingerprints: dict[str, str] = {}
+        digests = np.empty((len(keys), 32), np.uint8)
         for row, key in enumerate(keys):
             raise_failure()
             try:
@@ -170,6 +175,7 @@ def assemble_stack(
                         stacks[group] = _create_stack(target, group, dataset, len(keys))
                     _copy_chunks(dataset, at, stacks[group], row)
                 fingerprints[key.rpartition("_")[0]] = projections.fingerprint(key)
+                digests[row] = projections.digest(key)
             except DAMAGE as error:
                 raise StageError(
                     f"{sources[key]}: projection {key} cannot be copied: make that file again"
@@ -178,7 +184,19 @@ def assemble_stack(
             "key", data=keys, dtype=h5py.string_dtype(), track_times=False
         )
         names.attrs["fingerprints"] = json.dumps(fingerprints, sort_keys=True)
+        names.attrs["sha256"] = digests
+        names.attrs[ATTRIBUTES_DIGEST] = stack_digest(keys, names.attrs["fingerprints"], digests)
         opened.cache_clear()
+
+
+def row_digest(digests: Sequence[str]) -> NDArray[np.uint8]:
+    """Return the digest of a stack's row from those of its image, mask and mask_iso."""
+    return np.frombuffer(bytes.fromhex(fingerprint(list(digests))), np.uint8)
+
+
+def stack_digest(keys: Sequence[str], fingerprints: str, digests: NDArray[np.uint8]) -> str:
+    """Return the digest of all that the dataset ``key`` tells of a stack."""
+    return fingerprint([list(keys), fingerprints, digests.tobytes().hex()])
 
 
 def _create_stack(target: h5py.File, name: str, like: h5py.Dataset, n_rows: int) -> h5py.Dataset:
@@ -210,10 +228,12 @@ class _Projections:
         self._file = h5py.File(path, "r", locking=False)
         self._rows: dict[str, int] = {}
         self._fingerprints: dict[str, str] = {}
+        self._digests: NDArray[np.uint8] | None = None
         if "key" in self._file:
             with ending_loops():
                 names = self._file["key"].asstr()[()]
             self._rows = {key: row for row, key in enumerate(names)}
+            self._digests = self._file["key"].attrs["sha256"]
             self._fingerprints = json.loads(attribute(self._file["key"], "fingerprints"))
 
     def find(self, group: str, key: str) -> tuple[h5py.Dataset, tuple[int, ...]]:
@@ -221,6 +241,12 @@ class _Projections:
         if self._rows:
             return self._file[group], (self._rows[key],)
         return self._file[group][key], ()
+
+    def digest(self, key: str) -> NDArray[np.uint8]:
+        """Return the digest of the projection's values, as it was kept with them."""
+        if self._digests is not None:
+            return np.asarray(self._digests[self._rows[key]], np.uint8)
+        return row_digest([_digest(self._file[group][key]) for group in GROUPS])
 
     def fingerprint(self, key: str) -> str:
         """Return the fingerprint of the study that the projection is of."""

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import StageError
 from common.grid import orientation_of
 from common.hashing import array_digest
 from common.hdf5 import (
@@ -20,7 +21,9 @@ from common.hdf5 import (
     read_keys,
     read_parameters,
     sound_attributes,
+    sound_dataset,
 )
+from common.hdf5_assembly import row_digest, stack_digest
 
 _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
 """Options that datasets repeat."""
@@ -41,6 +44,9 @@ def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
         The file as a whole is damaged, or of another make.
     """
     parameters = read_parameters(path)
+    with open_file(path) as file:
+        if not sound_attributes(all_attributes(file)):
+            raise StageError(f"{path}: its attributes differ from their checksum: make it again")
     return [_STACK] if parameters.get("stack") else read_keys(path), parameters
 
 
@@ -52,15 +58,27 @@ def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
         return _study_faults(file, key, parameters)
 
 
+def read_indices(path: Path) -> None:
+    """Read the indices of a file that neither values nor attributes need.
+
+    Raises
+    ------
+    StageError
+        One is damaged.
+    """
+    with open_file(path) as file:
+        file.visit(lambda name: None)
+
+
 def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> list[str]:
     arrays: dict[str, NDArray[Any]] = {}
     attributes: dict[str, dict[str, Any]] = {}
     faults = []
     for group in GROUPS:
         try:
-            dataset = file[group][key]
+            dataset = sound_dataset(Path(file.filename), file[group], key)
             arrays[group], attributes[group] = dataset[()], all_attributes(dataset)
-        except DAMAGE:
+        except (*DAMAGE, StageError):
             faults.append(f"{group} cannot be read")
             continue
         if attributes[group].get("sha256") != array_digest(arrays[group]):
@@ -153,18 +171,23 @@ def _slice_faults(
 def _stack_faults(file: h5py.File) -> list[str]:
     with ending_loops():
         names = [name.decode() for name in file[_STACK][()]]
+    about = all_attributes(file[_STACK])
+    digests = np.array(about.get("sha256"), np.uint8)
+    kept = stack_digest(names, about.get("fingerprints", ""), digests)
+    if about.get(ATTRIBUTES_DIGEST) != kept or digests.shape != (len(names), 32):
+        return ["the list of its keys is damaged"]
     faults = [] if names == sorted(set(names)) else ["the keys are not in order"]
     for group in GROUPS:
-        stack = file[group]
-        if stack.shape[:2] != (len(names), 2 if group == "image" else 1):
-            faults.append(f"{group} has not a row a key")
+        if file[group].shape[:2] != (len(names), 2 if group == "image" else 1):
+            return [f"{group} has not a row a key"]
+    for row, name in enumerate(names):
+        try:
+            values = [file[group][row] for group in GROUPS]
+        except DAMAGE:
+            faults.append(f"{name} cannot be read")
             continue
-        for row, name in enumerate(names):
-            try:
-                values = stack[row]
-            except DAMAGE:
-                faults.append(f"{group} of {name} cannot be read")
-            else:
-                if not ((values >= 0) & (values <= 1)).all():
-                    faults.append(f"{group} of {name} has values outside 0 to 1")
+        if not np.array_equal(row_digest([array_digest(v) for v in values]), digests[row]):
+            faults.append(f"{name} differs from its checksum")
+        if not all(((v >= 0) & (v <= 1)).all() for v in values):
+            faults.append(f"{name} has values outside 0 to 1")
     return faults

@@ -17,6 +17,11 @@ _ORPHANS_END_S = 5.0
 """Time in which the workers of a killed run have ended."""
 
 
+def lock_file(output: Path) -> Path:
+    """Return the file that is locked while a run writes an output."""
+    return output.with_name(output.name + ".lock")
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold ``OUTPUT.lock`` in the body; the kernel frees it where this process is killed.
@@ -26,7 +31,7 @@ def locked(output: Path) -> Iterator[None]:
     StageError
         Another run holds it, or it cannot be created, or the file system has no locks.
     """
-    lock = output.with_name(output.name + ".lock")
+    lock = lock_file(output)
     try:
         descriptor = _open_locked(lock)
     except OSError as error:
@@ -54,7 +59,7 @@ def locked(output: Path) -> Iterator[None]:
 def _open_locked(lock: Path) -> int:
     orphans_end = time.monotonic() + _ORPHANS_END_S
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

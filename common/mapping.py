@@ -88,6 +88,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     table.writeheader()
     table.writerows(asdict(row) for row in rows)
     content = text.getvalue().encode("utf-8", "surrogateescape")
+    # A link to a safer disk stays, and nothing is written on this side of it.
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         if path.exists() and path.read_bytes() == content:
@@ -108,7 +110,11 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 def create_private(path: Path, content: bytes) -> None:
     """Write a new file with mode 0600 from its first byte; an existing one is an OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise

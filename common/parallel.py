@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from multiprocessing import connection
 from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,6 +33,7 @@ LOCAL_CLUSTER = "local"
 _POLL_S = 0.05
 _LOOK_S = 0.2
 _PATIENCE_S = 3.0
+_DEATH_S = 1.0
 _MOST_BREAKDOWNS = 3
 
 
@@ -194,6 +196,10 @@ def _pool(worker: Worker, n_tasks: int, n_workers: int) -> Iterator[tuple[Pool, 
         ending = threading.Thread(target=pool.terminate, daemon=True)
         ending.start()
         ending.join(timeout=1)
-        for process in set(multiprocessing.active_children()) - others:
+        left = set(multiprocessing.active_children()) - others
+        for process in left:
             process.kill()
+        # One that is in a call of the system, creating a file say, ends when that does.
+        for process in left:
+            connection.wait([process.sentinel], timeout=_DEATH_S)
         ending.join(timeout=0.5)

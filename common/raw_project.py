@@ -58,7 +58,7 @@ def list_studies(project: Path) -> list[StudyFolder]:
             f"the raw project cannot be read ({error.strerror}): check the folder and its "
             "permissions"
         ) from error
-    studies = [study for name, path in patients for study in _studies_of(name, path)]
+    studies = [study for name, path in patients for study in _studies_of(_text(name), path)]
     if not any(study.study for study in studies):
         raise StageError(
             f"{project}: no study in it; it must hold <patient>/<study>/ folders, and you need "
@@ -69,10 +69,15 @@ def list_studies(project: Path) -> list[StudyFolder]:
 
 def _studies_of(patient: str, path: str) -> list[StudyFolder]:
     try:
-        studies = [StudyFolder(patient, name, below) for name, below in _subfolders(path)]
+        studies = [StudyFolder(patient, _text(name), below) for name, below in _subfolders(path)]
     except OSError:
         studies = []
     return studies or [StudyFolder(patient, "", path)]
+
+
+def _text(name: str) -> str:
+    """Return a name as UTF-8 tells it, whatever the locale: pseudonyms are made of it."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def _subfolders(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:

@@ -2,14 +2,19 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import hdf5, report, stage
+from common import hdf5, hdf5_assembly, report, stage
+from common.atomic_files import clear_write_errors
 from common.hashing import fingerprint
 from common.parallel import run_studies
+from common.processes import call_apart
 from common.worker import Outcome, Task
+
+logger = logging.getLogger("tumorvolume")
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class Card:
 
 def write_report(
     path: Path,
+    output: Path,
     studies_file: Path,
-    digests: Mapping[str, Sequence[str]],
     outcomes: Sequence[Outcome],
     jobs: int | None,
     software: str,
@@ -34,10 +39,8 @@ def write_report(
 
     Parameters
     ----------
-    path, studies_file : Path
-        The page, and the HDF5 file that it shows.
-    digests : dict of hash to digests
-        Of every study in the file, in order.
+    path, output, studies_file : Path
+        The page; the stage's output; the HDF5 file that is to take its place, or it itself.
     outcomes : sequence of Outcome
         Of the run that made the file: who is not in it is told with the reason.
     jobs : int, optional
@@ -47,23 +50,28 @@ def write_report(
     dask : str, optional
         Address of a dask scheduler whose workers do the work.
     """
+    digests = call_apart(hdf5_assembly.read_all_digests, studies_file)
     absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
     listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
     mark = fingerprint([software, digests, listed])
     if report.mark_of(path) == mark:
         return
-    folder = stage.parts_folder(studies_file) / "cards"
+    folder = stage.parts_folder(output) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in digests]
     rendered = run_studies(render_card, tasks, jobs, dask=dask, notes=folder)
-    absent += [outcome for outcome in rendered if outcome.status != "written"]
+    hidden = [outcome for outcome in rendered if outcome.status != "written"]
+    for outcome in hidden:
+        logger.warning("%s: is not shown in the report: %s", outcome.hash, outcome.reason)
+    absent += hidden
     shown = [task.payload.path for task in tasks if task.payload.path.exists()]
     cards = itertools.chain(
         (report.failed_card(o.hash, o.status, o.reason).encode() for o in absent),
         (card.read_bytes() for card in shown),
     )
     with stage.writing_beside(path) as temporary, open(temporary, "wb") as stream:
-        report.write_page(stream, studies_file.stem, mark, cards)
+        # Without its mark the next run makes the page anew.
+        report.write_page(stream, output.stem, "" if hidden else mark, cards)
 
 
 def render_card(card: Card) -> Sequence[str]:
@@ -75,9 +83,9 @@ def render_card(card: Card) -> Sequence[str]:
         json.loads(attributes[name]) for name in ("measures", "suv", "warnings")
     )
     attributes = {**of_contour, **attributes}
-    card.path.write_text(
-        report.study_card(
-            card.key, image, mask, mask_iso, attributes, measures, provenance, warnings
-        )
+    html = report.study_card(
+        card.key, image, mask, mask_iso, attributes, measures, provenance, warnings
     )
+    with clear_write_errors(card.path):
+        card.path.write_bytes(html.encode())
     return ()

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.atomic_files import behind_links, clear_write_errors, sync, writing
+from common.atomic_files import (
+    behind_links,
+    clear_write_errors,
+    list_temporaries,
+    remove_listed,
+    sync,
+    temporary_beside,
+    writing,
+)
 from common.errors import StageError, WorkerKilled
 from common.locking import locked
 from common.machine import default_jobs
@@ -61,11 +69,15 @@ class Study:
 
 @dataclass(frozen=True)
 class PartTask:
-    """What a worker gets: the study's payload and where its finished part goes."""
+    """What a worker gets: the study's payload and where its finished part goes.
+
+    `beside` are the files besides OUTPUT that it writes; see `Study`.
+    """
 
     hash: str
     payload: Any
     part: Path
+    beside: tuple[Path, ...] = ()
 
 
 Assemble = Callable[[Path, Mapping[str, Path]], None]
@@ -147,6 +159,7 @@ def run_stage(
     """
     parts = parts_folder(output)
     finished, is_known = finished or {}, finished is not None
+    _remove_replaced(parts, studies, output)
     kept = [s for s in studies if finished.get(s.hash) == s.fingerprint and s.all_beside]
     kept_hashes = {study.hash for study in kept}
     part_of = {s.hash: parts / _part_name(s, output) for s in studies if s.hash not in kept_hashes}
@@ -157,18 +170,22 @@ def run_stage(
     with clear_write_errors(output):
         if part_of:
             parts.mkdir(exist_ok=True)
-    tasks = [Task(s.hash, PartTask(s.hash, s.payload, part_of[s.hash])) for s in todo]
-    computed = {
-        outcome.hash: outcome
-        for outcome in run_studies(
-            worker,
-            tasks,
-            worker_processes(jobs, dask, todo),
-            lambda outcome: report(outcome, known_skips or {}),
-            dask,
-            parts,
-        )
-    }
+            list_temporaries(parts, (path for study in todo for path in study.beside))
+    tasks = [Task(s.hash, _part_task(s, part_of[s.hash])) for s in todo]
+    try:
+        computed = {
+            outcome.hash: outcome
+            for outcome in run_studies(
+                worker,
+                tasks,
+                worker_processes(jobs, dask, todo),
+                lambda outcome: report(outcome, known_skips or {}),
+                dask,
+                parts,
+            )
+        }
+    finally:
+        remove_listed(parts)
     if dask is not None and part_of:
         # A file server's client may remember that parts were not there; this makes it look again.
         os.listdir(parts)
@@ -203,6 +220,12 @@ def worker_processes(jobs: int | None, dask: str | None, todo: Sequence[Study]) 
     jobs = default_jobs(needed)
     logger.info("%d worker processes; the largest study takes about %.1f GB", jobs, needed / 1e9)
     return jobs
+
+
+def _part_task(study: Study, part: Path) -> PartTask:
+    # Workers of a cluster are in other folders.
+    beside = tuple(path.absolute() for path in study.beside)
+    return PartTask(study.hash, study.payload, part, beside)
 
 
 def _report_plan(
@@ -246,12 +269,18 @@ def report(outcome: Outcome, known_skips: Mapping[str, str] | None = None) -> No
         logger.info("%s: %s", outcome.hash, outcome.status)
 
 
+def failures_file(output: Path) -> Path:
+    """Return where failed studies are listed."""
+    return output.with_name(f"{output.stem}_failed.csv")
+
+
 def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> None:
     """Write ``OUTPUT_failed.csv``; where no study failed, there is none."""
-    path = output.with_name(f"{output.stem}_failed.csv")
+    path = failures_file(output)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if not failed:
-        path.unlink(missing_ok=True)
+        for stale in (path, temporary_beside(path)):
+            stale.unlink(missing_ok=True)
         return
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -274,9 +303,33 @@ def _part_name(study: Study, output: Path) -> str:
     return f"{study.hash}.{study.fingerprint[:16]}{output.suffix}"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for results, and those above it, where they are not there."""
+    with clear_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_replaced(parts: Path, studies: Sequence[Study], output: Path) -> None:
+    """Remove what a run with other options, that never ended, has put beside OUTPUT.
+
+    Its part of the study tells; else OUTPUT would be kept with files beside it that do not fit.
+    """
+    beside = {study.hash: study for study in studies if study.beside}
+    for part in sorted(parts.iterdir()) if beside and parts.is_dir() else ():
+        study = beside.get(part.name.removesuffix(output.suffix).rpartition(".")[0])
+        if study is not None and part.name != _part_name(study, output):
+            for path in (*study.beside, part):
+                path.unlink(missing_ok=True)
+
+
 @contextmanager
-def writing_part(part: Path) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes the finished part, or nothing does."""
+def writing_part(part: Path, beside: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yield a temporary path; what is written there becomes the finished part, or nothing does.
+
+    Old files `beside` OUTPUT go first: those there are when the part is there belong to it.
+    """
+    for path in beside:
+        path.unlink(missing_ok=True)
     here = f"{socket.gethostname()}.{os.getpid()}"
     with writing(part, part.with_name(f"{part.name}.{here}.tmp")) as temporary:
         yield temporary
@@ -285,8 +338,7 @@ def writing_part(part: Path) -> Iterator[Path]:
 @contextmanager
 def writing_beside(path: Path) -> Iterator[Path]:
     """Yield a hidden path of the same suffix; what is written there then takes the file's place."""
-    real = behind_links(path)
-    with writing(real, real.with_name(f".{real.stem}.tmp{real.suffix}")) as temporary:
+    with writing(behind_links(path), temporary_beside(path)) as temporary:
         yield temporary
 
 
@@ -295,6 +347,7 @@ def write_beside(path: Path, text: str) -> None:
     content = text.encode()
     with suppress(OSError):
         if path.read_bytes() == content:
+            temporary_beside(path).unlink(missing_ok=True)
             return
     with writing_beside(path) as temporary:
         temporary.write_bytes(content)
@@ -347,6 +400,7 @@ def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterat
     """
     parts = parts_folder(output)
     with locked(behind_links(output)) if lock else nullcontext():
+        remove_listed(parts)
         if force:
             shutil.rmtree(parts, ignore_errors=True)
         for litter in parts.glob("*.tmp*"):

@@ -181,6 +181,25 @@ def test_a_signal_that_is_lost_in_a_destructor_still_ends_the_run(tmp_path, caps
     assert capsys.readouterr().err.startswith("error: interrupted: ")
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_while_packages_are_loaded_is_no_traceback(name, tmp_path):
+    (tmp_path / "numpy.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__).with_name('loading').touch()\ntime.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, ROOT / f"{name}.py", "--version"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as loading:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "loading").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        loading.send_signal(signal.SIGINT)
+        assert loading.communicate(timeout=30)[1] == ""
+    assert loading.returncode == -signal.SIGINT
+
+
 def test_a_signal_that_the_shell_ignores_is_ignored(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

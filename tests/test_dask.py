@@ -88,7 +88,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
             process.wait(timeout=20)
 
 
-def wait_for(condition, patience_s: float = 30) -> None:
+def wait_for(condition, patience_s: float = 60) -> None:
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "it never comes"
@@ -293,14 +293,15 @@ def test_an_interrupted_local_cluster_ends_and_the_run_goes_on_later(
         wait_for(lambda: list(tmp_path.glob("out.h5.parts/*.h5")))
         # As a terminal does: the workers get it, too.
         os.killpg(run.pid, signal_number)
-        said, _ = run.communicate(timeout=30)
+        said, _ = run.communicate(timeout=60)
     assert run.returncode == status
     word = "interrupted" if status == 130 else "terminated"
-    assert said.count("\n") == 1, said
-    [line] = said.splitlines()
+    # A study that was finished in time may have told of its loss.
+    *warnings, line = said.splitlines()
+    assert all(re.match(r"warning: [0-9a-f]{10}: ", warning) for warning in warnings), said
     assert re.match(rf"error: {word}: finished studies are kept", line)
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5.parts"]
-    wait_for(lambda: not members(run.pid), 5)
+    wait_for(lambda: not members(run.pid), 20)
     finished = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.parts/*.h5")}
     assert 1 <= len(finished) < 8
     assert preprocessing.main([str(project_zip), "-o", str(tmp_path / "out.h5"), "-j", "2"]) == 0

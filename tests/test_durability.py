@@ -54,7 +54,6 @@ class Stage:
     output: str
     options: tuple[str, ...]
     other_options: tuple[str, ...]
-    beside: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ("-j", "2")
 
     @property
@@ -65,6 +64,7 @@ class Stage:
         return [*self.inputs, "-o", self.output, *self.options, *self.jobs, *more]
 
 
+BESIDE = ("--measures", "out/m.csv", "--save-nifti", "out/nii", "--report", "out/r.html")
 SMALL = ("--spacing", "4", "4", "5", "--shape", "10", "10")
 STAGES = {
     stage.name: stage
@@ -75,15 +75,13 @@ STAGES = {
             "out/p.zip",
             ("--pet-units", "suv"),
             ("--pet-units", "suv", "--name", "other"),
-            ("p_mapping.csv",),
         ),
         Stage(
             preprocessing.main,
             ("p.zip",),
             "out/p.h5",
-            (*SMALL, "--measures", "out/m.csv", "--save-nifti", "out/nii"),
+            (*SMALL, *BESIDE),
             (*SMALL, "--iso-threshold", "50"),
-            ("m.csv", "nii"),
         ),
         Stage(
             mergeh5.main,
@@ -91,16 +89,14 @@ STAGES = {
             "out/all.h5",
             ("--splits", "2", "--splits-dir", "out/folds"),
             ("--link",),
-            ("folds",),
-            (),
+            jobs=(),
         ),
         Stage(
             project_2d.main,
             ("a.h5",),
             "out/mips.h5",
-            ("--angles", "0", "180", "60", "--png", "out/png"),
+            ("--angles", "0", "180", "60", "--png", "out/png", "--gif", "out/gif"),
             ("--angles", "0", "180", "90"),
-            ("mips.csv", "png"),
         ),
     )
 }
@@ -119,7 +115,7 @@ def inputs(tmp_path_factory) -> Path:
         study.mkdir(parents=True)
         for role, volume in (
             ("ct", rng.integers(-1000, 1000, mask.shape, np.int16)),
-            ("pet", rng.random(mask.shape, np.float32) * 8),
+            ("pet", rng.random(mask.shape, np.float32) * 8 * (1 + mask)),
             ("mask", mask),
         ):
             nibabel.save(nibabel.Nifti1Image(volume, affine), study / f"{role}.nii.gz")
@@ -262,7 +258,7 @@ def members(group: int) -> list[int]:
 
 
 def wait_for_orphans(group: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while members(group):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.01)
@@ -307,10 +303,12 @@ def test_killed_at_a_random_moment(name, number, inputs, uninterrupted, tmp_path
 
     if victim == "worker":
         assert run.status in (0, 1, 3), run.stderr
-        assert ("was killed" in run.stderr) == (run.status != 0), run.stderr
+        # One that drew a study for the report takes no study along.
+        told = [line for line in run.stderr.splitlines() if "is not shown" not in line]
+        failed = sum("the worker process was killed" in line for line in told)
+        assert (failed > 0) == (run.status != 0), run.stderr
         if run.status == 1:
             assert found.get(output) == before.get(output)
-        failed = run.stderr.count("the worker process was killed")
         listed = found.get(f"{Path(output).stem}_failed.csv", b"").decode()
         if run.status == 3 and name != "createproject":
             assert listed.count("the worker process was killed") == failed == 1
@@ -386,16 +384,14 @@ def test_interrupted_or_terminated_at_a_random_moment(
     sent = rng.choice([signal.SIGINT, signal.SIGTERM])
     send = rng.choice([os.kill, os.killpg])
     folder = prepared(inputs, tmp_path / "run")
-    ready = tmp_path / "ready"
-    run = start(stage.main, stage.command(), folder, ready.touch)
-    while not ready.exists():
-        time.sleep(0.001)
-    time.sleep(0.02 + rng.uniform(0, duration_s))
+    run = start(stage.main, stage.command(), folder)
+    wait_for_handlers(run)
+    time.sleep(rng.uniform(0, duration_s))
     with suppress(ProcessLookupError):
         send(run.pid, sent)
     sent_at = time.monotonic()
     finished(run)
-    assert time.monotonic() - sent_at < 5  # 2 s, and patience with a busy machine
+    assert time.monotonic() - sent_at < 15  # 2 s, and patience with a busy machine
     assert run.status in (0, {signal.SIGINT: 130, signal.SIGTERM: 143}[sent])
     if run.status:
         assert run.stdout == ""
@@ -409,12 +405,28 @@ def test_interrupted_or_terminated_at_a_random_moment(
     assert contents(folder / "out") == new
 
 
+def wait_for_handlers(run: Run) -> None:
+    """Wait until a run handles its signals itself: until then they are the shell's affair."""
+    deadline = time.monotonic() + PATIENCE_S
+    terminating = 1 << (signal.SIGTERM - 1)
+    while time.monotonic() < deadline:
+        try:
+            status = Path(f"/proc/{run.pid}/status").read_text()
+        except OSError:
+            return
+        caught = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+        if "\nState:\tZ" in status or (caught and int(caught[1], 16) & terminating):
+            return
+        time.sleep(0.001)
+
+
 def test_an_impatient_second_signal_is_no_traceback(inputs, tmp_path):
     stage = STAGES["preprocessing"]
     for number in range(5):
         folder = prepared(inputs, tmp_path / str(number))
         run = start(stage.main, stage.command(), folder)
-        time.sleep(0.15)
+        wait_for_handlers(run)
+        time.sleep(0.1)
         said = folder / "log/stderr"
         for _ in range(20):
             # Handlers are as before then; a signal is this test's own affair.

@@ -205,6 +205,56 @@ def test_damage_ends_in_a_plausible_result_or_in_a_named_refusal(
         pytest.fail("\n".join(complaints))
 
 
+# --- verifying -------------------------------------------------------------------------------
+
+
+def everything(path: Path) -> dict[str, object]:
+    """Every value and attribute of an HDF5 file, read by h5py alone."""
+    found: dict[str, object] = {}
+
+    def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        found[name] = {key: repr(value) for key, value in item.attrs.items()}
+        if isinstance(item, h5py.Dataset):
+            found[f"{name}()"] = repr(item[()].tolist())
+
+    with h5py.File(path) as file:
+        visit("/", file)
+        file.visititems(visit)
+    return found
+
+
+def verify_case(path: Path, sound: Path, seed: int) -> tuple[int, str]:
+    """Flip one bit, verify, and tell whether what passes for sound is."""
+    content = bytearray(sound.read_bytes())
+    random = np.random.default_rng(seed)
+    content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+    path.write_bytes(content)
+    status = mergeh5.main(["--verify", str(path)])
+    try:
+        accepted = status == 0 and everything(path) != everything(sound)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        return status, f"sound, but {type(error).__name__}" if status == 0 else ""
+    return status, "damage was accepted silently" if accepted else ""
+
+
+@pytest.mark.parametrize("kind", ["3D", "2D", "stack", "stack without compression"])
+def test_verifying_overlooks_no_flipped_bit(sound, tmp_path, kind):
+    """Of stacks, masks could change, and the list of keys, unnoticed."""
+    path = sound / {"3D": "3d.h5", "2D": "2d.h5"}.get(kind, "stack.h5")
+    if kind.startswith("stack"):
+        path = tmp_path / "stack.h5"
+        more = ["--stack", "--compression", "none" if "without" in kind else "gzip"]
+        assert project_2d.main([str(sound / "3d.h5"), "-o", str(path), *ANGLES, *more]) == 0
+    cases = [
+        lambda seed=seed: verify_case(tmp_path / f"{seed}.h5", path, seed)
+        for seed in range(2 * CASES)
+    ]
+    found = list(endings(cases))
+    assert {ending.status for ending in found} <= {0, 1, 3}
+    assert any(ending.status for ending in found)
+    assert [(seed, e.verdict) for seed, e in enumerate(found) if e.verdict] == []
+
+
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_the_same_seed_does_the_same_damage(sound, name):
     content = sorted(sound.glob(SUBJECTS[name].pattern))[0].read_bytes()

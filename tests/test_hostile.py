@@ -7,6 +7,7 @@ import contextlib
 import csv
 import gzip
 import io
+import json
 import os
 import re
 import shutil
@@ -79,6 +80,7 @@ OUT_OF_RANGE = {
         ["--hash-length", 0, 3],
         ["--hash-length", 7, 65],
         ["--hash-length", 7],
+        ["--hash-length", 64, 37],
         ["--roi", "("],
         ["--tracer", 0],
         ["--pet-units", "counts"],
@@ -87,8 +89,10 @@ OUT_OF_RANGE = {
         ["--name", ".."],
         ["--name", "a\0b"],
         ["--key-file", "absent"],
+        ["--key-file", "/dev/zero"],
         ["--mapping", "absent/m.csv"],
         ["--mapping", "out"],
+        ["--mapping", "out.lock"],
     ],
     "preprocessing": [
         ["--spacing", 0, 2, 2],
@@ -96,10 +100,14 @@ OUT_OF_RANGE = {
         ["--spacing", 2, 2, "nan"],
         ["--spacing", 2, 2, "inf"],
         ["--spacing", 2, 2],
+        ["--spacing", 1e-300, 2, 2],
+        ["--spacing", 2, 2, 1e300],
         ["--shape", 0, 200],
         ["--shape", 200],
         ["--shape", 2, 2, 2, 2],
         ["--shape", 1.5, 2],
+        ["--shape", 2, 32768],
+        ["--shape", 2, 2, 10**20],
         ["--ct-range", 100, 100],
         ["--ct-range", 200, 100],
         ["--suv-range", 40, 0],
@@ -114,12 +122,17 @@ OUT_OF_RANGE = {
         ["--compression", "zip"],
         ["--measures", "out"],
         ["--measures", "absent/m.csv"],
+        ["--measures", "out_failed.csv"],
+        ["--report", "out.lock"],
         ["--save-nifti", "file"],
+        ["--save-nifti", "file/below"],
     ],
     "mergeh5": [
         ["--splits", 1],
         ["--splits", 0],
         ["--splits-dir", "d"],
+        ["--splits-dir", "file", "--splits", 2],
+        ["--log-file", "out.lock"],
         ["--on-duplicate", "keep"],
         ["--patient-characters", 0],
     ],
@@ -134,6 +147,7 @@ OUT_OF_RANGE = {
         ["--compression", "zip"],
         ["--gif", "file"],
         ["--png", "file"],
+        ["--log-file", "out_failed.csv"],
     ],
 }
 FOR_ALL = [
@@ -179,6 +193,110 @@ def test_options_out_of_range_end_before_any_work(
 @pytest.mark.parametrize("script", MAIN)
 def test_input_that_does_not_exist(tmp_path, capfd, script):
     refuses(capfd, script, tmp_path / "absent", "-o", tmp_path / "out", status=2, naming="absent")
+
+
+LONG = "n" * 300
+CLOSED = [
+    *((script, [f"closed/{INPUT[script]}", "-o", "out"]) for script in MAIN),
+    *((script, [INPUT[script], "-o", "closed/out"]) for script in MAIN),
+    *((script, [INPUT[script], "-o", "out", "--log-file", "closed/log"]) for script in MAIN),
+    *((script, [LONG, "-o", "out"]) for script in MAIN),
+    *((script, [INPUT[script], "-o", LONG]) for script in MAIN),
+    *((script, [INPUT[script], "-o", "out", "--log-file", LONG]) for script in MAIN),
+    ("createproject", ["raw", "-o", "out", "--key-file", "closed/key"]),
+    ("createproject", ["raw", "-o", "out", "--mapping", "closed/m.csv"]),
+    ("createproject", ["raw", "-o", "out", "--mapping", LONG]),
+    ("createproject", ["--new-key", "closed/key"]),
+    ("createproject", ["--new-key", LONG]),
+    ("preprocessing", ["project.zip", "-o", "out", "--measures", "closed/m.csv"]),
+    ("preprocessing", ["project.zip", "-o", "out", "--report", LONG]),
+    ("preprocessing", ["project.zip", "-o", "out", "--save-nifti", "closed/new"]),
+    ("preprocessing", ["project.zip", "-o", "out", "--save-nifti", LONG]),
+    ("mergeh5", ["--verify", "closed/3d.h5"]),
+    ("mergeh5", ["3d.h5", "-o", "out", "--splits", "2", "--splits-dir", "closed/new"]),
+    ("project_2d", ["3d.h5", "-o", "out", "--gif", "closed/new"]),
+]
+
+
+def check_in_a_closed_folder(folder: Path) -> None:
+    """Run every command there and print how it ended, in this process of a mortal."""
+    os.chdir(folder)
+    for script, arguments in CLOSED:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                status = MAIN[script](arguments)
+        except SystemExit as exit_:
+            status = exit_.code
+        except OSError as error:
+            status = f"raised {type(error).__name__}"
+        errors = [line for line in said.getvalue().splitlines() if "error: " in line]
+        clear = len(errors) == 1 and re.search("(closed|n{300}).*: |too long", errors[0])
+        if status != 2 or not clear or Path("out").exists():
+            print(script, arguments, status, errors)
+
+
+def test_paths_that_may_not_be_looked_at_are_wrong_arguments(sound, tmp_path):
+    """A folder without permission, and names that are too long, were tracebacks."""
+    shutil.copytree(sound, tmp_path / "in")
+    (tmp_path / "in" / "closed").mkdir()
+    (tmp_path / "in" / "closed").chmod(0)
+    code = "import sys, test_hostile; test_hostile.check_in_a_closed_folder(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "in")]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("the superuser can't give up its rights here: setpriv is missing")
+        command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("script", ["preprocessing", "mergeh5", "project_2d", "mergeh5 --verify"])
+def test_input_that_is_a_pipe_or_a_device_is_not_opened(tmp_path, script):
+    """To open it could last for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    script, *option = script.split()
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        output = [] if option else ["-o", str(tmp_path / "out")]
+        ending = confined(lambda path=path, o=output: MAIN[script]([str(path), *option, *o]), 10)
+        assert ending.status == 2, ending.said
+        assert f"input {path} is a device or pipe" in ending.said
+
+
+def test_key_may_come_through_a_pipe(sound, tmp_path):
+    """From a program that keeps secrets: --key-file <(pass tumorvolume)."""
+    command = (
+        f"{sys.executable} {ROOT}/createproject.py {sound}/raw -o p.zip --dry-run "
+        "--key-file <(printf %032d 1)"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(sound, tmp_path, capfd):
+    """The file it leads to was emptied."""
+    other = tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / "out.lock").symlink_to(other)
+    ending = end(capfd, "mergeh5", sound / "3d.h5", "-o", tmp_path / "out")
+    assert ending.status == 1
+    assert is_clear(ending.errors[0]), ending.said
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "shape", [[[1], 1 << 40], ["a", 1 << 33], [1e999], [float("nan")], [-5, 1], [1 << 70], 7, None]
+)
+def test_shapes_of_a_foreign_index_are_no_reason_to_stop(sound, tmp_path, capfd, shape):
+    members = members_of(sound / "project.zip")
+    index = next(name for name in members if name.endswith("studies.json"))
+    records = json.loads(members[index])
+    for record in records.values():
+        record["shapes"] = {"ct": shape}
+    path = zipped(tmp_path / "in.zip", members | {index: json.dumps(records).encode()})
+    ending = end(capfd, "preprocessing", path, "-o", tmp_path / "o.h5", *GRID)
+    assert ending.status == 0, ending.said
 
 
 @pytest.mark.parametrize("script", MAIN)
@@ -625,12 +743,67 @@ HDF5_FAULTS = {
         lambda path: changed(path, lambda f: delete(f["mask"], next(iter(f["mask"])))),
         "different studies",
     ),
+    "link to a pipe": (lambda path: linked_to_a_pipe(path), "links to a device, pipe or folder"),
+    "link to a device": (
+        lambda path: replaced(path, "image", lambda *old: h5py.ExternalLink("/dev/zero", "/")),
+        "links to a device",
+    ),
+    "virtual": (lambda path: replaced(path, "image", virtual), "no dataset with its values"),
+    "values elsewhere": (
+        lambda path: replaced(path, "mask", elsewhere), "no dataset with its values",
+    ),
+    "complex": (
+        lambda path: replaced(path, "image", lambda g, k, old: old.astype(np.complex64)), "types",
+    ),
+    "masks of floats": (
+        lambda path: replaced(path, "mask", lambda g, k, old: old.astype(np.float32)), "types",
+    ),
 }  # fmt: skip
 
 
 def changed(path: Path, change: Callable[[h5py.File], None]) -> None:
     with h5py.File(path, "r+") as file:
         change(file)
+
+
+def replaced(path: Path, group: str, by: Callable[[h5py.Group, str, np.ndarray], object]) -> None:
+    """Replace the first dataset of a group by what a function makes, or puts there, of it."""
+    with h5py.File(path, "r+") as file:
+        key = sorted(file[group])[0]
+        old = file[group][key][()]
+        del file[group][key]
+        new = by(file[group], key, old)
+        if new is not None:
+            file[group][key] = new
+
+
+def linked_to_a_pipe(path: Path) -> None:
+    """libhdf5 waited for ever for someone to write to it."""
+    os.mkfifo(path.with_name("pipe"))
+    replaced(path, "image", lambda group, key, old: h5py.ExternalLink("pipe", f"/image/{key}"))
+
+
+def virtual(group: h5py.Group, key: str, old: np.ndarray) -> None:
+    """Values from another dataset; of one from itself libhdf5 crashes."""
+    layout = h5py.VirtualLayout(old.shape, old.dtype)
+    layout[...] = h5py.VirtualSource(".", f"{group.name}/{key}", shape=old.shape)
+    group.create_virtual_dataset(key, layout)
+
+
+def elsewhere(group: h5py.Group, key: str, old: np.ndarray) -> None:
+    """Values from any file of this machine; merging took the reference over."""
+    group.create_dataset(key, old.shape, old.dtype, external=[("/etc/hostname", 0, old.nbytes)])
+
+
+@pytest.mark.parametrize("fault", ["link to a pipe", "virtual", "values elsewhere"])
+def test_verifying_a_file_with_values_elsewhere_names_the_study(sound, tmp_path, capfd, fault):
+    path = tmp_path / "in.h5"
+    shutil.copy(sound / "3d.h5", path)
+    HDF5_FAULTS[fault][0](path)
+    ending = end(capfd, "mergeh5", "--verify", path)
+    assert ending.status == 3, ending.said
+    assert f"{min(set_of_keys(sound / '3d.h5'))}: " in ending.errors[0]
+    assert "cannot be read" in ending.errors[0]
 
 
 def delete(holder, name: str) -> None:

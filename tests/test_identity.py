@@ -536,6 +536,23 @@ def test_no_planted_string_is_in_anything_written_or_said(written):
     assert leaks(written, but="_mapping.csv") == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--roi nothing --suv-type lbm-janma --strict --tracer 5",
+        "--ct *[0-9]* --pet nothing --mask *.dcm* --dry-run",
+        "--pet-units suv --trust-geometry --allow-empty-mask --dask local",
+    ],
+    ids=["choices", "patterns", "cluster"],
+)
+def test_no_option_makes_a_run_tell(hospital, tmp_path, options):
+    """Messages of options, and a cluster's own, name what they found by its kind alone."""
+    done = run(tmp_path, "createproject", hospital, "-o", "p.zip", "-j", 2, *options.split())
+    assert done.returncode == 3, done.stderr
+    assert f"{3 + len(FAILURES)} studies" in done.stdout.decode().splitlines()[-1]
+    assert leaks(tmp_path, but="_mapping.csv") == []
+
+
 # --- what is left and said when it goes wrong ------------------------------------------------
 
 

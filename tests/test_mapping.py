@@ -1,6 +1,7 @@
 """The private mapping: what goes in comes out, for its owner's eyes alone."""
 
 import csv
+import errno
 import os
 import stat
 
@@ -141,3 +142,28 @@ def test_a_new_private_file_never_replaces_one(tmp_path):
     with pytest.raises(FileExistsError):
         mapping.create_private(tmp_path / "key", b"new")
     assert (tmp_path / "key").read_bytes() == b"old"
+
+
+def test_a_linked_mapping_stays_on_the_safer_disk(tmp_path):
+    """The link was replaced by a file, beside the data that it tells of."""
+    (tmp_path / "safe").mkdir()
+    link = tmp_path / "m.csv"
+    link.symlink_to(tmp_path / "safe" / "m.csv")
+    for row in (ROW, SKIPPED):
+        mapping.write(link, [row])
+        assert link.is_symlink()
+        assert mapping.read(link) == [row]
+    assert [path.name for path in (tmp_path / "safe").iterdir()] == ["m.csv"]
+    assert mode(tmp_path / "safe" / "m.csv") == 0o600
+
+
+def test_a_private_file_that_cannot_be_written_is_not_left_empty(tmp_path, monkeypatch):
+    """An empty key file kept the next attempt from making one."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        mapping.create_private(tmp_path / "key", b"new")
+    assert list(tmp_path.iterdir()) == []

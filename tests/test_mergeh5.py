@@ -279,9 +279,24 @@ def test_splits_part_whole_patients_into_train_and_validation(inputs, output, tm
     assert {path.name: path.read_bytes() for path in lists.iterdir()} == before
 
 
+def test_splits_that_cannot_be_written_leave_the_output_as_it_was(inputs, output, capsys):
+    output.write_bytes(b"old")
+    (output.parent / "fold2_val.txt").mkdir()
+    for more, reason in (
+        (["--splits", 9], "3 patients can't fill 9 folds"),
+        (["--splits", 2], "fold2_val.txt cannot be written: a folder has its name"),
+    ):
+        capsys.readouterr()
+        assert run(inputs["one"], inputs["two"], "-o", output, *more) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {reason}")
+        assert output.read_bytes() == b"old"
+
+
 def test_more_folds_than_patients_are_refused(inputs, output, capsys):
     assert run(inputs["one"], "-o", output, "--splits", 2) == 1
     assert "1 patients can't fill 2 folds" in capsys.readouterr().err
+    assert not output.exists()
 
 
 # --- verifying -------------------------------------------------------------------------------

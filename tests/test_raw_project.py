@@ -3,7 +3,10 @@
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 
 import layouts
 import pydicom
@@ -15,6 +18,7 @@ from pet_headers import PerSlice
 from common.candidates import NiftiFile, Patterns, roles_by_words
 from common.dicom import DicomFile, Series
 from common.errors import IncompleteStudy, StageError, StudyError
+from common.hashing import pseudonym
 from common.raw_project import StudyFolder, list_files, list_studies
 from common.roles import choose, find_roles, survey
 
@@ -61,6 +65,27 @@ def test_what_interrupted_runs_left_in_the_project_is_no_patient(tmp_path):
     for folder in ("a/1", "project.zip.parts/x", "all_3d.h5.parts"):
         (tmp_path / folder).mkdir(parents=True)
     assert [each.patient for each in list_studies(tmp_path)] == ["a"]
+
+
+def test_names_are_the_same_whatever_the_locale(tmp_path):
+    """A pseudonym is made of them, and composed and decomposed accents are one name."""
+    (tmp_path / "raw" / unicodedata.normalize("NFD", "Zo\u00eb") / "\u8b0e").mkdir(parents=True)
+    code = (
+        "import sys; from pathlib import Path; from common.pseudonyms import studies_by_hash\n"
+        "print(*studies_by_hash(Path(sys.argv[1]), None, (7, 3)))"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "raw"],
+            cwd=Path(__file__).parents[1],
+            env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": utf8},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for utf8 in ("0", "1")
+    ]
+    assert said == [pseudonym("Zo\u00eb", "\u8b0e")] * 2
 
 
 @pytest.mark.parametrize("content", [(), ("patient.zip",), ("patient/ct.nii.gz",)])

@@ -1,6 +1,7 @@
 """The quality-control page: what it says, what it shows, how it behaves in a real browser."""
 
 import base64
+import errno
 import io
 import re
 import shutil
@@ -226,6 +227,46 @@ def test_the_script_shows_every_study_the_incomplete_one_too_and_rewrites_only_w
     assert preprocessing.main(command) == 0
     assert page.stat().st_mtime_ns == written
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.zip", "p_3d.h5", "page.html"]
+
+
+def crash(*arguments):
+    raise ZeroDivisionError
+
+
+def test_a_study_that_cannot_be_shown_is_told_and_the_next_run_shows_it(tmp_path, capfd):
+    archive = project_zips.write_zip(
+        tmp_path / "p.zip", {"aaaaaaa001": project_zips.study_images()}
+    )
+    page = tmp_path / "page.html"
+    command = [str(archive), "-o", str(tmp_path / "p_3d.h5"), "--report", str(page), "-j", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "study_card", crash)
+        assert preprocessing.main(command) == 0
+    assert (
+        "warning: aaaaaaa001: is not shown in the report: unexpected Zero" in capfd.readouterr().err
+    )
+    assert "<img data-src" not in page.read_text()
+    assert preprocessing.main(command) == 0
+    assert page.read_text().count("<img data-src") == 3
+
+
+def test_a_page_that_cannot_be_written_leaves_the_output_as_it_was(tmp_path, capfd, monkeypatch):
+    archive = project_zips.write_zip(
+        tmp_path / "p.zip", {"aaaaaaa001": project_zips.study_images()}
+    )
+    output = tmp_path / "p_3d.h5"
+    command = [str(archive), "-o", str(output), "--report", str(tmp_path / "page.html"), "-j", "1"]
+    assert preprocessing.main(command) == 0
+    old = output.read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_page", full)
+    assert preprocessing.main([*command, "--iso-threshold", "50"]) == 1
+    assert "error: page.html cannot be written: the disk is full" in capfd.readouterr().err
+    assert output.read_bytes() == old
+    assert not list(tmp_path.glob(".*"))
 
 
 # --- in a browser ----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -391,6 +392,128 @@ def test_a_killed_writer_of_a_file_beside_leaves_one_hidden_file_that_the_next_o
     assert os.listdir(tmp_path) == [".list.tmp.csv"]
     write_beside(path, "whole")
     assert os.listdir(tmp_path) == ["list.csv"]
+
+
+def write_picture(task: PartTask):
+    """Write a file beside the output; "stuck" stays in the middle of it, "full" waits for that."""
+    picture = task.part.parent.parent / "pictures" / f"{task.hash}.nii.gz"
+    if task.payload == "full":
+        while not list(picture.parent.glob(".*")):
+            time.sleep(0.001)
+        raise StageError("out.txt cannot be written: the disk is full")
+    with (
+        writing_part(task.part, task.beside) as temporary,
+        stage.writing_beside(picture) as half,
+    ):
+        half.write_text(task.payload)
+        if task.payload == "dies":
+            os.kill(os.getppid(), signal.SIGKILL)
+        if task.payload in ("stuck", "dies"):
+            time.sleep(60)
+        temporary.write_text(f"{task.hash} {task.payload}\n")
+    return []
+
+
+def picture_studies(folder: Folder, **payloads) -> list[Study]:
+    pictures = folder.output.with_name("pictures")
+    pictures.mkdir(exist_ok=True)
+    return [
+        Study(name, f"{payload}" * 16, payload, beside=(pictures / f"{name}.nii.gz",))
+        for name, payload in payloads.items()
+    ]
+
+
+def run_pictures(folder: Folder, plan: list[Study]):
+    with exclusive(folder.output):
+        run_stage(folder.output, plan, {}, write_picture, assemble, 2)
+
+
+def test_a_run_that_ends_early_leaves_no_half_file_beside_of_the_worker_it_ended(folder):
+    plan = picture_studies(folder, a="stuck", b="full")
+    with pytest.raises(StageError, match="the disk is full"):
+        run_pictures(folder, plan)
+    assert folder.left == ["pictures"]
+    assert os.listdir(folder.output.with_name("pictures")) == []
+
+
+def test_half_files_of_killed_workers_go_though_their_studies_are_no_longer_there(folder):
+    pictures = folder.output.with_name("pictures")
+    child = os.fork()
+    if not child:
+        try:
+            run_pictures(folder, picture_studies(folder, a="dies", b="stuck"))
+        finally:
+            # Whatever happens, the child must not go on as a second pytest.
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert ".a.nii.tmp.gz" in os.listdir(pictures)
+    mine = pictures / ".mine"
+    mine.touch()
+    run_pictures(folder, picture_studies(folder, c="1"))
+    assert folder.output.read_text() == "c 1\n"
+    assert sorted(os.listdir(pictures)) == [".mine", "c.nii.gz"]
+    assert folder.left == ["out.txt", "pictures"]
+
+
+def test_files_beside_that_another_run_has_replaced_are_made_again(folder):
+    """One night with other options, stopped, and the old output was kept with the new pictures."""
+    finished = {"a": "1" * 16, "b": "1" * 16}
+    one, two = (picture_studies(folder, a=payload, b=payload) for payload in "12")
+    picture = one[0].beside[0]
+    run_pictures(folder, one)
+
+    def interrupted(path, sources):
+        raise StageError("interrupted")
+
+    for plan in (two, picture_studies(folder, a="3", b="3"), two):
+        with pytest.raises(StageError, match="interrupted"), exclusive(folder.output):
+            run_stage(folder.output, plan, finished, write_picture, interrupted, 2)
+        assert picture.read_text() == plan[0].payload
+    with exclusive(folder.output):
+        run_stage(folder.output, one, finished, write_picture, assemble, 2)
+    assert picture.read_text() == "1"
+    assert folder.output.read_text() == "a 1\nb 1\n"
+    assert folder.left == ["out.txt", "pictures"]
+
+
+def tell_paths(task: PartTask):
+    with writing_part(task.part, task.beside) as temporary:
+        temporary.write_text(f"{task.hash} x\n")
+    return [str(path) for path in (task.part, *task.beside)]
+
+
+def test_workers_are_given_absolute_paths(folder, tmp_path, monkeypatch):
+    """Those of a cluster are in another folder."""
+    monkeypatch.chdir(tmp_path)
+    output = Path("out.txt")
+    with exclusive(output):
+        plan = [Study("a", "1", "x", beside=(Path("a.png"),))]
+        [outcome] = run_stage(output, plan, {}, tell_paths, assemble, 1)
+    assert outcome.warnings == (
+        f"{tmp_path}/out.txt.parts/a.1.txt",
+        f"{tmp_path}/a.png",
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}", "[1, null, [2]]", '["../out.txt", "\\u0000"]'])
+def test_a_damaged_list_of_half_files_removes_nothing(text, folder):
+    folder.run(studies(a="1"))
+    parts = folder.output.with_name("out.txt.parts")
+    parts.mkdir()
+    (parts / "beside.tmp").write_text(text)
+    assert folder.run(studies(a="1")) == ["unchanged"]
+    assert folder.output.read_text() == "a 1\n"
+    assert folder.left == ["out.txt"]
+
+
+def test_a_half_file_beside_goes_though_its_text_is_as_before_or_no_study_failed(folder, tmp_path):
+    listed = tmp_path / "out_failed.csv"
+    half = tmp_path / ".out_failed.tmp.csv"
+    for payload in ("fails", "fails", "1"):
+        half.write_text("half")
+        folder.run(studies(a=payload, b="1"), failures_of="preprocessing")
+        assert not half.exists()
+    assert not listed.exists()
 
 
 # --- the lock ---------------------------------------------------------------------------------
