@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from processes import ROOT, median, run, run_python
+from processes import ROOT, median, print_runs, run, run_python
 
 from common import hdf5_chunks
 
@@ -169,13 +169,10 @@ def print_merging(study: Path, folder: Path, gigabytes: float) -> None:
         one.seconds / other.seconds for one, other in zip(copies, merges, strict=True)
     )
     print(f"{n_studies} studies of {megabytes / n_studies:.0f} MB; medians of {MERGES}")
-    print("| way | speed | processor | peak memory |")
-    print("|---|---|---|---|")
-    for way, runs in (("cp and sync", copies), ("mergeh5.py", merges)):
-        result = median(runs)
-        figures = f"{result.cpu_seconds:.2f} s | {result.peak_gb:.2f} GB"
-        print(f"| {way} | {megabytes / result.seconds:.0f} MB/s | {figures} |")
-    print(f"mergeh5.py has {of_cp:.0%} of the speed of cp, median of pairs")
+    results = {"cp and sync": median(copies), "mergeh5.py": median(merges)}
+    print_runs(results)
+    speeds = ", ".join(f"{megabytes / result.seconds:.0f} MB/s" for result in results.values())
+    print(f"  {speeds}; mergeh5.py has {of_cp:.0%} of the speed of cp, median of pairs")
 
 
 def write_copies(study: Path, path: Path, gigabytes: float) -> int:
