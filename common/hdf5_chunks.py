@@ -21,6 +21,10 @@ PATCH_EDGE = 32
 
 _GZIP_LEVEL = 1
 
+_ZLIB_HEADER = b"\x78\x01"
+_LAST_BLOCK = b"\x01\x00\x00\xff\xff"
+_LONGEST_STORED = 0xFFFF
+
 Block = tuple[slice, ...]
 
 
@@ -96,11 +100,43 @@ def _write_block(dataset: h5py.Dataset, block: Block, values: NDArray[Any]) -> N
 
 
 def _write_gzipped(dataset: h5py.Dataset, block: Block, values: NDArray[Any]) -> None:
-    """Do what HDF5's filters shuffle and gzip do, by isal three times as fast."""
+    """Do what HDF5's filters shuffle and gzip do, faster to write and to read."""
     chunk = values
     if values.shape != dataset.chunks:
         chunk = np.zeros(dataset.chunks, values.dtype)
         chunk[tuple(slice(n) for n in values.shape)] = values
     bytes_apart = np.ascontiguousarray(chunk.reshape(-1, 1).view(np.uint8).T)
-    squeezed = isal_zlib.compress(bytes_apart, _GZIP_LEVEL)
-    dataset.id.write_direct_chunk(tuple(axis.start for axis in block), squeezed)
+    dataset.id.write_direct_chunk(tuple(axis.start for axis in block), _zlib_stream(bytes_apart))
+
+
+def _zlib_stream(bytes_apart: NDArray[np.uint8]) -> bytes:
+    """Compress the first bytes of all values, the second ones and so on, (itemsize, N), by isal.
+
+    Each kind has a code of its own, which makes files smaller. What gzip would not halve, the
+    noise of low bytes, is stored in the stream as it is: readers copy that ten times as fast as
+    they inflate. Formats: RFC 1950 and 1951.
+    """
+    parts = [_ZLIB_HEADER]
+    for of_one_kind in bytes_apart:
+        deflate = isal_zlib.compressobj(_GZIP_LEVEL, wbits=-isal_zlib.MAX_WBITS)
+        squeezed = deflate.compress(of_one_kind) + deflate.flush(isal_zlib.Z_SYNC_FLUSH)
+        parts.append(
+            squeezed if 2 * len(squeezed) < of_one_kind.size else _stored(of_one_kind.tobytes())
+        )
+    checksum = isal_zlib.adler32(bytes_apart)
+    return b"".join([*parts, _LAST_BLOCK, checksum.to_bytes(4, "big")])
+
+
+def _stored(content: bytes) -> bytes:
+    """Blocks of a deflate stream, none the last, that hold bytes as they are."""
+    parts = []
+    for first in range(0, len(content), _LONGEST_STORED):
+        part = content[first : first + _LONGEST_STORED]
+        length = len(part)
+        parts += [
+            b"\x00",
+            length.to_bytes(2, "little"),
+            (length ^ _LONGEST_STORED).to_bytes(2, "little"),
+            part,
+        ]
+    return b"".join(parts)

@@ -131,6 +131,7 @@ def become_worker() -> list[Line]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _end_with_parent()
+    _take_small_pages()
     _keep_freed_memory()
     say_nothing()
     threadpoolctl.threadpool_limits(1)
@@ -151,6 +152,17 @@ def _watch_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def _take_small_pages() -> None:
+    """Do without huge pages, which numpy asks for.
+
+    Where memory is fragmented, putting them together takes the kernel as long as a study takes;
+    the studies after that would be faster by 4 %.
+    """
+    if sys.platform == "linux":
+        disable_huge_pages = 41  # PR_SET_THP_DISABLE of prctl(2)
+        ctypes.CDLL(None).prctl(disable_huge_pages, 1, 0, 0, 0)
 
 
 def _keep_freed_memory() -> None:

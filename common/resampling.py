@@ -34,7 +34,7 @@ Image = npt.NDArray[np.float32]
 def separable(source: Grid, target: Grid) -> bool:
     """Whether :func:`resample_cubic` can take its fast path between two grids.
 
-    Unsigned or non-finite volumes go to nilearn all the same.
+    Volumes with NaN or infinities go to nilearn all the same.
     """
     return _same_for_nilearn(source, target) or axis_lines(source, target) is not None
 

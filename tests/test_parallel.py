@@ -303,6 +303,17 @@ def test_a_call_apart_does_its_work_in_another_process():
     assert call_apart(os.getpid) != os.getpid()
 
 
+def memory_status() -> str:
+    path = Path("/proc/self/status")
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.skipif("THP_enabled" not in memory_status(), reason="this system has no such pages")
+def test_workers_do_without_huge_pages():
+    assert "THP_enabled:\t1" in memory_status()
+    assert "THP_enabled:\t0" in call_apart(memory_status)
+
+
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [

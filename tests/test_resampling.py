@@ -143,6 +143,25 @@ def test_cubic_equals_nilearn_on_oblique_grids_with_parallel_axes(pair, seed):
 
 
 @examples(60)
+@given(parallel_grids(), st.floats(-9, -2), st.permutations(range(3)), seeds)
+def test_grids_that_are_nearly_parallel(pair, exponent, axes, seed):
+    """Turned about the middle of the source by less than the tolerance, or a little more."""
+    source, target = pair
+    middle = np.eye(4)
+    middle[:3, 3] = (source.affine @ [*(np.array(source.shape) - 1) / 2, 1])[:3]
+    turned = middle @ turn(10**exponent, *axes[:2]) @ np.linalg.inv(middle) @ source.affine
+    source = Grid(source.shape, turned)
+    labels = np.random.default_rng(seed).integers(0, 5, source.shape).astype(np.uint8)
+    assert_nearest_equals_nilearn(labels, source, target)
+    volume = random_volume(seed, source.shape, np.float32)
+    expected = nilearn_resampled(volume, source, target, "continuous", -1024)
+    if expected is not None:
+        result = resample_cubic(volume, source, target, -1024)
+        value_range = max(float(volume.max()), 0.0) - min(float(volume.min()), 0.0)
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-4 * value_range)
+
+
+@examples(60)
 @given(grids(), grids(), seeds)
 def test_cubic_equals_nilearn_on_unrelated_grids(source, target, seed):
     volume = random_volume(seed, source.shape, np.int16)

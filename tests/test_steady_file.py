@@ -1,7 +1,9 @@
 """What HDF5 writes to: the same bytes as its own file, and a failure at any byte is one error."""
 
+import ctypes
 import errno
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from common import steady_file as steady_file_module
 from common.steady_file import steady_file
 
 VOLUME = np.random.default_rng(0).integers(0, 255, (1, 20, 20, 20), np.uint8)
@@ -40,6 +43,26 @@ def test_an_older_longer_file_is_replaced(tmp_path):
     write(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5") as file:
         np.testing.assert_array_equal(file["image/7"][()], VOLUME)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_the_disk_is_asked_to_write_large_blocks_meanwhile(tmp_path, monkeypatch):
+    ranges = []
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    class Watched:
+        @staticmethod
+        def sync_file_range(descriptor, offset, size, flags):
+            ranges.append((offset.value, size.value))
+            assert libc.sync_file_range(descriptor, offset, size, flags) == 0, ctypes.get_errno()
+
+    monkeypatch.setattr(steady_file_module.ctypes, "CDLL", lambda name: Watched)
+    block = bytes(1 << 20)
+    with steady_file(tmp_path / "a") as stream:
+        for _ in range(10):
+            stream.write(block)
+    assert ranges == [(0, 4 << 20), (4 << 20, 4 << 20)]
+    assert (tmp_path / "a").read_bytes() == 10 * block
 
 
 def test_a_failure_at_any_byte_is_raised_at_the_end_and_crashes_nothing(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from processes import ROOT, Run, median, print_comparison, run_python
+from processes import ROOT, Run, median, print_comparison, print_runs, run_python
 
 HERE = Path(__file__).parent
 VOXELS = {
@@ -64,21 +64,20 @@ def measure_total_body(folder: Path, standard: Run) -> None:
     run_python(HERE / "standard_study.py", folder / "t.zip", "total-body", 1)
     total = preprocess(folder / "t.zip", folder / "t.h5")
     print("total-body study, CT 512 x 512 x 1500, PET 400 x 400 x 673")
-    for name, result in (("standard", standard), ("total-body", total)):
-        per_voxel = result.cpu_seconds / VOXELS[name] * 1e9
-        print(
-            f"  {name:12}{result.seconds:8.2f} s{result.cpu_seconds:8.2f} s CPU"
-            f"{result.peak_gb:8.2f} GB{per_voxel:8.1f} ns CPU a voxel of CT and PET"
-        )
+    runs = {"standard": standard, "total-body": total}
+    print_runs(runs)
+    for name, result in runs.items():
+        per_voxel_ns = result.cpu_seconds / VOXELS[name] * 1e9
+        print(f"  {name}: {per_voxel_ns:.1f} ns of processor a voxel of CT and PET")
 
 
 def measure_workers(folder: Path, n_studies: int = 8) -> None:
     """Print the throughput of one and of two workers."""
     run_python(HERE / "standard_study.py", folder / "w.zip", "standard", n_studies)
-    seconds = [preprocess(folder / "w.zip", folder / "w.h5", jobs).seconds for jobs in (1, 2)]
+    one, two = (preprocess(folder / "w.zip", folder / "w.h5", jobs) for jobs in (1, 2))
     print(f"{n_studies} standard studies")
-    print(f"  one worker  {seconds[0]:8.2f} s")
-    print(f"  two workers {seconds[1]:8.2f} s: {seconds[0] / seconds[1]:.2f} times the throughput")
+    print_runs({"one worker": one, "two workers": two})
+    print(f"  two workers have {one.seconds / two.seconds:.2f} times the throughput of one")
 
 
 def preprocess(archive: Path, output: Path, jobs: int = 1) -> Run:

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,15 @@ def median(runs: Sequence[Run]) -> Run:
 
 def print_comparison(plain: Run, ours: Run, script: str, way: str) -> None:
     """Print both ways in a table, and by how much ours is faster."""
-    print(f"  {'':36}{'time [s]':>10}{'CPU [s]':>10}{'peak [GB]':>11}")
-    for name, result in ((way, plain), (script, ours)):
-        print(f"  {name:36}{result.seconds:10.2f}{result.cpu_seconds:10.2f}{result.peak_gb:11.2f}")
+    print_runs({way: plain, script: ours})
     ratios = plain.seconds / ours.seconds, plain.cpu_seconds / ours.cpu_seconds
-    print(f"  {'ratio':36}{ratios[0]:10.1f}{ratios[1]:10.1f}")
+    print(f"| ratio | {ratios[0]:.1f} | {ratios[1]:.1f} | |")
+
+
+def print_runs(runs: Mapping[str, Run]) -> None:
+    """Print a table of named runs."""
+    print("| way | time | processor | peak memory |")
+    print("|---|---|---|---|")
+    for name, result in runs.items():
+        times = f"{result.seconds:.2f} s | {result.cpu_seconds:.2f} s"
+        print(f"| {name} | {times} | {result.peak_gb:.2f} GB |")
