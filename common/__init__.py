@@ -15,7 +15,7 @@ boundaries  each the only module that knows its format
             archive: the project zip; nifti, nifti_header; lesion_table: the CSV of measures
             hdf5, hdf5_chunks, hdf5_assembly, hdf5_check, steady_file: 3D and 2D files
             pictures: PNG and GIF; report: the quality-control page
-            dicom, dicom_stack, dicom_pixels: series to volumes; pet_header, pet_frames,
+            dicom, dicom_scan, dicom_stack, dicom_pixels: series to volumes; pet_header, pet_frames,
             pet_attributes: headers to SUV inputs; dicom_seg, dicom_seg_planes, dicom_rtstruct,
             dicom_masks: masks; dicom_values, dicom_times: one attribute as a plain value
 pure        no paths, no formats, no logging

@@ -3,6 +3,7 @@
 Knows pydicom. Headers are read once; pixels stay in the files until `dicom_pixels` fetches them.
 """
 
+import io
 import os
 import re
 import zlib
@@ -16,6 +17,7 @@ import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from common.dicom_scan import scan_header
 from common.dicom_values import (
     functional_group,
     items,
@@ -73,7 +75,7 @@ _ROLE_OF_CLASS = {
 }
 
 _PREAMBLE, _MOST_OF_META = 132, 1024
-_BLOCK = 2**20
+_BLOCK, _FIRST_READ = 2**20, 2**15
 _META_VRS = (b"UL", b"OB", b"UI")
 _FIRST_VRS = (b"UL", b"OB", b"CS", b"UI", b"SH", b"DA", b"LO")
 
@@ -132,7 +134,8 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
     """
     start, is_marked = b"", False
     try:
-        with open(path, "rb") as stream:
+        # Where file servers name a block of a megabyte, Python's own buffer would take the pixels.
+        with io.BufferedReader(io.FileIO(path), _FIRST_READ) as stream:
             start = stream.read(_MOST_OF_META)
             is_marked = start[128:_PREAMBLE] == b"DICM" or _begins_with_meta(start)
             if _is_empty(start) and name.lower().endswith(DICOM_SUFFIXES):
@@ -143,6 +146,9 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
                 stream.seek(_end_of_meta(start))
                 _refuse_bomb(stream, name)
             stream.seek(0)
+            scanned = scan_header(path, stream.peek())
+            if scanned is not None and "Modality" in scanned[0]:
+                return DicomFile(path, name, *scanned)
             header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
             offset = stream.tell()
             is_damaged = _is_cut_off(header, stream)

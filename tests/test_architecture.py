@@ -34,6 +34,7 @@ LEVELS = {
         "dicom_masks",
         "dicom_pixels",
         "dicom_rtstruct",
+        "dicom_scan",
         "dicom_seg",
         "dicom_seg_planes",
         "dicom_stack",
@@ -100,7 +101,7 @@ FORMAT_LIBRARY = {
     "hdf5plugin": {"hdf5_chunks"},
     "pydicom": {
         *("dicom", "dicom_masks", "dicom_pixels", "dicom_rtstruct", "dicom_seg", "dicom_stack"),
-        *("dicom_seg_planes", "dicom_times"),
+        *("dicom_scan", "dicom_seg_planes", "dicom_times"),
         *("dicom_values", "pet_attributes", "pet_frames", "pet_header"),
     },
     "isal": {"hdf5_chunks", "nifti"},
