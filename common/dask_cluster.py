@@ -265,7 +265,7 @@ def _answer(future: Any) -> Answer | None:
         return None
     except TimeoutError:
         raise
-    except distributed.CancelledError as error:
+    except (distributed.CancelledError, OSError) as error:
         raise _scheduler_gone() from error
     except Exception as error:
         raise StageError(

@@ -1,5 +1,6 @@
 """A dask cluster instead of the pool: the same bytes, whoever dies, and nothing said elsewhere."""
 
+import functools
 import hashlib
 import logging
 import os
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from tiny_studies import ANGLES, GRID, STUDIES, write_raw
 import createproject
 import preprocessing
 import project_2d
-from common import cli, dask_cluster, parallel
+from common import cli, dask_cluster, parallel, stage
 from common.errors import StageError
 from common.worker import Outcome, Task
 
@@ -65,26 +67,33 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         },
     }
     # Not the folder of the scripts: workers find it by what they are sent.
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    processes = []
+    with running(commands, folder, logs, PYTHONPATH=str(ROOT / "tests")):
+        wait_for(address.exists)
+        yield Cluster(str(address), logs)
+
+
+@contextmanager
+def running(
+    commands: Mapping[str, Sequence[str]], folder: Path, logs: Path, **variables: str
+) -> Iterator[dict[str, subprocess.Popen]]:
+    """Run dask's commands by name, each with a log of its own, and kill them at the end."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    processes: dict[str, subprocess.Popen] = {}
     try:
         for name, command in commands.items():
             with open(logs / name, "w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "dask", *command],
-                        cwd=folder,
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                    )
+                processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", "dask", *command],
+                    cwd=folder,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
                 )
-        wait_for(address.exists)
-        yield Cluster(str(address), logs)
+        yield processes
     finally:
-        for process in reversed(processes):
+        for process in reversed(processes.values()):
             process.kill()
-        for process in processes:
+        for process in processes.values():
             process.wait(timeout=20)
 
 
@@ -373,17 +382,15 @@ def test_workers_that_do_not_share_the_files_are_told(cluster, tmp_path):
 
 
 @pytest.fixture
-def scheduler(tmp_path) -> Iterator[tuple[Cluster, subprocess.Popen]]:
+def scheduler(tmp_path_factory) -> Iterator[tuple[Cluster, subprocess.Popen]]:
     """A scheduler without workers."""
-    address = tmp_path / "scheduler.json"
+    folder = tmp_path_factory.mktemp("scheduler")
+    address = folder / "scheduler.json"
     command = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "dask", *command, "--scheduler-file", str(address)],
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    command += ["--scheduler-file", str(address)]
+    with running({"scheduler": command}, folder, folder) as processes:
         wait_for(address.exists)
-        yield Cluster(str(address), tmp_path), process
-        process.kill()
+        yield Cluster(str(address), folder), processes["scheduler"]
 
 
 def test_a_scheduler_without_workers_is_not_waited_for_for_ever(scheduler, tmp_path, monkeypatch):
@@ -406,3 +413,71 @@ def test_a_scheduler_that_dies_ends_the_run(scheduler, tmp_path, monkeypatch):
     with pytest.raises(StageError, match="the dask scheduler does not answer any more"):
         run_studies(empty, tmp_path, ("warn", "x"))
     assert time.monotonic() - began < 20
+
+
+def preprocess_and(do: Callable[[], None], command: list[str], monkeypatch) -> int:
+    """Run preprocessing.py; do something when the first study has ended; return the status."""
+    report = stage.report
+
+    def report_and_do(*arguments):
+        monkeypatch.setattr(stage, "report", report)
+        report(*arguments)
+        do()
+
+    monkeypatch.setattr(stage, "report", report_and_do)
+    return preprocessing.main(command)
+
+
+def test_a_scheduler_that_dies_in_the_middle_leaves_what_is_finished(
+    scheduler, project_zip, of_pool, tmp_path, monkeypatch, capfd
+):
+    lonely, process = scheduler
+    worker = ["worker", "--scheduler-file", lonely.address, "--no-dashboard", "--nthreads", "1"]
+    command = [str(project_zip), "-o", str(tmp_path / "out.h5"), *GRID, "-q"]
+
+    def kill_when_the_next_has_ended():
+        wait_for(lambda: len(list(tmp_path.glob("out.h5.parts/*.h5"))) > 1)
+        time.sleep(0.2)
+        process.kill()
+        process.wait()
+
+    with running({"worker": worker}, lonely.logs, lonely.logs):
+        dying = [*command, "--dask", lonely.address, "-j", "2"]
+        assert preprocess_and(kill_when_the_next_has_ended, dying, monkeypatch) == 1
+    assert one_error(capfd) == (
+        "error: the dask scheduler does not answer any more: start it, and run again; finished "
+        "studies are kept"
+    )
+    assert list(tmp_path.glob("out.h5.parts/*.h5"))
+    assert preprocessing.main([*command, "-j", "1"]) == 0
+    assert (tmp_path / "out.h5").read_bytes() == of_pool
+
+
+def test_an_interrupted_run_leaves_the_cluster_to_others(
+    cluster, project_zip, of_pool, tmp_path, monkeypatch, capfd
+):
+    command = [str(project_zip), "-o", str(tmp_path / "out.h5"), *GRID, "-q"]
+    command += ["--dask", cluster.address]
+    interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    assert preprocess_and(interrupt, command, monkeypatch) == 130
+    assert one_error(capfd).startswith("error: interrupted: finished studies are kept")
+    assert preprocessing.main(command) == 0
+    assert (tmp_path / "out.h5").read_bytes() == of_pool
+
+
+def test_the_dashboard_shows_each_study_by_its_hash(cluster, tmp_path, monkeypatch):
+    from dask.utils import key_split
+
+    keys = []
+    answer = dask_cluster._answer
+
+    def noting(future):
+        keys.append(future.key)
+        return answer(future)
+
+    monkeypatch.setattr(dask_cluster, "_answer", noting)
+    hashes = ["0123456789", "abcdefabcd", "1e69b8790d12"]
+    tasks = [Task(each, ("warn", "x")) for each in hashes]
+    parallel.run_studies(behave, tasks, dask=cluster.address, notes=tmp_path)
+    # What it calls a task, and sums up in one bar.
+    assert {key_split(key) for key in keys} == set(hashes)
