@@ -292,8 +292,8 @@ def memory_bytes(study: archive.ArchivedStudy) -> int:
     try:
         n_voxels = sum(math.prod(shape) for shape in study.record["shapes"].values())
     except (KeyError, AttributeError, TypeError):
-        # A zip of another make: images of gzipped CT and PET take about two bytes a voxel.
-        n_voxels = sum(member.size for member in study.members.values()) // 2
+        # A zip of another make: gzipped CT, PET and mask together take about a byte a voxel.
+        n_voxels = sum(member.size for member in study.members.values())
     return MEMORY_BASE + MEMORY_PER_VOXEL * n_voxels
 
 

@@ -11,7 +11,8 @@ whole       one study from file to file
             header_planes (headers beside a NIfTI PET); training_study: zip to HDF5
 boundaries  each the only module that knows its format
             raw_project, study_files, candidates, roles, role_hints: which file plays which role;
-            pseudonyms: the hash of each; mapping: the private CSV
+            image_sizes: what its images take; pseudonyms: the hash of each; mapping: the
+            private CSV
             archive: the project zip; nifti, nifti_header; lesion_table: the CSV of measures
             hdf5, hdf5_chunks, hdf5_assembly, hdf5_check, steady_file: 3D and 2D files
             pictures: PNG and GIF; report: the quality-control page

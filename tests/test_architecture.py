@@ -45,6 +45,7 @@ LEVELS = {
         "hdf5_assembly",
         "hdf5_check",
         "hdf5_chunks",
+        "image_sizes",
         "lesion_table",
         "mapping",
         "nifti",

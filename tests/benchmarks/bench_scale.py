@@ -6,8 +6,9 @@ Run by hand, on an otherwise idle machine::
 
 Studies of 8 x 8 x 8 voxels take the workers next to nothing; what is left is planning, handing
 out, assembling. Of each script: seconds passed; CPU seconds of the workers, of the parent and of
-assembling, and of the latter two a study; peak memory of the parent. Then a dry run of studies
-of 651 DICOM files, of which only the headers are read: a thousand of those take 4 GB of disk.
+assembling, and of the latter two a study; peak memory of the parent, and of the largest of its
+children. Then a dry run of studies of 651 DICOM files, of which only the headers are read: a
+thousand of those take 4 GB of disk.
 """
 
 import argparse
@@ -55,6 +56,7 @@ with open("/proc/self/status") as lines:
 print(json.dumps({
     "passed": passed, "parent": parent_s, "assembling": assembling_s,
     "workers": children_s - assembling_s, "peak": peak / 1024,
+    "child": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
 }))
 """
 
@@ -67,7 +69,8 @@ def measure(title, n_studies, script, *arguments):
     overhead_ms = 1000 * (found["parent"] + found["assembling"]) / n_studies
     print(
         f"  {title:26}{found['passed']:10.1f}{found['workers']:10.1f}{found['parent']:10.1f}"
-        f"{found['assembling']:12.1f}{overhead_ms:12.2f}{found['peak']:11.0f}",
+        f"{found['assembling']:12.1f}{overhead_ms:12.2f}{found['peak']:11.0f}"
+        f"{found['child']:11.0f}",
         flush=True,
     )
     return found
@@ -126,8 +129,16 @@ def main():
     parser.add_argument("--dry-studies", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--in", dest="folder", type=Path, metavar="FOLDER", help="for the files")
     options = parser.parse_args()
-    headings = ("passed [s]", "workers", "parent", "assembling", "ms a study", "peak [MB]")
-    widths = (10, 10, 10, 12, 12, 11)
+    headings = (
+        "passed [s]",
+        "workers",
+        "parent",
+        "assembling",
+        "ms a study",
+        "peak [MB]",
+        "child [MB]",
+    )
+    widths = (10, 10, 10, 12, 12, 11, 11)
     heading = "".join(f"{word:>{n}}" for word, n in zip(headings, widths, strict=True))
     found = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
