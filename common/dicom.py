@@ -3,6 +3,7 @@
 Knows pydicom. Headers are read once; pixels stay in the files until `dicom_pixels` fetches them.
 """
 
+import functools
 import io
 import os
 import re
@@ -101,7 +102,12 @@ class DicomFile:
     header: pydicom.Dataset
     pixel_offset: int
 
-    @property
+    @functools.cached_property
+    def modality(self) -> str:
+        """The Modality."""
+        return joined_text(self.header, "Modality")
+
+    @functools.cached_property
     def n_frames(self) -> int:
         """NumberOfFrames, 1 where it is absent or no number."""
         frames = joined_text(self.header, "NumberOfFrames")
@@ -260,7 +266,7 @@ def group_series(files: Iterable[DicomFile], modality: str) -> list[Series]:
     """
     groups: dict[str, list[DicomFile]] = defaultdict(list)
     for file in sorted(files, key=lambda file: file.name):
-        if joined_text(file.header, "Modality") == modality and _is_slice(file.header, modality):
+        if file.modality == modality and _is_slice(file.header, modality):
             groups[joined_text(file.header, "SeriesInstanceUID")].append(file)
     return [Series(modality, tuple(group)) for group in groups.values()]
 

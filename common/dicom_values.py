@@ -216,10 +216,12 @@ def _block_tag(header: Dataset, private: PrivateTag) -> int | None:
 
 
 def _value(header: Dataset, tag: int, label: str) -> Any:
+    return _read(header, tag, label, _alike(header, tag))
+
+
+def _read(header: Dataset, tag: int, label: str, alike: tuple[Any, ...] | None) -> Any:
     try:
-        if (alike := _alike(header, tag)) is not None:
-            return _converted(*alike).value
-        element = header.get(tag)
+        element = header.get(tag) if alike is None else _converted(*alike)
         return None if element is None else element.value
     except Exception as error:  # pydicom converts on access, with errors of many types
         raise malformed(label, "readable") from error
@@ -261,7 +263,7 @@ def _converted(
 def _texts(header: Dataset, tag: int, label: str) -> Sequence[str]:
     if (alike := _alike(header, tag)) is not None:
         return _texts_alike(label, *alike)
-    return _texts_of(_value(header, tag, label), label)
+    return _texts_of(_read(header, tag, label, None), label)
 
 
 @functools.lru_cache(maxsize=4096)
