@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -348,15 +349,38 @@ def one_error(capfd) -> str:
     return line
 
 
-def test_no_scheduler_is_one_clear_line(project_zip, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(dask_cluster, "_CONNECT_S", 0.5)
-    for address in ("tcp://127.0.0.1:1", "nonsense://x"):
-        command = [str(project_zip), "-o", str(tmp_path / "out.h5"), "--dask", address]
-        assert preprocessing.main(command) == 1
-        assert one_error(capfd) == (
-            f"error: --dask {address}: no scheduler answers there: check the address, and that it "
-            "runs"
-        )
+@pytest.fixture
+def mute_address() -> Iterator[str]:
+    """Where something listens that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense://x", "127.0.0.1", "mute"])
+def test_no_scheduler_is_one_clear_line_in_bounded_time(
+    address, mute_address, project_zip, tmp_path
+):
+    address = mute_address if address == "mute" else address
+    command = [str(project_zip), "-o", "out.h5", "--dask", address]
+    # A process of its own: the interpreter's end is part of it.
+    quickly = (
+        "import sys; from common import dask_cluster; import preprocessing; "
+        "dask_cluster._CONNECT_S = 1; sys.exit(preprocessing.main(sys.argv[1:]))"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", quickly, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: --dask {address}: no scheduler answers there: check the address, and that it "
+        "runs\n"
+    )
+    assert time.monotonic() - began < 25
 
 
 def test_without_the_package_arguments_are_wrong(project_zip, tmp_path, monkeypatch, capfd):
