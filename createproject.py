@@ -21,7 +21,8 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from common import archive, cli, mapping, raw_project, roles, stage
 from common.candidates import ROLE_NAMES, Patterns
 from common.errors import IncompleteStudy, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
+from common.image_sizes import image_bytes
 from common.parallel import run_studies
 from common.pseudonyms import studies_by_hash
 from common.raw_project import StudyFolder
@@ -51,8 +53,11 @@ LONGEST_DIGEST = 64
 LONGEST_KEY = 1 << 16
 """What a key file may hold [bytes]; a device would have no end."""
 
-MEMORY_PER_BYTE, MEMORY_PER_GZIPPED_BYTE = 3, 8
-"""What a worker needs for an image, by the size of its file: of DICOM or NIfTI, of `.nii.gz`."""
+MEMORY_BASE, MEMORY_PER_BYTE = 150_000_000, 3
+"""What a worker takes, and takes besides for each byte of an image, at most [bytes]."""
+
+N_LOOKED_INTO = 8
+"""Studies whose headers tell the size of their images."""
 
 TABLE_HEADING = ("study", "would be", *ROLE_NAMES.values(), "SUV", "remarks")
 
@@ -298,16 +303,27 @@ def plan(
                 study_hash,
                 fingerprint([*fixed, study_hash, seen]),
                 raw,
-                memory_bytes=sum(map(memory_bytes, files)),
+                memory_bytes=sum(file.size or 0 for file in files),
             )
         )
-    return studies, outcomes
+    return with_memory(studies), outcomes
 
 
-def memory_bytes(file: raw_project.RawFile) -> int:
-    """Return what a file takes of a worker's memory at most, roughly [bytes]."""
-    expansion = MEMORY_PER_GZIPPED_BYTE if file.name.lower().endswith(".gz") else MEMORY_PER_BYTE
-    return expansion * (file.size or 0)
+def with_memory(studies: Sequence[stage.Study]) -> list[stage.Study]:
+    """Return studies whose size of files is replaced by what their workers take at most [bytes].
+
+    To look into every study would take longer than planning: those of the largest files stand
+    for all.
+    """
+    sizes = {study.hash: study.memory_bytes for study in studies}
+    for study in sorted(studies, key=lambda study: study.memory_bytes)[-N_LOOKED_INTO:]:
+        with suppress(StudyError):
+            files = raw_project.files_below(study.payload.folder)
+            sizes[study.hash] = image_bytes(study.payload.folder, files)
+    return [
+        replace(study, memory_bytes=MEMORY_BASE + MEMORY_PER_BYTE * sizes[study.hash])
+        for study in studies
+    ]
 
 
 def status_of(error: StudyError) -> Status:

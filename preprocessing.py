@@ -306,8 +306,8 @@ def memory_bytes(study: archive.ArchivedStudy) -> int:
         shapes = study.record["shapes"].values()
         n_voxels = sum(math.prod(map(operator.index, shape)) for shape in shapes)
     except (KeyError, AttributeError, TypeError):
-        # A zip of another make: images of gzipped CT and PET take about two bytes a voxel.
-        n_voxels = sum(member.size for member in study.members.values()) // 2
+        # A zip of another make: gzipped CT, PET and mask together take about a byte a voxel.
+        n_voxels = sum(member.size for member in study.members.values())
     return MEMORY_BASE + MEMORY_PER_VOXEL * n_voxels
 
 

@@ -42,7 +42,7 @@ EXAMPLES = """
 
 logger = logging.getLogger("tumorvolume")
 
-MEMORY_BASE, MEMORY_PER_VALUE = 100_000_000, 8
+MEMORY_BASE, MEMORY_PER_VALUE = 150_000_000, 8
 """What a worker takes, and takes besides for each value of an image, at most [bytes]."""
 
 

@@ -11,14 +11,15 @@ whole       one study from file to file
             header_planes (headers beside a NIfTI PET); training_study: zip to HDF5
 boundaries  each the only module that knows its format
             raw_project, study_files, candidates, roles, role_hints: which file plays which role;
-            pseudonyms: the hash of each; mapping: the private CSV
+            image_sizes: what its images take; pseudonyms: the hash of each; mapping: the
+            private CSV
             archive: the project zip; nifti, nifti_header; lesion_table: the CSV of measures
             hdf5, hdf5_chunks, hdf5_assembly, hdf5_check, steady_file: 3D and 2D files
             pictures: PNG and GIF; report, report_pictures: the quality-control page
-            dicom, dicom_slices, dicom_stack, dicom_pixels: series to volumes; pet_header,
-            pet_frames, pet_attributes: headers to SUV inputs; dicom_seg, dicom_seg_planes,
-            dicom_rtstruct, dicom_masks: masks; dicom_values, dicom_times: one attribute as a
-            plain value
+            dicom, dicom_scan, dicom_slices, dicom_stack, dicom_pixels: series to volumes;
+            pet_header, pet_frames, pet_attributes: headers to SUV inputs; dicom_seg,
+            dicom_seg_planes, dicom_rtstruct, dicom_masks: masks; dicom_values, dicom_times: one
+            attribute as a plain value
 pure        no paths, no formats, no logging
             volumes: the steps of preprocessing; losses: what resampling loses; plausibility: of SUV
             scale and mask; resampling, with spline_axes (one axis of it) and grid (where voxels

@@ -34,7 +34,7 @@ Candidate = NiftiFile | Series | DicomFile
 
 def modality_of(file: DicomFile) -> str:
     """Return the Modality."""
-    return joined_text(file.header, "Modality")
+    return file.modality
 
 
 def kind(candidate: Candidate) -> str:

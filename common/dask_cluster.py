@@ -13,9 +13,11 @@ on the file system that all workers share.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import queue
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -135,9 +137,10 @@ def _client(address: str, jobs: int | None, n_tasks: int) -> Iterator[Any]:
         ):
             yield client
         return
-    at = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
     try:
-        client = distributed.Client(**at, timeout=_CONNECT_S, set_as_default=False)
+        place = _scheduler_address(address)
+        _await_scheduler(place)
+        client = distributed.Client(place, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise StageError(
             f"--dask {address}: no scheduler answers there: check the address, and that it runs"
@@ -147,6 +150,42 @@ def _client(address: str, jobs: int | None, n_tasks: int) -> Iterator[Any]:
     finally:
         with suppress(TimeoutError, OSError):
             client.close(timeout=_CLOSE_S)
+
+
+def _scheduler_address(address: str) -> str:
+    """Return the address, or the one that a scheduler file holds."""
+    if not Path(address).is_file():
+        return address
+    found = json.loads(Path(address).read_text())
+    if not isinstance(found, dict) or not isinstance(found.get("address"), str):
+        raise ValueError("not a scheduler file")
+    return str(found["address"])
+
+
+def _await_scheduler(address: str) -> None:
+    """Wait until a scheduler speaks; dask's client waits for ever for one that never does.
+
+    Raises
+    ------
+    OSError, ValueError
+        None does in time; no address.
+    """
+    from distributed.comm import get_address_host_port
+
+    place = get_address_host_port(address)
+    # Encrypted ones speak when they are spoken to.
+    speaks_first = "://" not in address or address.startswith("tcp://")
+    deadline = time.monotonic() + _CONNECT_S
+    while True:
+        try:
+            with socket.create_connection(place, timeout=_CONNECT_S) as connection:
+                if not speaks_first or connection.recv(1):
+                    return
+                raise ConnectionError("closed")
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
 @contextmanager
@@ -265,7 +304,7 @@ def _answer(future: Any) -> Answer | None:
         return None
     except TimeoutError:
         raise
-    except distributed.CancelledError as error:
+    except (distributed.CancelledError, OSError) as error:
         raise _scheduler_gone() from error
     except Exception as error:
         raise StageError(

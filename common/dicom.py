@@ -3,6 +3,8 @@
 Knows pydicom. Headers are read once; pixels stay in the files until `dicom_pixels` fetches them.
 """
 
+import functools
+import io
 import os
 import re
 import zlib
@@ -16,6 +18,7 @@ import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from common.dicom_scan import scan_header
 from common.dicom_values import (
     functional_group,
     items,
@@ -76,7 +79,7 @@ _ROLE_OF_CLASS = {
 }
 
 _PREAMBLE, _MOST_OF_META = 132, 1024
-_BLOCK = 2**20
+_BLOCK, _FIRST_READ = 2**20, 2**15
 _META_VRS = (b"UL", b"OB", b"UI")
 _FIRST_VRS = (b"UL", b"OB", b"CS", b"UI", b"SH", b"DA", b"LO")
 
@@ -102,7 +105,12 @@ class DicomFile:
     header: pydicom.Dataset
     pixel_offset: int
 
-    @property
+    @functools.cached_property
+    def modality(self) -> str:
+        """The Modality."""
+        return joined_text(self.header, "Modality")
+
+    @functools.cached_property
     def n_frames(self) -> int:
         """NumberOfFrames, 1 where it is absent or no number."""
         frames = joined_text(self.header, "NumberOfFrames")
@@ -135,7 +143,8 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
     """
     start, is_marked = b"", False
     try:
-        with open(path, "rb") as stream:
+        # Where file servers name a block of a megabyte, Python's own buffer would take the pixels.
+        with io.BufferedReader(io.FileIO(path), _FIRST_READ) as stream:
             start = stream.read(_MOST_OF_META)
             is_marked = start[128:_PREAMBLE] == b"DICM" or _begins_with_meta(start)
             if _is_empty(start) and name.lower().endswith(DICOM_SUFFIXES):
@@ -146,6 +155,9 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
                 stream.seek(_end_of_meta(start))
                 _refuse_bomb(stream, name)
             stream.seek(0)
+            scanned = scan_header(path, stream.peek())
+            if scanned is not None and "Modality" in scanned[0]:
+                return DicomFile(path, name, *scanned)
             header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
             offset = stream.tell()
             is_damaged = _is_cut_off(header, stream)
@@ -257,7 +269,7 @@ def group_series(files: Iterable[DicomFile], modality: str) -> list[Series]:
     """
     groups: dict[str, list[DicomFile]] = defaultdict(list)
     for file in sorted(files, key=lambda file: file.name):
-        if joined_text(file.header, "Modality") == modality and _is_slice(file.header, modality):
+        if file.modality == modality and _is_slice(file.header, modality):
             groups[joined_text(file.header, "SeriesInstanceUID")].append(file)
     return [Series(modality, tuple(group)) for group in groups.values()]
 

@@ -8,16 +8,19 @@ import logging
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pydicom.config
 from numpy.typing import NDArray
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence
-from pydicom.valuerep import PersonName
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.tag import BaseTag
+from pydicom.valuerep import AMBIGUOUS_VR, PersonName
 
 from common.errors import StudyError
 
@@ -28,6 +31,9 @@ warnings.filterwarnings("ignore", module=r"pydicom\b")
 
 UNKNOWN_CODE = "UNKNOWN"
 """Stands for a code that DICOM does not define for the attribute."""
+
+_LARGEST_SHARED = 1 << 12
+"""Bytes of a value, up to which headers that say the same share its conversion."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -59,7 +65,7 @@ def text(header: Dataset, keyword: str) -> str | None:
     return _text(header, _tag(keyword), tag_of(keyword))
 
 
-def texts(header: Dataset, keyword: str) -> list[str]:
+def texts(header: Dataset, keyword: str) -> Sequence[str]:
     """Return all values of an attribute as texts.
 
     Raises
@@ -149,7 +155,7 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
     value = _value(header, _tag(keyword), tag_of(keyword))
     if value is None:
         return []
-    if not isinstance(value, Sequence):
+    if not isinstance(value, DicomSequence):
         raise malformed(tag_of(keyword), "a sequence")
     return list(value)
 
@@ -188,11 +194,11 @@ def private_number(header: Dataset, private: PrivateTag) -> float | None:
 
 
 @functools.cache
-def _tag(keyword: str) -> int:
+def _tag(keyword: str) -> BaseTag:
     tag = tag_for_keyword(keyword)
     if tag is None:
         raise KeyError(keyword)
-    return int(tag)
+    return BaseTag(tag)
 
 
 def _private_tag(header: Dataset, private: PrivateTag) -> int:
@@ -210,25 +216,76 @@ def _block_tag(header: Dataset, private: PrivateTag) -> int | None:
 
 
 def _value(header: Dataset, tag: int, label: str) -> Any:
+    return _read(header, tag, label, _alike(header, tag))
+
+
+def _read(header: Dataset, tag: int, label: str, alike: tuple[Any, ...] | None) -> Any:
     try:
-        element = header.get(tag)
+        element = header.get(tag) if alike is None else _converted(*alike)
         return None if element is None else element.value
     except Exception as error:  # pydicom converts on access, with errors of many types
         raise malformed(label, "readable") from error
 
 
-def _texts(header: Dataset, tag: int, label: str) -> list[str]:
-    value = _value(header, tag, label)
+def _alike(header: Dataset, tag: int) -> tuple[Any, ...] | None:
+    """Return all that the value of an unread element depends on; None where that is much.
+
+    The headers of a series say nearly everything alike: what is converted once serves them all.
+    """
+    raw = header.get_item(tag, keep_deferred=True)
+    if (
+        not isinstance(raw, RawDataElement)
+        or raw.value is None
+        or len(raw.value) > _LARGEST_SHARED
+        or _depends_on_others(tag)
+    ):
+        return None
+    encodings = header.original_character_set
+    if not isinstance(encodings, list):
+        return None
+    return tag, raw.VR, raw.value, raw.is_implicit_VR, raw.is_little_endian, *encodings
+
+
+@functools.cache
+def _depends_on_others(tag: int) -> bool:
+    """Tell whether the type of an element's value depends on other elements."""
+    return BaseTag(tag).is_private or dictionary_VR(tag) in AMBIGUOUS_VR
+
+
+@functools.lru_cache(maxsize=4096)
+def _converted(
+    tag: BaseTag, vr: str | None, value: bytes, implicit: bool, little: bool, *encodings: str
+) -> DataElement:
+    raw = RawDataElement(tag, vr, len(value), value, 0, implicit, little)
+    return convert_raw_data_element(raw, encoding=list(encodings))
+
+
+def _texts(header: Dataset, tag: int, label: str) -> Sequence[str]:
+    if (alike := _alike(header, tag)) is not None:
+        return _texts_alike(label, *alike)
+    return _texts_of(_read(header, tag, label, None), label)
+
+
+@functools.lru_cache(maxsize=4096)
+def _texts_alike(label: str, *alike: Any) -> tuple[str, ...]:
+    try:
+        value = _converted(*alike).value
+    except Exception as error:
+        raise malformed(label, "readable") from error
+    return _texts_of(value, label)
+
+
+def _texts_of(value: Any, label: str) -> tuple[str, ...]:
     if value is None:
-        return []
-    if isinstance(value, Sequence):
+        return ()
+    if isinstance(value, DicomSequence):
         raise malformed(label, "a plain value")
     if isinstance(value, bytes):  # VR UN
         value = value.decode("latin-1")
     elif isinstance(value, PersonName):  # iterates over its characters
         value = str(value)
     parts = value.split("\\") if isinstance(value, str) else value
-    return [str(part).strip(" \0") for part in (parts if np.iterable(parts) else [parts])]
+    return tuple(str(part).strip(" \0") for part in (parts if np.iterable(parts) else [parts]))
 
 
 def _text(header: Dataset, tag: int, label: str) -> str | None:

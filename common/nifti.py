@@ -95,11 +95,36 @@ def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
         ) from error
 
 
-def _read_plain(stream: Any, available: int, role: str) -> Image:
+def stored_bytes(path: str | os.PathLike[str]) -> int:
+    """Return what the voxels of a NIfTI file take, as its header tells [bytes].
+
+    Raises
+    ------
+    StudyError
+        It can't be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            if stream.peek(2)[:2] == b"\x1f\x8b":
+                with igzip.IGzipFile(fileobj=stream, mode="rb") as inflated:
+                    header, _ = _read_header(inflated, "image")
+            else:
+                header, _ = _read_header(stream, "image")
+    except (OSError, EOFError, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]
+        raise StudyError("the image cannot be read: check the file") from error
+    return math.prod(header.shape) * header.stored.itemsize
+
+
+def _read_header(stream: Any, role: str) -> tuple[NiftiHeader, int]:
+    """Return the header and its size [bytes]."""
     beginning = _up_to(4, stream)
     block = bytearray(beginning + bytes(header_size(beginning, role) - len(beginning)))
     _fill(memoryview(block)[len(beginning) :], stream, role)
-    header = parse_header(bytes(block), role)
+    return parse_header(bytes(block), role), len(block)
+
+
+def _read_plain(stream: Any, available: int, role: str) -> Image:
+    header, size = _read_header(stream, role)
     n_bytes = math.prod(header.shape) * header.stored.itemsize
     if n_bytes > available:
         raise StudyError(
@@ -107,7 +132,7 @@ def _read_plain(stream: Any, available: int, role: str) -> Image:
             "copy or export it again"
         )
     # What lies before the voxels may identify and goes nowhere.
-    _fill(memoryview(bytearray(header.voxels_at - len(block))), stream, role)
+    _fill(memoryview(bytearray(header.voxels_at - size)), stream, role)
     data = _read_voxels(stream, header, role)
     if _up_to(1, stream):
         raise StudyError(

@@ -1,15 +1,18 @@
 """A dask cluster instead of the pool: the same bytes, whoever dies, and nothing said elsewhere."""
 
+import functools
 import hashlib
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from tiny_studies import ANGLES, GRID, STUDIES, write_raw
 import createproject
 import preprocessing
 import project_2d
-from common import cli, dask_cluster, parallel
+from common import cli, dask_cluster, parallel, stage
 from common.errors import StageError
 from common.worker import Outcome, Task
 
@@ -65,26 +68,33 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         },
     }
     # Not the folder of the scripts: workers find it by what they are sent.
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    processes = []
+    with running(commands, folder, logs, PYTHONPATH=str(ROOT / "tests")):
+        wait_for(address.exists)
+        yield Cluster(str(address), logs)
+
+
+@contextmanager
+def running(
+    commands: Mapping[str, Sequence[str]], folder: Path, logs: Path, **variables: str
+) -> Iterator[dict[str, subprocess.Popen]]:
+    """Run dask's commands by name, each with a log of its own, and kill them at the end."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    processes: dict[str, subprocess.Popen] = {}
     try:
         for name, command in commands.items():
             with open(logs / name, "w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "dask", *command],
-                        cwd=folder,
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                    )
+                processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", "dask", *command],
+                    cwd=folder,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
                 )
-        wait_for(address.exists)
-        yield Cluster(str(address), logs)
+        yield processes
     finally:
-        for process in reversed(processes):
+        for process in reversed(processes.values()):
             process.kill()
-        for process in processes:
+        for process in processes.values():
             process.wait(timeout=20)
 
 
@@ -341,15 +351,38 @@ def one_error(capfd) -> str:
     return line
 
 
-def test_no_scheduler_is_one_clear_line(project_zip, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(dask_cluster, "_CONNECT_S", 0.5)
-    for address in ("tcp://127.0.0.1:1", "nonsense://x"):
-        command = [str(project_zip), "-o", str(tmp_path / "out.h5"), "--dask", address]
-        assert preprocessing.main(command) == 1
-        assert one_error(capfd) == (
-            f"error: --dask {address}: no scheduler answers there: check the address, and that it "
-            "runs"
-        )
+@pytest.fixture
+def mute_address() -> Iterator[str]:
+    """Where something listens that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense://x", "127.0.0.1", "mute"])
+def test_no_scheduler_is_one_clear_line_in_bounded_time(
+    address, mute_address, project_zip, tmp_path
+):
+    address = mute_address if address == "mute" else address
+    command = [str(project_zip), "-o", "out.h5", "--dask", address]
+    # A process of its own: the interpreter's end is part of it.
+    quickly = (
+        "import sys; from common import dask_cluster; import preprocessing; "
+        "dask_cluster._CONNECT_S = 1; sys.exit(preprocessing.main(sys.argv[1:]))"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", quickly, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: --dask {address}: no scheduler answers there: check the address, and that it "
+        "runs\n"
+    )
+    assert time.monotonic() - began < 25
 
 
 def test_without_the_package_arguments_are_wrong(project_zip, tmp_path, monkeypatch, capfd):
@@ -375,17 +408,15 @@ def test_workers_that_do_not_share_the_files_are_told(cluster, tmp_path):
 
 
 @pytest.fixture
-def scheduler(tmp_path) -> Iterator[tuple[Cluster, subprocess.Popen]]:
+def scheduler(tmp_path_factory) -> Iterator[tuple[Cluster, subprocess.Popen]]:
     """A scheduler without workers."""
-    address = tmp_path / "scheduler.json"
+    folder = tmp_path_factory.mktemp("scheduler")
+    address = folder / "scheduler.json"
     command = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "dask", *command, "--scheduler-file", str(address)],
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    command += ["--scheduler-file", str(address)]
+    with running({"scheduler": command}, folder, folder) as processes:
         wait_for(address.exists)
-        yield Cluster(str(address), tmp_path), process
-        process.kill()
+        yield Cluster(str(address), folder), processes["scheduler"]
 
 
 def test_a_scheduler_without_workers_is_not_waited_for_for_ever(scheduler, tmp_path, monkeypatch):
@@ -408,3 +439,71 @@ def test_a_scheduler_that_dies_ends_the_run(scheduler, tmp_path, monkeypatch):
     with pytest.raises(StageError, match="the dask scheduler does not answer any more"):
         run_studies(empty, tmp_path, ("warn", "x"))
     assert time.monotonic() - began < 20
+
+
+def preprocess_and(do: Callable[[], None], command: list[str], monkeypatch) -> int:
+    """Run preprocessing.py; do something when the first study has ended; return the status."""
+    report = stage.report
+
+    def report_and_do(*arguments):
+        monkeypatch.setattr(stage, "report", report)
+        report(*arguments)
+        do()
+
+    monkeypatch.setattr(stage, "report", report_and_do)
+    return preprocessing.main(command)
+
+
+def test_a_scheduler_that_dies_in_the_middle_leaves_what_is_finished(
+    scheduler, project_zip, of_pool, tmp_path, monkeypatch, capfd
+):
+    lonely, process = scheduler
+    worker = ["worker", "--scheduler-file", lonely.address, "--no-dashboard", "--nthreads", "1"]
+    command = [str(project_zip), "-o", str(tmp_path / "out.h5"), *GRID, "-q"]
+
+    def kill_when_the_next_has_ended():
+        wait_for(lambda: len(list(tmp_path.glob("out.h5.parts/*.h5"))) > 1)
+        time.sleep(0.2)
+        process.kill()
+        process.wait()
+
+    with running({"worker": worker}, lonely.logs, lonely.logs):
+        dying = [*command, "--dask", lonely.address, "-j", "2"]
+        assert preprocess_and(kill_when_the_next_has_ended, dying, monkeypatch) == 1
+    assert one_error(capfd) == (
+        "error: the dask scheduler does not answer any more: start it, and run again; finished "
+        "studies are kept"
+    )
+    assert list(tmp_path.glob("out.h5.parts/*.h5"))
+    assert preprocessing.main([*command, "-j", "1"]) == 0
+    assert (tmp_path / "out.h5").read_bytes() == of_pool
+
+
+def test_an_interrupted_run_leaves_the_cluster_to_others(
+    cluster, project_zip, of_pool, tmp_path, monkeypatch, capfd
+):
+    command = [str(project_zip), "-o", str(tmp_path / "out.h5"), *GRID, "-q"]
+    command += ["--dask", cluster.address]
+    interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    assert preprocess_and(interrupt, command, monkeypatch) == 130
+    assert one_error(capfd).startswith("error: interrupted: finished studies are kept")
+    assert preprocessing.main(command) == 0
+    assert (tmp_path / "out.h5").read_bytes() == of_pool
+
+
+def test_the_dashboard_shows_each_study_by_its_hash(cluster, tmp_path, monkeypatch):
+    from dask.utils import key_split
+
+    keys = []
+    answer = dask_cluster._answer
+
+    def noting(future):
+        keys.append(future.key)
+        return answer(future)
+
+    monkeypatch.setattr(dask_cluster, "_answer", noting)
+    hashes = ["0123456789", "abcdefabcd", "1e69b8790d12"]
+    tasks = [Task(each, ("warn", "x")) for each in hashes]
+    parallel.run_studies(behave, tasks, dask=cluster.address, notes=tmp_path)
+    # What it calls a task, and sums up in one bar.
+    assert {key_split(key) for key in keys} == set(hashes)

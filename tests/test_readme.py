@@ -17,6 +17,7 @@ from examples import phantom
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SIZING = (ROOT / "docs" / "sizing.md").read_text()
 SCRIPTS = (createproject, preprocessing, mergeh5, project_2d)
 
 
@@ -35,9 +36,11 @@ def raw_project(tmp_path_factory):
     return folder
 
 
-def test_every_option_in_the_readme_exists():
+@pytest.mark.parametrize("text", [README, SIZING], ids=["README", "sizing"])
+def test_every_option_that_is_told_of_exists(text):
     known = set().union(*map(options_of, SCRIPTS))
-    code = "\n".join(re.findall(r"`[^`]*`|```.*?```", README, flags=re.DOTALL))
+    code = "\n".join(re.findall(r"`[^`]*`|```.*?```", text, flags=re.DOTALL))
+    code = re.sub(r"^dask .*$", "", code, flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= known
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from project_zips import study_images, write_zip
-from tiny_studies import GRID
+from tiny_studies import ANGLES, GRID, write_chain
 
+import createproject
+import mergeh5
 import preprocessing
+import project_2d
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "slurm.sbatch"
@@ -61,6 +64,28 @@ def test_all_array_jobs_and_their_merge_make_the_whole_file_byte_for_byte(folder
     paths = folder.glob("p_3d.shards/*_failed.csv")
     lists = [list(csv.reader(path.read_text().splitlines())) for path in paths]
     assert [rows[1][0] for rows in lists] == ["0000000003"]
+
+
+def test_shards_of_all_stages_make_the_whole_files_byte_for_byte(tmp_path):
+    """Each shard of the raw project is a zip of its own, as on a cluster."""
+    write_chain(tmp_path)
+    for number in (1, 2):
+        for main, source, output, *options in (
+            (createproject.main, "raw", f"{number}.zip", "--shard", f"{number}/2"),
+            (preprocessing.main, f"{number}.zip", f"{number}_3d.h5", *GRID),
+            (project_2d.main, "3d.h5", f"{number}_2d.h5", *ANGLES, "--shard", f"{number}/2"),
+        ):
+            words = [str(tmp_path / source), "-o", str(tmp_path / output), *options, "-j", "1"]
+            assert main(words) == 0
+    rows = []
+    for kind in ("3d", "2d"):
+        shards = [str(tmp_path / f"{number}_{kind}.h5") for number in (2, 1)]
+        assert mergeh5.main([*shards, "-o", str(tmp_path / f"all_{kind}.h5")]) == 0
+        whole = (tmp_path / f"{kind}.h5").read_bytes()
+        assert (tmp_path / f"all_{kind}.h5").read_bytes() == whole
+    for number in (1, 2):
+        rows += (tmp_path / f"{number}_mapping.csv").read_text().splitlines()[1:]
+    assert sorted(rows) == sorted((tmp_path / "project_mapping.csv").read_text().splitlines()[1:])
 
 
 def test_a_fatal_end_of_an_array_job_is_one_for_slurm(folder):
