@@ -20,7 +20,7 @@ from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_eleme
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag
-from pydicom.valuerep import AMBIGUOUS_VR, PersonName
+from pydicom.valuerep import AMBIGUOUS_VR, VR, PersonName
 
 from common.errors import StudyError
 
@@ -237,7 +237,8 @@ def _alike(header: Dataset, tag: int) -> tuple[Any, ...] | None:
         not isinstance(raw, RawDataElement)
         or raw.value is None
         or len(raw.value) > _LARGEST_SHARED
-        or _depends_on_others(tag)
+        or raw.VR == VR.SQ
+        or not _stands_alone(tag)
     ):
         return None
     encodings = header.original_character_set
@@ -247,9 +248,9 @@ def _alike(header: Dataset, tag: int) -> tuple[Any, ...] | None:
 
 
 @functools.cache
-def _depends_on_others(tag: int) -> bool:
-    """Tell whether the type of an element's value depends on other elements."""
-    return BaseTag(tag).is_private or dictionary_VR(tag) in AMBIGUOUS_VR
+def _stands_alone(tag: int) -> bool:
+    """Tell whether an element is no sequence, and its type depends on no other element."""
+    return not BaseTag(tag).is_private and dictionary_VR(tag) not in {*AMBIGUOUS_VR, VR.SQ}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,8 +9,10 @@ import pydicom
 import pytest
 from dicom_builders import affine_of, build_slices, noise, write_file
 from pydicom import uid
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 
 from common.dicom import read_dicom_file
 from common.dicom_scan import scan_header
@@ -167,3 +169,13 @@ def test_a_header_is_read_in_one_go_without_its_pixels(tmp_path):
     assert text(file.header, "Modality") == "CT"
     assert (n_bytes, n_reads) == (2**15, 1)
     assert os.path.getsize(path) > file.pixel_offset
+
+
+@pytest.mark.parametrize("vr", ["SQ", "UN"])
+def test_an_empty_sequence_is_one_each_time_it_is_read(vr):
+    """It was shared as an empty list, and its header was then malformed."""
+    tag = Tag("ContourSequence")
+    header = Dataset()
+    for _ in range(2):
+        header[tag] = RawDataElement(tag, vr, 0, b"", 0, False, True)
+        assert items(header, "ContourSequence") == []
