@@ -18,15 +18,25 @@ import functools
 import logging
 import os
 import re
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from common import archive, cli, mapping, raw_project, roles, stage
+from common import (
+    archive,
+    cli,
+    console,
+    key_file,
+    mapping,
+    outputs,
+    path_checks,
+    raw_project,
+    roles,
+    stage,
+)
 from common.candidates import ROLE_NAMES, Patterns
 from common.errors import IncompleteStudy, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
@@ -49,9 +59,6 @@ logger = logging.getLogger("tumorvolume")
 
 LONGEST_DIGEST = 64
 """Hex digits of a SHA-256 digest."""
-
-LONGEST_KEY = 1 << 16
-"""What a key file may hold [bytes]; a device would have no end."""
 
 MEMORY_BASE, MEMORY_PER_BYTE = 150_000_000, 3
 """What a worker takes, and takes besides for each byte of an image, at most [bytes]."""
@@ -76,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with cli.checking(parser):
+    with path_checks.checking(parser):
         check_options(parser, options)
     if options.dry_run:
         return cli.run(options, lambda: dry_run(options), dry_closing_line)
@@ -110,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     for role, name in ROLE_NAMES.items():
         files.add_argument(f"--{role}", metavar="PATTERN", help=f"choose the {name}")
     files.add_argument(
-        "--roi", type=regex, metavar="REGEX", help="only ROIs or segments whose name matches"
+        "--roi", type=cli.regex, metavar="REGEX", help="only ROIs or segments whose name matches"
     )
     suv = parser.add_argument_group("SUV")
     suv.add_argument(
@@ -152,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"secret of at least {SHORTEST_KEY} bytes: pseudonyms that can't be guessed",
     )
     identity.add_argument(
-        "--new-key", action=NewKey, metavar="FILE", help="make such a secret and exit"
+        "--new-key", action=key_file.NewKey, metavar="FILE", help="make such a secret and exit"
     )
     identity.add_argument(
         "--hash-length",
@@ -169,43 +176,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class NewKey(argparse.Action):
-    """Writes a new secret key that its owner alone may read, and exits."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Write the key; an existing file is never overwritten."""
-        try:
-            mapping.create_private(Path(values), secrets.token_bytes(32))
-        except OSError as error:
-            parser.error(f"key file {values} cannot be made: {error.strerror}")
-        parser.exit(0, f"{values}: a new key; keep it safe and secret, outputs depend on it\n")
-
-
-def regex(text: str) -> str:
-    """Parse a regular expression."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a regular expression: {error}"
-        ) from error
-    return text
-
-
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
     inputs = [options.raw_project, *([options.key_file] if options.key_file else [])]
-    cli.check_paths(parser, options, inputs)
+    path_checks.check_paths(parser, options, inputs)
     options.mapping = options.mapping or options.output.with_name(
         f"{options.output.stem}_mapping.csv"
     )
-    cli.check_side_output(parser, options.mapping, options, inputs)
+    path_checks.check_side_output(parser, options.mapping, options, inputs)
     if not options.raw_project.is_dir():
         parser.error(f"{options.raw_project} is not a folder")
     if max(options.hash_length) > LONGEST_DIGEST:
@@ -215,27 +193,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     options.name = options.name or options.raw_project.resolve().name
     if not options.name.isprintable() or not re.fullmatch(r"(?!\.\.?$)[^/\\:]+", options.name):
         parser.error(f"--name {options.name!r} can't be a folder's name: choose another by --name")
-    options.key = read_key(parser, options.key_file) if options.key_file else None
-
-
-def read_key(parser: argparse.ArgumentParser, path: Path) -> bytes:
-    """Return the key, refusing one that is short or that others may read."""
-    try:
-        with open(path, "rb") as stream:
-            key = stream.read(LONGEST_KEY + 1)
-            mode = os.fstat(stream.fileno()).st_mode
-    except OSError as error:
-        parser.error(f"key file {path} cannot be read: {error.strerror}")
-    if len(key) > LONGEST_KEY:
-        parser.error(f"key file {path} has more than {LONGEST_KEY} bytes: is it another file?")
-    if len(key) < SHORTEST_KEY:
-        parser.error(
-            f"key file {path} has {len(key)} bytes, at least {SHORTEST_KEY} are needed: "
-            "make one with --new-key FILE"
-        )
-    if mode & 0o077:
-        parser.error(f"key file {path} can be read by others: chmod 600 {path}")
-    return key
+    options.key = key_file.read_key(parser, options.key_file) if options.key_file else None
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -243,7 +201,7 @@ def read_key(parser: argparse.ArgumentParser, path: Path) -> bytes:
 
 def create_project(options: argparse.Namespace) -> list[Outcome]:
     """Convert what is new or changed and replace the zip and the mapping."""
-    with stage.exclusive(options.output, force=options.force, lock=options.lock):
+    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
         folders = pseudonymised(options)
         known = mapping.read(options.mapping)
         known_skips = {row.hash: row.reason for row in known if row.status == "skipped"}
@@ -349,7 +307,7 @@ def convert_study(task: stage.PartTask) -> Sequence[str]:
     raw: RawStudy = task.payload
     found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     images = read_study(found, raw.conversion)
-    with stage.writing_part(task.part) as temporary:
+    with outputs.writing_part(task.part) as temporary:
         archive.write_part(temporary, raw.project, task.hash, images.by_role, images.record)
     return images.warnings
 
@@ -410,7 +368,8 @@ def dry_run(options: argparse.Namespace) -> list[Outcome]:
     )
     no_cells = [""] * (len(TABLE_HEADING) - 3)
     cells = {o.hash: o.warnings or (o.status, *no_cells, o.reason) for o in outcomes}
-    print_table([TABLE_HEADING, *((study_hash, *cells[study_hash]) for study_hash in folders)])
+    rows = [(study_hash, *cells[study_hash]) for study_hash in folders]
+    console.say_table([TABLE_HEADING, *rows])
     return [Outcome(study_hash, cast(Status, cells[study_hash][0])) for study_hash in folders]
 
 
@@ -423,14 +382,6 @@ def describe_study(raw: RawStudy) -> Sequence[str]:
     except StudyError as error:
         return [status_of(error), *cells, "", str(error)]
     return ["written", *cells, planned.suv_rule, "; ".join(planned.warnings)]
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        cli.say("  ".join(padded).rstrip())
 
 
 def dry_closing_line(outcomes: Sequence[Outcome], output: Path) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, hdf5, hdf5_assembly, hdf5_check, splits, stage
+from common import cli, hdf5, hdf5_assembly, hdf5_check, outputs, path_checks, splits, stage
 from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
 from common.parallel import run_studies
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with cli.checking(parser):
+    with path_checks.checking(parser):
         check_options(parser, options)
     if options.verify:
         return cli.run(options, lambda: verify(options), verify_line)
@@ -103,19 +103,19 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.verify:
         if options.output or options.link or options.splits:
             parser.error("--verify writes nothing: leave out -o, --link and --splits")
-        cli.check_files(parser, options.inputs)
-        cli.check_log_file(parser, options, options.inputs)
+        path_checks.check_files(parser, options.inputs)
+        path_checks.check_log_file(parser, options, options.inputs)
         return
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
-    cli.check_files(parser, options.inputs)
-    cli.check_paths(parser, options, options.inputs)
+    path_checks.check_files(parser, options.inputs)
+    path_checks.check_paths(parser, options, options.inputs)
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
     if options.splits_dir is not None:
         if options.splits is None:
             parser.error("--splits-dir needs --splits K")
-        cli.check_folder(parser, options.splits_dir, options)
+        path_checks.check_folder(parser, options.splits_dir, options)
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class MergePlan:
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
     """Check the inputs, write the merged file, and the splits if asked for."""
-    with stage.exclusive(options.output, force=options.force, lock=options.lock):
+    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
         plan = checked_plan(options)
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
         if status == "written":
@@ -171,9 +171,9 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         if cli.in_shard(hdf5.study_of(key, parameters), options.shard)
     }
     projects: dict[str, str] = {}
-    for path in set(sources.values()) if options.splits is not None else ():
-        keys = [key for key, source in sources.items() if source == path]
-        projects |= hdf5.read_attributes(path, keys, "project")
+    if options.splits is not None:
+        for path, keys in hdf5_assembly.keys_by_file(sources).items():
+            projects |= hdf5.read_attributes(path, keys, "project")
     return MergePlan(parameters, sources, projects)
 
 
@@ -258,7 +258,7 @@ def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
         if options.splits is not None:
             write_splits(options, plan)
 
-    stage.replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
+    outputs.replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
 
 
 def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
@@ -266,13 +266,13 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
     keys = sorted(plan.sources)
     folds = splits.patient_folds(keys, plan.projects, options.splits, options.patient_characters)
     folder = options.splits_dir or options.output.parent
-    stage.make_folder(folder)
+    outputs.make_folder(folder)
     for number, validation in enumerate(folds, start=1):
         held_out = set(validation)
         training = [key for key in keys if key not in held_out]
         for name, chosen in (("train", training), ("val", validation)):
             text = "".join(f"{key}\n" for key in chosen)
-            stage.write_beside(folder / f"fold{number}_{name}.txt", text)
+            outputs.write_beside(folder / f"fold{number}_{name}.txt", text)
 
 
 # --- verifying -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import archive, cli, hdf5, hdf5_assembly, hdf5_chunks, stage
+from common import archive, cli, hdf5, hdf5_assembly, hdf5_chunks, outputs, path_checks, stage
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.lesion_table import lesion_table
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with cli.checking(parser):
+    with path_checks.checking(parser):
         check_options(parser, options)
     return cli.run(options, lambda: preprocess(options))
 
@@ -186,8 +186,8 @@ def orientation(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    cli.check_files(parser, [options.zip])
-    cli.check_paths(parser, options, [options.zip])
+    path_checks.check_files(parser, [options.zip])
+    path_checks.check_paths(parser, options, [options.zip])
     least_mm, greatest_mm = SPACINGS_MM
     if not all(least_mm <= spacing_mm <= greatest_mm for spacing_mm in options.spacing):
         parser.error(f"--spacing: voxel sizes must be from {least_mm} to {greatest_mm} mm")
@@ -203,12 +203,12 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.iso_suv is not None and options.iso_suv <= 0:
         parser.error("--iso-suv: give an SUV above 0")
     if options.measures is not None:
-        cli.check_side_output(parser, options.measures, options, [options.zip])
+        path_checks.check_side_output(parser, options.measures, options, [options.zip])
     if options.report is not None:
         beside = [options.zip, *([options.measures] if options.measures else [])]
-        cli.check_side_output(parser, options.report, options, beside)
+        path_checks.check_side_output(parser, options.report, options, beside)
     if options.save_nifti is not None:
-        cli.check_folder(parser, options.save_nifti, options)
+        path_checks.check_folder(parser, options.save_nifti, options)
     if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -229,7 +229,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         iso_suv=options.iso_suv,
         dtype=options.dtype,
     )
-    with stage.exclusive(options.output, force=options.force, lock=options.lock):
+    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
         archived = archive.read_directory(options.zip)
         if not archived:
             raise StageError(
@@ -237,7 +237,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 "<hash>/<hash>_{ct,petsuv,mask}.nii.gz"
             )
         if options.save_nifti is not None:
-            stage.make_folder(options.save_nifti)
+            outputs.make_folder(options.save_nifti)
         studies = plan(archived, recipe, options)
 
         def write_what_goes_beside(path: Path | None, outcomes: Sequence[Outcome]) -> None:
@@ -327,7 +327,7 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
     work: ZippedStudy = task.payload
     laps = Laps()
     placed = place_study(work.zip_path, work.study, work.recipe, laps)
-    with stage.writing_part(task.part, task.beside) as temporary:
+    with outputs.writing_part(task.part, task.beside) as temporary:
         write_study(
             temporary,
             work.study,
@@ -339,7 +339,7 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
         )
         if work.nifti_folder is not None:
             for name, path in nifti_paths(work.nifti_folder, task.hash).items():
-                with stage.writing_beside(path) as nifti:
+                with outputs.writing_beside(path) as nifti:
                     write_nifti_file(nifti, placed.images[name])
     laps.end("writing")
     logger.info("%s: resampled %s", task.hash, placed.ways)
@@ -353,7 +353,7 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
 
 def write_measures(path: Path, studies_file: Path) -> None:
     """Write the measures kept in an HDF5 file as CSV."""
-    stage.write_beside(path, call_apart(measures_table, studies_file))
+    outputs.write_beside(path, call_apart(measures_table, studies_file))
 
 
 def measures_table(studies_file: Path) -> str:

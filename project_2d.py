@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from common import cli, hdf5, hdf5_assembly, hdf5_chunks, stage
+from common import cli, hdf5, hdf5_assembly, hdf5_chunks, outputs, path_checks, stage
 from common.angles import angle_name, projection_angles
 from common.errors import StageError, StudyError
 from common.hashing import fingerprint
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with cli.checking(parser):
+    with path_checks.checking(parser):
         check_options(parser, options)
     return cli.run(options, lambda: project(options))
 
@@ -135,16 +135,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    cli.check_files(parser, [options.input])
-    cli.check_paths(parser, options, [options.input])
+    path_checks.check_files(parser, [options.input])
+    path_checks.check_paths(parser, options, [options.input])
     try:
         options.all_angles = projection_angles(*options.angles)
     except ValueError as error:
         parser.error(f"--angles: {error}")
-    cli.check_side_output(parser, csv_path(options.output), options, [options.input])
+    path_checks.check_side_output(parser, csv_path(options.output), options, [options.input])
     for folder in (options.gif, options.png):
         if folder is not None:
-            cli.check_folder(parser, folder, options)
+            path_checks.check_folder(parser, folder, options)
     if options.compression == "blosc" and not hdf5_chunks.has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -159,12 +159,12 @@ def csv_path(output: Path) -> Path:
 
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
-    with stage.exclusive(options.output, force=options.force, lock=options.lock):
+    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
         source = call_apart(read_source, options.input, options.shard)
         parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
-                stage.make_folder(folder)
+                outputs.make_folder(folder)
         studies = plan(options, source, parameters)
         by_key = {
             two_d_key(study.hash, angle): study.hash
@@ -268,7 +268,7 @@ def write_list(
     for number, key in enumerate(keys):
         study_hash, _, angle = key.rpartition("_")
         writer.writerow((number, study_hash, angle, source.projects.get(study_hash, ""), key))
-    stage.write_beside(csv_path(options.output), text.getvalue())
+    outputs.write_beside(csv_path(options.output), text.getvalue())
 
 
 # --- one study -------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
         "hash": work.key,
         "spacing": np.array(attributes["spacing"])[[0, 2]],
     }
-    with stage.writing_part(task.part, task.beside) as temporary:
+    with outputs.writing_part(task.part, task.beside) as temporary:
         with hdf5.create_file(temporary, work.parameters, cli.SOFTWARE) as file:
             for i, angle in enumerate(work.angles):
                 for group in hdf5.GROUPS:
@@ -349,10 +349,10 @@ def write_pictures(
         orientation=attributes["orientation"],
     )
     if work.png is not None:
-        with stage.writing_beside(work.png / f"{work.key}.png") as path:
+        with outputs.writing_beside(work.png / f"{work.key}.png") as path:
             pictures.write_png(path, frames[0])
     if work.gif is not None:
-        with stage.writing_beside(work.gif / f"{work.key}.gif") as path:
+        with outputs.writing_beside(work.gif / f"{work.key}.gif") as path:
             pictures.write_gif(path, frames, work.angles)
 
 

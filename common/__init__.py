@@ -1,8 +1,9 @@
 """What the scripts share. Imports run one way, from the top of this map to its bottom.
 
 running     how a stage runs
-            cli: options, logging, exit status; stage: parts, resuming, replacement, with
-            locking and atomic_files; parallel: studies over a multiprocessing.Pool, with
+            cli: options, exit status, with path_checks, key_file and console (log, closing line);
+            stage: planning, resuming, keeping, with outputs (parts, replacement), locking and
+            atomic_files; parallel: studies over a multiprocessing.Pool, with
             processes (how they begin and end, a call in one), interruption (signals), machine
             (CPUs and memory) and progress, or over a cluster, by dask_cluster and dask_worker;
             worker: what a process does with one study

@@ -4,25 +4,19 @@ import argparse
 import difflib
 import importlib.util
 import logging
-import os
 import re
 import signal
 import sys
-import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common import console
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.interruption import interruptible
-from common.locking import lock_file
 from common.machine import available_cpus
-from common.progress import PROGRESS
-from common.stage import failures_file
 from common.worker import Outcome, traceback_without_text
 
 VERSION = "1.1.0"
@@ -151,6 +145,17 @@ def finite_float(text: str) -> float:
     return value
 
 
+def regex(text: str) -> str:
+    """Parse a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular expression: {error}"
+        ) from error
+    return text
+
+
 def shard(text: str) -> tuple[int, int]:
     """Parse ``I/N`` with 1 <= I <= N."""
     first, _, last = text.partition("/")
@@ -174,100 +179,6 @@ def in_shard(study_hash: str, part: tuple[int, int]) -> bool:
     return int(fingerprint(study_hash), 16) % count == index - 1
 
 
-@contextmanager
-def checking(target: argparse.ArgumentParser) -> Iterator[None]:
-    """End with status 2 where a path can't even be looked at."""
-    try:
-        yield
-    except OSError as error:
-        target.error(f"{error.filename}: {error.strerror}: check the path and its permissions")
-
-
-def check_files(target: argparse.ArgumentParser, inputs: Sequence[Path]) -> None:
-    """End with status 2 where an input is missing, or a device or pipe, which may never end."""
-    for path in inputs:
-        if not path.exists():
-            target.error(f"input {path} does not exist")
-        if not (path.is_file() or path.is_dir()):
-            target.error(f"input {path} is a device or pipe: give a file")
-
-
-def check_paths(
-    target: argparse.ArgumentParser, options: argparse.Namespace, inputs: Sequence[Path]
-) -> None:
-    """End with status 2 where an input is missing, or the output or the log can't be or is one."""
-    output: Path = options.output
-    for path in inputs:
-        if not path.exists():
-            target.error(f"input {path} does not exist")
-        if output.exists() and output.samefile(path):
-            target.error(f"output {output} is an input: choose another name")
-    if output.is_dir():
-        target.error(f"output {output} is a folder: give a file name")
-    if output.exists() and not output.is_file():
-        target.error(f"output {output} is a device or pipe: give a file name")
-    if not output.resolve().parent.is_dir():
-        target.error(
-            f"folder {output.resolve().parent} of the output does not exist: make it first"
-        )
-    for path in inputs:
-        _check_is_none_of(target, path, _own_files(output))
-    check_log_file(target, options, [*inputs, output])
-
-
-def check_log_file(
-    target: argparse.ArgumentParser, options: argparse.Namespace, others: Sequence[Path]
-) -> None:
-    """End with status 2 where the log would go into another file of this run."""
-    if options.log_file is not None:
-        own = _own_files(options.output) if options.output is not None else []
-        _check_is_none_of(target, options.log_file, [*others, *own])
-
-
-def check_side_output(
-    target: argparse.ArgumentParser, path: Path, options: argparse.Namespace, inputs: Sequence[Path]
-) -> None:
-    """End with status 2 where a file beside the output can't be written or is another one."""
-    _check_is_none_of(target, path, [*inputs, options.output, *_own_files(options.output)])
-    if options.log_file is not None:
-        _check_is_none_of(target, path, [options.log_file])
-    if path.exists() and not path.is_file():
-        target.error(f"{path} is a folder, device or pipe: give a file name")
-    if not path.parent.is_dir():
-        target.error(f"folder {path.parent} of {path.name} does not exist: make it first")
-    beside = path.parent.resolve() == options.output.parent.resolve()
-    # The output's own folder is tried by the stage.
-    if not beside and not os.access(path.parent, os.W_OK):
-        target.error(
-            f"folder {path.parent} of {path.name} can't be written to: see its permissions"
-        )
-
-
-def _own_files(output: Path) -> list[Path]:
-    """Return what a stage writes and removes beside its output unasked."""
-    return [lock_file(output), failures_file(output)]
-
-
-def _check_is_none_of(target: argparse.ArgumentParser, path: Path, others: Sequence[Path]) -> None:
-    for other in others:
-        if path.resolve() == other.resolve() or (
-            path.exists() and other.exists() and path.samefile(other)
-        ):
-            target.error(f"{path} is another file of this run: choose another name")
-
-
-def check_folder(target: argparse.ArgumentParser, path: Path, options: argparse.Namespace) -> None:
-    """End with status 2 where a folder for results is a file, or can't be made or written to."""
-    path = path.resolve()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir():
-        target.error(f"{there} is not a folder")
-    # The output's own folder is tried by the stage.
-    beside = options.output.resolve().parent in (there, *there.parents)
-    if not beside and not os.access(there, os.W_OK | os.X_OK):
-        target.error(f"folder {there} can't be written to: see its permissions")
-
-
 # --- running ---------------------------------------------------------------------------------
 
 
@@ -280,13 +191,13 @@ def run(
     closing: Closing | None = None,
 ) -> int:
     """Run a stage, print its closing line (`closing_line` by default), return the exit status."""
-    _open_standard_streams()
+    console.open_standard_streams()
     try:
-        _set_up_logging(options)
+        console.set_up_logging(options)
     except OSError as error:
         print(f"error: --log-file {options.log_file}: {error.strerror}", file=sys.stderr)
         return WRONG_ARGUMENTS
-    with _quiet_python():
+    with console.quiet_python():
         return interruptible(lambda: _run(options, stage, closing or closing_line), _interrupted)
 
 
@@ -309,7 +220,7 @@ def _run(
         if options.debug:
             logger.debug("%s", traceback_without_text(error))
         return FATAL
-    say(closing(outcomes, options.output))
+    console.say(closing(outcomes, options.output))
     return SOME_FAILED if any(o.status == "failed" for o in outcomes) else DONE
 
 
@@ -323,17 +234,6 @@ def _explain(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: run again with --debug and report it"
 
 
-def say(line: str) -> None:
-    """Print a line to stdout; a reader that has closed it (``| head``) has seen enough."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        # Else the interpreter tries once more at its end, and complains.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
     """Return ``12 studies: 9 written, 1 unchanged, 1 skipped, 1 failed -> out.h5``."""
     counts = Counter(outcome.status for outcome in outcomes)
@@ -341,82 +241,3 @@ def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
         f"{counts[status]} {status}" for status in ("written", "unchanged", "skipped", "failed")
     )
     return f"{len(outcomes)} studies: {listed} -> {output}"
-
-
-@contextmanager
-def _quiet_python() -> Iterator[None]:
-    """Keep from stderr what Python and its libraries write there by themselves.
-
-    Warnings, and errors of destructors and threads, may quote the values of headers.
-    """
-    hooks = sys.unraisablehook, threading.excepthook
-    sys.unraisablehook = lambda error: None
-    threading.excepthook = lambda error: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.unraisablehook, threading.excepthook = hooks
-
-
-def _open_standard_streams() -> None:
-    """Open those that the shell has closed: a file opened in their place would get their text."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-
-
-def _set_up_logging(options: argparse.Namespace) -> None:
-    level = PROGRESS - 10 * options.verbose
-    if options.quiet:
-        level = logging.ERROR
-    if options.debug:
-        level = logging.DEBUG
-    # A log that can't be written, on a full disk say, is no reason to stop or to print a traceback.
-    logging.raiseExceptions = False
-    # What libraries log may quote the values of headers, too.
-    logging.lastResort = None
-    logging.getLogger("nibabel.global").handlers.clear()
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    console = _BarFriendlyHandler()
-    console.setFormatter(_LineFormatter())
-    console.setLevel(level)
-    logger.addHandler(console)
-    if options.log_file is not None:
-        file = logging.FileHandler(options.log_file, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        file.setLevel(min(level, logging.INFO))
-        logger.addHandler(file)
-
-
-class _BarFriendlyHandler(logging.Handler):
-    """Writes lines to stderr, above a progress bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            if sys.stderr is not None and sys.stderr.isatty():
-                # Of no use elsewhere.
-                import tqdm
-
-                tqdm.tqdm.write(self.format(record), file=sys.stderr)
-            elif sys.stderr is not None:
-                print(self.format(record), file=sys.stderr)
-        except (OSError, ValueError):
-            self.handleError(record)
-
-
-class _LineFormatter(logging.Formatter):
-    """One line: ``error: ...``, ``warning: ...``, or the message alone."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if record.levelno >= logging.ERROR:
-            return f"error: {text}"
-        return f"warning: {text}" if record.levelno >= logging.WARNING else text

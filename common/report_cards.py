@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import hdf5, hdf5_assembly, report, stage
+from common import hdf5, hdf5_assembly, outputs, report
 from common.atomic_files import clear_write_errors
 from common.hashing import fingerprint
 from common.parallel import run_studies
@@ -56,7 +56,7 @@ def write_report(
     mark = fingerprint([software, digests, listed])
     if report.mark_of(path) == mark:
         return
-    folder = stage.parts_folder(output) / "cards"
+    folder = outputs.parts_folder(output) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in digests]
     rendered = run_studies(render_card, tasks, jobs, dask=dask, notes=folder)
@@ -69,7 +69,7 @@ def write_report(
         (report.failed_card(o.hash, o.status, o.reason).encode() for o in absent),
         (card.read_bytes() for card in shown),
     )
-    with stage.writing_beside(path) as temporary, open(temporary, "wb") as stream:
+    with outputs.writing_beside(path) as temporary, open(temporary, "wb") as stream:
         # Without its mark the next run makes the page anew.
         report.write_page(stream, output.stem, "" if hidden else mark, cards)
 

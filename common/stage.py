@@ -10,28 +10,21 @@ import csv
 import io
 import logging
 import os
-import shutil
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import outputs
 from common.atomic_files import (
-    behind_links,
     clear_write_errors,
     list_temporaries,
     remove_listed,
-    sync,
     temporary_beside,
-    writing,
 )
 from common.errors import StageError, WorkerKilled
-from common.locking import locked
 from common.machine import default_jobs
 from common.parallel import LOCAL_CLUSTER, run_studies
-from common.processes import call_apart
 from common.progress import PROGRESS
 from common.worker import Outcome, Task, Worker
 
@@ -80,10 +73,6 @@ class PartTask:
     beside: tuple[Path, ...] = ()
 
 
-Assemble = Callable[[Path, Mapping[str, Path]], None]
-"""Writes the file at the given path from a mapping of hash to a file that holds the study.
-Picklable: it is called in a worker process."""
-
 BeforeReplacing = Callable[[Path | None, Sequence[Outcome]], None]
 """Called with the path of the complete new output, before it takes its place, and the outcomes;
 with OUTPUT itself where nothing changed, with None where the old output is left for want of any
@@ -120,7 +109,7 @@ def run_stage(
     studies: Sequence[Study],
     finished: Mapping[str, str] | None,
     worker: Worker,
-    assemble: Assemble,
+    assemble: outputs.Assemble,
     jobs: int | None,
     before_replacing: BeforeReplacing = lambda path, outcomes: None,
     failures_of: str = "",
@@ -157,7 +146,7 @@ def run_stage(
     StageError
         No study at all could be written, and the old output would be lost; or a full disk.
     """
-    parts = parts_folder(output)
+    parts = outputs.parts_folder(output)
     finished, is_known = finished or {}, finished is not None
     _remove_replaced(parts, studies, output)
     kept = [s for s in studies if finished.get(s.hash) == s.fingerprint and s.all_beside]
@@ -206,7 +195,9 @@ def run_stage(
             before_replacing(None if would_be_lost else output, outcomes)
     else:
         _report_dropped(finished, outcomes)
-        replace_output(output, assemble, sources, lambda path: before_replacing(path, outcomes))
+        outputs.replace_output(
+            output, assemble, sources, lambda path: before_replacing(path, outcomes)
+        )
     if would_be_lost:
         raise StageError(f"{output}: left as it was, for no study could be written: see above")
     return outcomes
@@ -286,27 +277,12 @@ def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> Non
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("hash", "stage", "reason"))
     writer.writerows((outcome.hash, stage, outcome.reason) for outcome in failed)
-    write_beside(path, text.getvalue())
+    outputs.write_beside(path, text.getvalue())
     logger.log(PROGRESS, "failed studies are listed in %s", path)
-
-
-# --- files that are complete or not there ----------------------------------------------------
-
-
-def parts_folder(output: Path) -> Path:
-    """Return the folder that holds finished parts while a run is under way."""
-    real = behind_links(output)
-    return real.with_name(real.name + ".parts")
 
 
 def _part_name(study: Study, output: Path) -> str:
     return f"{study.hash}.{study.fingerprint[:16]}{output.suffix}"
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder for results, and those above it, where they are not there."""
-    with clear_write_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
 
 
 def _remove_replaced(parts: Path, studies: Sequence[Study], output: Path) -> None:
@@ -320,94 +296,3 @@ def _remove_replaced(parts: Path, studies: Sequence[Study], output: Path) -> Non
         if study is not None and part.name != _part_name(study, output):
             for path in (*study.beside, part):
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing_part(part: Path, beside: Sequence[Path] = ()) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes the finished part, or nothing does.
-
-    Old files `beside` OUTPUT go first: those there are when the part is there belong to it.
-    """
-    for path in beside:
-        path.unlink(missing_ok=True)
-    here = f"{socket.gethostname()}.{os.getpid()}"
-    with writing(part, part.with_name(f"{part.name}.{here}.tmp")) as temporary:
-        yield temporary
-
-
-@contextmanager
-def writing_beside(path: Path) -> Iterator[Path]:
-    """Yield a hidden path of the same suffix; what is written there then takes the file's place."""
-    with writing(behind_links(path), temporary_beside(path)) as temporary:
-        yield temporary
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Replace a text file at once; one that holds the text already is left as it is."""
-    content = text.encode()
-    with suppress(OSError):
-        if path.read_bytes() == content:
-            temporary_beside(path).unlink(missing_ok=True)
-            return
-    with writing_beside(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def replace_output(
-    output: Path,
-    assemble: Assemble,
-    sources: Mapping[str, Path],
-    before_replacing: Callable[[Path], None] = lambda path: None,
-) -> None:
-    """Have a worker process write the new output from `sources`, then put it in OUTPUT's place.
-
-    A failure to write, or a crash of a library on a damaged source, leaves the old output as it
-    was. `before_replacing` is called with the path of the complete new output.
-    """
-    parts = parts_folder(output)
-    with clear_write_errors(output):
-        parts.mkdir(exist_ok=True)
-        real = behind_links(output)
-        with writing(real, parts / f"assembled.tmp{output.suffix}") as temporary:
-            call_apart(_assemble, output, assemble, temporary, sources)
-            before_replacing(temporary)
-        # The new file is there; some file systems can't make sure of a folder.
-        with suppress(OSError):
-            sync(real.parent)
-
-
-def _assemble(
-    output: Path, assemble: Assemble, temporary: Path, sources: Mapping[str, Path]
-) -> None:
-    with clear_write_errors(output):
-        assemble(temporary, sources)
-
-
-# --- one run at a time -----------------------------------------------------------------------
-
-
-@contextmanager
-def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterator[None]:
-    """Hold the lock of an output, ``OUTPUT.lock``, while the body runs.
-
-    With `force` the parts of an interrupted run are thrown away first. At success no parts are
-    left. Without `lock` the caller sees to it that no other run writes the output.
-
-    Raises
-    ------
-    StageError
-        Another run holds it, or it cannot be created, or the file system has no locks.
-    """
-    parts = parts_folder(output)
-    with locked(behind_links(output)) if lock else nullcontext():
-        remove_listed(parts)
-        if force:
-            shutil.rmtree(parts, ignore_errors=True)
-        for litter in parts.glob("*.tmp*"):
-            litter.unlink(missing_ok=True)
-        try:
-            yield
-            shutil.rmtree(parts, ignore_errors=True)
-        finally:
-            with suppress(OSError):
-                parts.rmdir()

@@ -12,7 +12,11 @@ SCRIPTS = ("createproject", "preprocessing", "mergeh5", "project_2d")
 LEVELS = {
     "running": (
         "cli",
+        "path_checks",
+        "key_file",
+        "console",
         "stage",
+        "outputs",
         "atomic_files",
         "locking",
         "parallel",
@@ -115,8 +119,8 @@ FORMAT_LIBRARY = {
     "multiprocessing": {"parallel", "processes", "dask_cluster"},
     "dask": {"dask_cluster"},
     "distributed": {"dask_cluster"},
-    "tqdm": {"progress", "cli"},
-    "argparse": {"cli"},
+    "tqdm": {"progress", "console"},
+    "argparse": {"cli", "console", "key_file", "path_checks"},
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common import cli
+from common import cli, path_checks
 from common.errors import StageError
 from common.interruption import uninterrupted
 from common.progress import PROGRESS
@@ -256,7 +256,7 @@ def test_input_and_output_are_no_log_file(tmp_path, capsys, other):
     (tmp_path / "in.h5").write_bytes(b"precious")
     given = options(tmp_path, "--log-file", str(tmp_path / other))
     with pytest.raises(SystemExit) as ended:
-        cli.check_paths(parser(), given, [tmp_path / "in.h5"])
+        path_checks.check_paths(parser(), given, [tmp_path / "in.h5"])
     assert ended.value.code == 2
     assert "is another file of this run" in capsys.readouterr().err
     assert (tmp_path / "in.h5").read_bytes() == b"precious"
@@ -466,7 +466,7 @@ def test_paths_that_cannot_be_are_refused(tmp_path, capsys):
     ):
         given = argparse.Namespace(output=tmp_path / output, log_file=None)
         with pytest.raises(SystemExit) as ended:
-            cli.check_paths(parser(), given, [tmp_path / name for name in inputs])
+            path_checks.check_paths(parser(), given, [tmp_path / name for name in inputs])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
-    cli.check_paths(parser(), options(tmp_path), [tmp_path / "in.h5"])
+    path_checks.check_paths(parser(), options(tmp_path), [tmp_path / "in.h5"])

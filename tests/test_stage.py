@@ -14,17 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from common import stage
+from common import outputs, stage
 from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled
-from common.stage import (
-    PartTask,
-    Study,
-    exclusive,
-    present_content,
-    run_stage,
-    write_beside,
-    writing_part,
-)
+from common.outputs import exclusive, write_beside, writing_part
+from common.stage import PartTask, Study, present_content, run_stage
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -349,7 +342,7 @@ def test_a_linked_output_stays_a_link_and_its_parts_go_to_its_disk(tmp_path):
     (tmp_path / "scratch").mkdir()
     link = tmp_path / "home" / "out.txt"
     link.symlink_to(tmp_path / "scratch" / "real.txt")
-    assert stage.parts_folder(link) == tmp_path / "scratch" / "real.txt.parts"
+    assert outputs.parts_folder(link) == tmp_path / "scratch" / "real.txt.parts"
     with exclusive(link):
         run_stage(link, studies(a="1"), {}, work, assemble, 1)
     assert link.is_symlink()
@@ -382,8 +375,8 @@ def test_a_file_beside_is_replaced_only_when_its_text_is_new(tmp_path):
 def test_a_killed_writer_of_a_file_beside_leaves_one_hidden_file_that_the_next_one_takes(tmp_path):
     path = tmp_path / "list.csv"
     code = (
-        "import os, sys; from pathlib import Path; from common import stage\n"
-        "with stage.writing_beside(Path(sys.argv[1])) as new: new.write_text('half'); os._exit(9)"
+        "import os, sys; from pathlib import Path; from common import outputs\n"
+        "with outputs.writing_beside(Path(sys.argv[1])) as new: new.write_text('half'); os._exit(9)"
     )
     for _ in range(2):
         subprocess.run(
@@ -403,7 +396,7 @@ def write_picture(task: PartTask):
         raise StageError("out.txt cannot be written: the disk is full")
     with (
         writing_part(task.part, task.beside) as temporary,
-        stage.writing_beside(picture) as half,
+        outputs.writing_beside(picture) as half,
     ):
         half.write_text(task.payload)
         if task.payload == "dies":
