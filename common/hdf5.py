@@ -163,12 +163,14 @@ def read_parameters(path: Path) -> dict[str, Any]:
 def read_dataset(path: Path, group: str, key: str) -> tuple[NDArray[Any], dict[str, Any]]:
     """Return one dataset and its attributes, verified against their digests.
 
+    The file's other keys are not looked at: there may be many.
+
     Raises
     ------
     StudyError
         Damaged chunks, or values or attributes that differ from the digests kept with them.
     """
-    with open_studies(path) as file:
+    with open_file(path) as file:
         try:
             array, attributes = file[group][key][()], all_attributes(file[group][key])
         except DAMAGE as error:

@@ -101,7 +101,7 @@ def same_content(key: str, one: Path, other: Path) -> bool:
 
 
 def _content(path: Path, key: str) -> list[dict[str, Any]]:
-    with open_studies(path) as file:
+    with open_file(path) as file:
         content = []
         for group in GROUPS:
             attributes = all_attributes(file[group][key])
@@ -116,12 +116,20 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
 def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
     """Return fingerprint and digests of each key's datasets, from the file that `sources` names."""
     digests = {}
-    for path in sorted(set(sources.values())):
+    for path, keys in keys_by_file(sources).items():
         with open_studies(path) as file:
-            for key in (key for key, source in sources.items() if source == path):
+            for key in keys:
                 made_from = str(attribute(file["image"][key], "fingerprint"))
                 digests[key] = [made_from, *(_digest(file[group][key]) for group in GROUPS)]
     return digests
+
+
+def keys_by_file(sources: Mapping[str, Path]) -> dict[Path, list[str]]:
+    """Return which keys each file is the source of."""
+    found: dict[Path, list[str]] = {}
+    for key, path in sources.items():
+        found.setdefault(path, []).append(key)
+    return found
 
 
 def read_all_digests(path: Path) -> dict[str, list[Any]]:

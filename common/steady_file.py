@@ -48,8 +48,8 @@ class SteadyFile:
         self.error: OSError | None = None
         self._descriptor = descriptor
         self._position = 0
-        self._gathered = bytearray()
-        self._gathered_at = 0
+        self._gathered = bytearray(_GATHERED_BYTES)
+        self._gathered_at = self._n_gathered = 0
         self._unwritten: list[tuple[int, bytes]] = []
 
     def check(self) -> None:
@@ -74,29 +74,33 @@ class SteadyFile:
     def write(self, block: memoryview) -> int:
         """Write a block where the file is, soon, or keep it where that fails."""
         view = memoryview(block).cast("B")
-        gathered_to = self._gathered_at + len(self._gathered)
-        if self._position != gathered_to or len(self._gathered) >= _GATHERED_BYTES:
-            self.flush()
-            self._gathered_at = self._position
-        self._gathered += view
-        self._position += len(view)
+        for first in range(0, len(view), _GATHERED_BYTES):
+            self._gather(view[first : first + _GATHERED_BYTES])
         return len(view)
+
+    def _gather(self, block: memoryview) -> None:
+        begin, end = self._n_gathered, self._n_gathered + len(block)
+        if self._position != self._gathered_at + begin or end > _GATHERED_BYTES:
+            self.flush()
+            begin, end = 0, len(block)
+        self._gathered[begin:end] = block
+        self._n_gathered = end
+        self._position += len(block)
 
     def flush(self) -> None:
         """Write what is gathered."""
-        at, block = self._gathered_at, self._gathered
-        self._gathered = bytearray()
+        block, offset = memoryview(self._gathered)[: self._n_gathered], self._gathered_at
+        self._gathered_at, self._n_gathered = self._position, 0
         try:
             self.check()
-            with memoryview(block) as view:
-                written = 0
-                while written < len(view):
-                    written += os.pwrite(self._descriptor, view[written:], at + written)
-                if written >= _GATHERED_BYTES:
-                    _start_writing(self._descriptor, at, written)
+            written = 0
+            while written < len(block):
+                written += os.pwrite(self._descriptor, block[written:], offset + written)
+            if 2 * written >= _GATHERED_BYTES:
+                _start_writing(self._descriptor, offset, written)
         except OSError as error:
             self.error = self.error or error
-            self._unwritten.append((at, bytes(block)))
+            self._unwritten.append((offset, bytes(block)))
 
     def readinto(self, block: memoryview) -> int:
         """Fill a block from where the file is; beyond its end there are zeros."""
