@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_GATHERED_BYTES = 4 << 20
+_GATHERED_BYTES = 1 << 20
 
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
 
@@ -74,23 +74,24 @@ class SteadyFile:
     def write(self, block: memoryview) -> int:
         """Write a block where the file is, soon, or keep it where that fails."""
         view = memoryview(block).cast("B")
-        for first in range(0, len(view), _GATHERED_BYTES):
-            self._gather(view[first : first + _GATHERED_BYTES])
-        return len(view)
-
-    def _gather(self, block: memoryview) -> None:
-        begin, end = self._n_gathered, self._n_gathered + len(block)
-        if self._position != self._gathered_at + begin or end > _GATHERED_BYTES:
+        size, begin = len(view), self._n_gathered
+        if self._position != self._gathered_at + begin or begin + size > _GATHERED_BYTES:
             self.flush()
-            begin, end = 0, len(block)
-        self._gathered[begin:end] = block
-        self._n_gathered = end
-        self._position += len(block)
+            begin = 0
+        if size > _GATHERED_BYTES:
+            self._write(view, self._position)
+        else:
+            self._gathered[begin : begin + size] = view
+            self._n_gathered = begin + size
+        self._position += size
+        return size
 
     def flush(self) -> None:
         """Write what is gathered."""
-        block, offset = memoryview(self._gathered)[: self._n_gathered], self._gathered_at
+        self._write(memoryview(self._gathered)[: self._n_gathered], self._gathered_at)
         self._gathered_at, self._n_gathered = self._position, 0
+
+    def _write(self, block: memoryview, offset: int) -> None:
         try:
             self.check()
             written = 0
