@@ -72,17 +72,19 @@ def measure_total_body(folder: Path, standard: Run) -> None:
 
 
 def measure_workers(folder: Path, n_studies: int = 8) -> None:
-    """Print the throughput of one and of two workers."""
+    """Print the throughput of one and of two workers, of the pool and of a dask cluster."""
     run_python(HERE / "standard_study.py", folder / "w.zip", "standard", n_studies)
-    one, two = (preprocess(folder / "w.zip", folder / "w.h5", jobs) for jobs in (1, 2))
     print(f"{n_studies} standard studies")
-    print_runs({"one worker": one, "two workers": two})
-    print(f"  two workers have {one.seconds / two.seconds:.2f} times the throughput of one")
+    for name, engine in (("", ()), (" of dask", ("--dask", "local"))):
+        one, two = (preprocess(folder / "w.zip", folder / "w.h5", n, *engine) for n in (1, 2))
+        print_runs({f"one worker{name}": one, f"two workers{name}": two})
+        print(f"  two workers have {one.seconds / two.seconds:.2f} times the throughput of one")
 
 
-def preprocess(archive: Path, output: Path, jobs: int = 1) -> Run:
-    """Run preprocessing.py with default options."""
-    return run_python(ROOT / "preprocessing.py", archive, "-o", output, "--force", "-q", "-j", jobs)
+def preprocess(archive: Path, output: Path, jobs: int = 1, *engine: str) -> Run:
+    """Run preprocessing.py with default options of value."""
+    options = ("--force", "-q", "-j", jobs, *engine)
+    return run_python(ROOT / "preprocessing.py", archive, "-o", output, *options)
 
 
 # --- the plain way ---------------------------------------------------------------------------
