@@ -188,7 +188,7 @@ def test_damage_ends_in_a_plausible_result_or_in_a_named_refusal(
     subject = SUBJECTS[name]
     monkeypatch.setattr("common.stage.run_studies", run_here)
     if subject.kind != "hdf5":  # libhdf5 crashes, or never ends: its work is always done apart
-        monkeypatch.setattr("common.stage.call_apart", lambda call, *arguments: call(*arguments))
+        monkeypatch.setattr("common.outputs.call_apart", lambda call, *arguments: call(*arguments))
     cases = [
         lambda seed=seed: case(sound, tmp_path / f"{seed}", subject, seed) for seed in range(CASES)
     ]
