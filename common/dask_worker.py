@@ -16,6 +16,7 @@ import threadpoolctl
 from common.atomic_files import clear_write_errors
 from common.cli import VERSION
 from common.errors import StageError
+from common.processes import keep_memory
 from common.worker import Line, Outcome, Task, Worker, attempt, keep_log_lines, saying_nothing
 
 Answer = tuple[Outcome | StageError, list[Line]]
@@ -40,6 +41,8 @@ def attempt_on_worker(
     outcome: Outcome | StageError
     with _one_at_a_time, saying_nothing(), threadpoolctl.threadpool_limits(1):
         lines = keep_log_lines()
+        # Dask has set the opposite.
+        keep_memory()
         try:
             _refuse_other_environment(expected)
             try:

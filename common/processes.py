@@ -131,8 +131,7 @@ def become_worker() -> list[Line]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _end_with_parent()
-    _take_small_pages()
-    _keep_freed_memory()
+    keep_memory()
     say_nothing()
     threadpoolctl.threadpool_limits(1)
     return keep_log_lines()
@@ -152,6 +151,12 @@ def _watch_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def keep_memory() -> None:
+    """Spare the kernel the work of clearing and joining pages, which volumes need many of."""
+    _take_small_pages()
+    _keep_freed_memory()
 
 
 def _take_small_pages() -> None:

@@ -39,6 +39,8 @@ def behave(payload):
         die(*argument)
     elif kind == "pid":
         return [str(os.getpid())]
+    elif kind == "status":
+        return [Path("/proc/self/status").read_text()]
     return []
 
 
