@@ -15,6 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import functools
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ EXAMPLES = """
 """
 
 logger = logging.getLogger("tumorvolume")
+
+FOLD_FILE = re.compile(r"fold(\d+)_(train|val)\.txt", re.ASCII)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,6 +173,8 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         for key, path in chosen_sources(options.inputs, options.on_duplicate).items()
         if cli.in_shard(hdf5.study_of(key, parameters), options.shard)
     }
+    if "angles" not in parameters and not options.allow_mixed:
+        refuse_mixed_suv_types(sources)
     projects: dict[str, str] = {}
     if options.splits is not None:
         for path, keys in hdf5_assembly.keys_by_file(sources).items():
@@ -197,6 +202,24 @@ def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, An
         if "shape" in differing and "shape" not in refused:
             merged["shape"] = [*first["shape"][:2], None]
     return merged
+
+
+def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
+    """Raise where images are relative to different things: body weight, lean body mass and so on.
+
+    Those of zips of another make, whose type is unknown, go with any.
+    """
+    first: tuple[str, Path] | None = None
+    for path, keys in hdf5_assembly.keys_by_file(sources).items():
+        for suv_type in hdf5.read_attributes(path, keys, "suv_type").values():
+            if suv_type == "unknown":
+                continue
+            first = first or (suv_type, path)
+            if suv_type != first[0]:
+                raise StageError(
+                    f"{path}: SUV is of type {suv_type}, not {first[0]} as in {first[1]}: make "
+                    "them alike (createproject.py --suv-type), or merge with --allow-mixed"
+                )
 
 
 def _may_differ(name: str, one: Any, other: Any) -> bool:
@@ -273,6 +296,11 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
         for name, chosen in (("train", training), ("val", validation)):
             text = "".join(f"{key}\n" for key in chosen)
             outputs.write_beside(folder / f"fold{number}_{name}.txt", text)
+    for path in sorted(folder.iterdir()):
+        # Of an earlier run with more folds, in which patients are spread differently.
+        found = FOLD_FILE.fullmatch(path.name)
+        if found and int(found[1]) > options.splits:
+            path.unlink()
 
 
 # --- verifying -------------------------------------------------------------------------------

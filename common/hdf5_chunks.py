@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 COMPRESSIONS = ("gzip", "lzf", "blosc", "none")
 """gzip, the default, is read by every HDF5; lzf by every h5py; blosc where hdf5plugin is."""
 
-PATCH_EDGE = 32
+PATCH_EDGE = 40
 """Longest edge of a 3D chunk [voxels], for random patches of 64 to 160."""
 
 _GZIP_LEVEL = 1
+
+_ISAL_LEVEL = 3
+"""isal's levels 1 and 2 give other bytes, now and then, in another process."""
 
 _ZLIB_HEADER = b"\x78\x01"
 _LAST_BLOCK = b"\x01\x00\x00\xff\xff"
@@ -118,7 +121,7 @@ def _zlib_stream(bytes_apart: NDArray[np.uint8]) -> bytes:
     """
     parts = [_ZLIB_HEADER]
     for of_one_kind in bytes_apart:
-        deflate = isal_zlib.compressobj(_GZIP_LEVEL, wbits=-isal_zlib.MAX_WBITS)
+        deflate = isal_zlib.compressobj(_ISAL_LEVEL, wbits=-isal_zlib.MAX_WBITS)
         squeezed = deflate.compress(of_one_kind) + deflate.flush(isal_zlib.Z_SYNC_FLUSH)
         parts.append(
             squeezed if 2 * len(squeezed) < of_one_kind.size else _stored(of_one_kind.tobytes())

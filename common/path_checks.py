@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from common import outputs
 from common.locking import lock_file
 from common.stage import failures_file
 
@@ -94,7 +95,10 @@ def _check_is_none_of(target: argparse.ArgumentParser, path: Path, others: Seque
 
 def check_folder(target: argparse.ArgumentParser, path: Path, options: argparse.Namespace) -> None:
     """End with status 2 where a folder for results is a file, or can't be made or written to."""
+    parts = outputs.parts_folder(options.output)
     path = path.resolve()
+    if path == options.output.resolve() or parts in (path, *path.parents):
+        target.error(f"folder {path} is the output, or in {parts.name}: choose another name")
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         target.error(f"{there} is not a folder")

@@ -106,8 +106,8 @@ def test_what_gzip_would_not_halve_is_stored_and_the_rest_squeezed(tmp_path):
 
 
 def test_chunks_are_even_parts_of_one_channel():
-    assert hdf5_chunks.chunk_shape((2, 200, 200, 326)) == (1, 29, 29, 30)
-    assert hdf5_chunks.chunk_shape((1, 10, 32, 33)) == (1, 10, 32, 17)
+    assert hdf5_chunks.chunk_shape((2, 200, 200, 326)) == (1, 40, 40, 37)
+    assert hdf5_chunks.chunk_shape((1, 10, 40, 41)) == (1, 10, 40, 21)
     assert hdf5_chunks.chunk_shape((2, 200, 326)) == (1, 200, 326)
 
 

@@ -151,6 +151,23 @@ def test_other_options_are_refused_unless_allowed(inputs, output, capsys):
     assert run("--verify", output) == 0
 
 
+def of_type(path, suv_type):
+    """Make the images of a file such as those of a zip whose SUV is of another type."""
+    with h5py.File(path, "r+") as file:
+        for dataset in file["image"].values():
+            dataset.attrs["suv_type"] = suv_type
+
+
+def test_images_of_other_suv_types_are_refused_unless_allowed(inputs, output, capsys):
+    """They were merged without a word: SUVlbm beside SUVbw."""
+    of_type(inputs["one"], "bw")
+    assert run(inputs["one"], inputs["two"], "-o", output) == 0, "a type that is unknown"
+    of_type(inputs["two"], "lbm-janma")
+    assert run(inputs["one"], inputs["two"], "-o", output) == 1
+    assert "two.h5: SUV is of type lbm-janma, not bw as in" in capsys.readouterr().err
+    assert run(inputs["one"], inputs["two"], "-o", output, "--allow-mixed") == 0
+
+
 def test_other_length_along_z_fits(inputs, output):
     assert run(inputs["one"], inputs["long"], "-o", output) == 0
     assert_holds(output, {A: inputs["one"], B: inputs["one"], C: inputs["long"]})
@@ -277,6 +294,12 @@ def test_splits_part_whole_patients_into_train_and_validation(inputs, output, tm
     before = {path.name: path.read_bytes() for path in lists.iterdir()}
     run(*arguments, "--force")
     assert {path.name: path.read_bytes() for path in lists.iterdir()} == before
+    (lists / "fold_notes.txt").touch()
+    assert run(*arguments[:-4], "--splits", 2, "--splits-dir", lists) == 0
+    assert {path.name for path in lists.iterdir()} == {
+        *(name for name in names if not name.startswith("fold3")),
+        "fold_notes.txt",
+    }
 
 
 def test_splits_that_cannot_be_written_leave_the_output_as_it_was(inputs, output, capsys):
@@ -390,6 +413,8 @@ WRONG = {
     "output is an input": ["one", "-o", "one"],
     "missing input": ["one", "nosuch", "-o", "out"],
     "one fold": ["one", "-o", "out", "--splits", "1"],
+    "folds in the output's place": ["one", "-o", "out", "--splits", "2", "--splits-dir", "out"],
+    "folds among the parts": ["one", "-o", "out", "--splits", "2", "--splits-dir", "parts"],
     "folder without folds": ["one", "-o", "out", "--splits-dir", "x"],
     "verify writes nothing": ["--verify", "one", "-o", "out"],
     "verify a missing file": ["--verify", "nosuch"],
@@ -399,6 +424,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_end_with_status_2(name, inputs, output, capsys):
     words = {"one": inputs["one"], "out": output, "nosuch": output.with_name("nosuch.h5")}
+    words["parts"] = output.with_name(f"{output.name}.parts") / "x"
     with pytest.raises(SystemExit) as ending:
         run(*(words.get(word, word) for word in WRONG[name]))
     assert ending.value.code == 2

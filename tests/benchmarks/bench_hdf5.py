@@ -33,7 +33,7 @@ from processes import ROOT, median, print_runs, run, run_python
 from common import hdf5_chunks
 
 PATCH = 96
-EDGES = (16, 32, 64)
+EDGES = (16, 32, 40, 64)
 MERGES = 5
 
 
