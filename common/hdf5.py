@@ -217,14 +217,17 @@ def sound_dataset(path: Path, group: h5py.Group, key: str) -> h5py.Dataset:
     Raises
     ------
     StageError
-        A link to a pipe or device, which might never end, or values that lie in another file.
+        A link to a file that is not there, to a pipe or device, which might never end, or values
+        that lie in another file.
     """
     link = group.get(key, getlink=True)
     if isinstance(link, h5py.ExternalLink):
-        # As libhdf5 looks for it.
-        for there in (path.resolve().parent / link.filename, Path(link.filename)):
-            if there.exists() and not there.is_file():
-                raise StageError(f"{path}: links to a device, pipe or folder: make it again")
+        there = path.resolve().parent / link.filename
+        if not there.exists():
+            # libhdf5 would take one of that name in the working directory.
+            raise StageError(f"{path}: links to {link.filename}, which is not there: put it back")
+        if not there.is_file():
+            raise StageError(f"{path}: links to a device, pipe or folder: make it again")
     dataset = group[key]
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         raise StageError(f"{path}: {key} is no dataset with its values in the file: make it again")

@@ -273,6 +273,20 @@ def test_index_whose_files_are_gone_is_refused(inputs, output, tmp_path, capsys)
     assert not output.exists()
 
 
+def test_index_takes_no_file_of_the_working_directory_instead(
+    inputs, output, tmp_path, capsys, monkeypatch
+):
+    index = tmp_path / "in" / "index.h5"
+    run(inputs["one"], "-o", index, "--link")
+    (tmp_path / "elsewhere").mkdir()
+    inputs["one"].rename(tmp_path / "elsewhere" / "one.h5")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(index, "-o", output) == 1
+    assert "index.h5: links to one.h5, which is not there" in capsys.readouterr().err
+    assert run("--verify", index) != 0
+    assert not output.exists()
+
+
 # --- splits ----------------------------------------------------------------------------------
 
 
