@@ -64,7 +64,12 @@ def write_report(
     for outcome in hidden:
         logger.warning("%s: is not shown in the report: %s", outcome.hash, outcome.reason)
     absent += hidden
-    shown = [task.payload.path for task in tasks if task.payload.path.exists()]
+    # A worker that was killed may have left half a card.
+    shown = [
+        task.payload.path
+        for task, outcome in zip(tasks, rendered, strict=True)
+        if outcome.status == "written"
+    ]
     cards = itertools.chain(
         (report.failed_card(o.hash, o.status, o.reason).encode() for o in absent),
         (card.read_bytes() for card in shown),

@@ -3,6 +3,7 @@
 import base64
 import errno
 import io
+import os
 import re
 import shutil
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import preprocessing
-from common import losses, plausibility, report, report_pictures
+from common import losses, plausibility, report, report_cards, report_pictures
 from common.grid import Grid
 
 SHAPE = (24, 20, 30)
@@ -248,6 +249,22 @@ def test_a_study_that_cannot_be_shown_is_told_and_the_next_run_shows_it(tmp_path
     assert "<img data-src" not in page.read_text()
     assert preprocessing.main(command) == 0
     assert page.read_text().count("<img data-src") == 3
+
+
+def test_half_a_card_of_a_killed_worker_is_not_in_the_page(tmp_path, monkeypatch, capfd):
+    def killed(card):
+        card.path.write_text('<article id="half"')
+        os.abort()
+
+    archive = project_zips.write_zip(
+        tmp_path / "p.zip", {"aaaaaaa001": project_zips.study_images()}
+    )
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(report_cards, "render_card", killed)
+    command = [str(archive), "-o", str(tmp_path / "p_3d.h5"), "--report", str(page), "-j", "1"]
+    assert preprocessing.main(command) == 0
+    assert "aaaaaaa001: is not shown in the report: the worker" in capfd.readouterr().err
+    assert re.findall(r'<article id="(\w+)"', page.read_text()) == ["aaaaaaa001"]
 
 
 def test_a_page_that_cannot_be_written_leaves_the_output_as_it_was(tmp_path, capfd, monkeypatch):
