@@ -53,7 +53,7 @@ def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
 def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a key of a file, whose parameters are given; nothing if sound."""
     with open_file(path) as file:
-        if key == _STACK:
+        if parameters.get("stack"):
             return _stack_faults(file)
         return _study_faults(file, key, parameters)
 

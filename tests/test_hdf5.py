@@ -214,10 +214,10 @@ def everything(path):
         return repr(found)
 
 
-def sound_file(path):
+def sound_file(path, key="a"):
     affine = np.diag([-2.0, 2.0, 3.0, 1.0])
     attributes = {"affine": affine, "spacing": [2, 2, 3], "orientation": "LAS"}
-    return write(path, {"a": study_arrays(shape=(12, 11, 10))}, attributes=attributes)
+    return write(path, {key: study_arrays(shape=(12, 11, 10))}, attributes=attributes)
 
 
 def faults_in(path):
@@ -246,6 +246,10 @@ def test_mutated_file_is_refused_or_holds_what_it_held(tmp_path):
         refused += not accepted
         assert not accepted or everything(path) == content
     assert refused > 30 * STRESS
+
+
+def test_a_study_may_be_named_as_the_keys_of_a_stack_are(tmp_path):
+    assert not faults_in(sound_file(tmp_path / "a.h5", key="key"))
 
 
 def test_changed_text_of_an_attribute_is_found(tmp_path):
