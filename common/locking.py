@@ -76,8 +76,9 @@ def _open_locked(lock: Path) -> int:
             os.close(descriptor)
             raise
         # The last holder may have removed the file between our opening and locking it.
-        if lock.exists() and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                return descriptor
         os.close(descriptor)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import functools
 import logging
 import os
@@ -535,6 +536,21 @@ def test_the_lock_is_free_after_an_error(folder):
         raise ZeroDivisionError
     with exclusive(folder.output):
         pass
+
+
+def test_a_lock_file_that_its_last_holder_removes_meanwhile_is_made_again(folder, monkeypatch):
+    lock, flock, calls = folder.output.with_name("out.txt.lock"), fcntl.flock, []
+
+    def removed_first(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            lock.unlink()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with exclusive(folder.output):
+        assert len(calls) == 2
+        assert lock.exists()
 
 
 def test_a_missing_folder_is_named(tmp_path):
