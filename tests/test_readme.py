@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import createproject
@@ -13,6 +14,8 @@ import mergeh5
 import preprocessing
 import project_2d
 from common.lesion_table import COLUMNS
+from common.remarks import Remarks
+from common.suv_provenance import provenance
 from examples import phantom
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +50,7 @@ def test_every_option_that_is_told_of_exists(text):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_option_is_in_the_readme(script):
     told = set(re.findall(r"--[a-z0-9][a-z0-9-]*", README))
-    assert options_of(script) - {"--help", "--version", "--debug"} <= told
+    assert options_of(script) - {"--help", "--version"} <= told
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -108,6 +111,13 @@ def test_every_column_of_the_measures_is_explained():
     section = (ROOT / "docs/formats.md").read_text().split("## Measures")[1].split("\n## ")[0]
     columns = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     assert re.findall(r"`(\w+)`", "".join(columns)) == [*sorted_as(COLUMNS, columns)]
+
+
+def test_every_key_of_the_provenance_is_explained():
+    text = (ROOT / "docs/formats.md").read_text()
+    section = text.split("| key of `suv` |")[1].split("\n\n")[0]
+    told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", section, re.MULTILINE)))
+    assert sorted(told) == sorted(provenance("bw", "6", np.ones(1), None, Remarks()))
 
 
 def sorted_as(columns, cells):

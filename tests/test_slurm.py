@@ -100,6 +100,14 @@ def test_too_few_words_are_told(folder):
     assert done.stderr.startswith("usage: bash slurm.sbatch PROJECT.zip PROJECT_3d.h5 JOBS")
 
 
+def test_a_copy_that_does_not_find_the_scripts_says_so_before_it_submits(folder):
+    for variables in ({"SOFTWARE": str(folder)}, {"PYTHON": str(folder / "python")}):
+        done = run(folder, ["p.zip", "new_3d.h5", "4"], **variables)
+        assert done.returncode == 2
+        assert "set SOFTWARE to the folder of the scripts, and PYTHON" in done.stderr
+    assert not (folder / "new_3d.shards").exists()
+
+
 def test_the_script_is_sound_by_bash_and_shellcheck():
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
     beside_python = Path(sys.executable).parent
