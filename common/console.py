@@ -60,6 +60,13 @@ def open_standard_streams() -> None:
 
 
 def set_up_logging(options: argparse.Namespace) -> None:
+    """Have the log go to stderr, and to --log-file, from the level that the options ask for.
+
+    Raises
+    ------
+    OSError
+        The log file can't be written.
+    """
     level = PROGRESS - 10 * options.verbose
     if options.quiet:
         level = logging.ERROR
