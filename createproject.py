@@ -25,28 +25,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from common import (
-    archive,
-    cli,
-    console,
-    key_file,
-    mapping,
-    outputs,
-    path_checks,
-    raw_project,
-    roles,
-    stage,
-)
-from common.candidates import ROLE_NAMES, Patterns
+from common import project_zip
 from common.errors import IncompleteStudy, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
-from common.image_sizes import image_bytes
-from common.parallel import run_studies
-from common.pseudonyms import studies_by_hash
-from common.raw_project import StudyFolder
-from common.study import Conversion, plan_study, read_study
-from common.suv import SUV_UNITS
-from common.worker import Outcome, Status, Task
+from common.raw import mapping, pseudonyms, roles
+from common.raw.project import StudyFolder, files_below, image_bytes, list_files
+from common.raw.pseudonyms import studies_by_hash
+from common.raw.roles import ROLE_NAMES, Patterns
+from common.raw.study import Conversion, plan_study, read_study
+from common.run import cli, console, stage
+from common.run.output import exclusive, writing_part
+from common.run.pool import run_studies
+from common.run.worker import Outcome, Status, Task
+from common.suv.factors import SUV_UNITS
+from common.version import SOFTWARE
 
 EXAMPLES = """
   python createproject.py RAW_PROJECT -o project.zip
@@ -83,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with path_checks.checking(parser):
+    with cli.checking(parser):
         check_options(parser, options)
     if options.dry_run:
         return cli.run(options, lambda: dry_run(options), dry_closing_line)
@@ -159,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"secret of at least {SHORTEST_KEY} bytes: pseudonyms that can't be guessed",
     )
     identity.add_argument(
-        "--new-key", action=key_file.NewKey, metavar="FILE", help="make such a secret and exit"
+        "--new-key", action=pseudonyms.NewKey, metavar="FILE", help="make such a secret and exit"
     )
     identity.add_argument(
         "--hash-length",
@@ -179,21 +171,21 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
     inputs = [options.raw_project, *([options.key_file] if options.key_file else [])]
-    path_checks.check_paths(parser, options, inputs)
+    cli.check_paths(parser, options, inputs)
     options.mapping = options.mapping or options.output.with_name(
         f"{options.output.stem}_mapping.csv"
     )
-    path_checks.check_side_output(parser, options.mapping, options, inputs)
+    cli.check_side_output(parser, options.mapping, options, inputs)
     if not options.raw_project.is_dir():
         parser.error(f"{options.raw_project} is not a folder")
     if max(options.hash_length) > LONGEST_DIGEST:
         parser.error(f"--hash-length: a digest has {LONGEST_DIGEST} characters")
-    if sum(options.hash_length) > archive.LONGEST_NAME:
-        parser.error(f"--hash-length: a hash has at most {archive.LONGEST_NAME} characters")
+    if sum(options.hash_length) > project_zip.LONGEST_NAME:
+        parser.error(f"--hash-length: a hash has at most {project_zip.LONGEST_NAME} characters")
     options.name = options.name or options.raw_project.resolve().name
     if not options.name.isprintable() or not re.fullmatch(r"(?!\.\.?$)[^/\\:]+", options.name):
         parser.error(f"--name {options.name!r} can't be a folder's name: choose another by --name")
-    options.key = key_file.read_key(parser, options.key_file) if options.key_file else None
+    options.key = pseudonyms.read_key(parser, options.key_file) if options.key_file else None
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -201,7 +193,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def create_project(options: argparse.Namespace) -> list[Outcome]:
     """Convert what is new or changed and replace the zip and the mapping."""
-    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
+    with exclusive(options.output, force=options.force, lock=options.lock):
         folders = pseudonymised(options)
         known = mapping.read(options.mapping)
         known_skips = {row.hash: row.reason for row in known if row.status == "skipped"}
@@ -215,7 +207,7 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
                 options.output, functools.partial(read_finished, known=known), force=options.force
             ),
             convert_study,
-            functools.partial(archive.assemble, project=options.name),
+            functools.partial(project_zip.assemble, project=options.name),
             options.jobs,
             lambda path, done: write_mapping(path, folders, studies, [*outcomes, *done], options),
             known_skips=known_skips,
@@ -245,11 +237,11 @@ def plan(
         allow_empty_mask=options.allow_empty_mask,
         trust_geometry=options.trust_geometry,
     )
-    fixed = [cli.SOFTWARE, options.name, dict(patterns.by_role), asdict(conversion)]
+    fixed = [SOFTWARE, options.name, dict(patterns.by_role), asdict(conversion)]
     studies, outcomes = [], []
     for study_hash, folder in folders.items():
         try:
-            files = raw_project.list_files(folder)
+            files = list_files(folder)
         except StudyError as error:
             status = status_of(error)
             outcomes.append(Outcome(study_hash, status, str(error), private=error.private))
@@ -276,7 +268,7 @@ def with_memory(studies: Sequence[stage.Study]) -> list[stage.Study]:
     sizes = {study.hash: study.memory_bytes for study in studies}
     for study in sorted(studies, key=lambda study: study.memory_bytes)[-N_LOOKED_INTO:]:
         with suppress(StudyError):
-            files = raw_project.files_below(study.payload.folder)
+            files = files_below(study.payload.folder)
             sizes[study.hash] = image_bytes(study.payload.folder, files)
     return [
         replace(study, memory_bytes=MEMORY_BASE + MEMORY_PER_BYTE * sizes[study.hash])
@@ -291,7 +283,7 @@ def status_of(error: StudyError) -> Status:
 
 def read_finished(path: Path, known: Sequence[mapping.Row]) -> dict[str, str]:
     """Return the fingerprints of the studies that a zip holds, unknown ones empty."""
-    archived = archive.read_directory(path)
+    archived = project_zip.read_directory(path)
     input_of = {row.output: row.input for row in known}
     finished = {study.hash: input_of.get(study.content, "") for study in archived.values()}
     if not all(finished.values()):
@@ -307,8 +299,8 @@ def convert_study(task: stage.PartTask) -> Sequence[str]:
     raw: RawStudy = task.payload
     found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     images = read_study(found, raw.conversion)
-    with outputs.writing_part(task.part) as temporary:
-        archive.write_part(temporary, raw.project, task.hash, images.by_role, images.record)
+    with writing_part(task.part) as temporary:
+        project_zip.write_part(temporary, raw.project, task.hash, images.by_role, images.record)
     return images.warnings
 
 
@@ -324,7 +316,7 @@ def write_mapping(
     Rows of other projects and of other shards are kept. Without a new zip no study is written.
     """
     inputs = {study.hash: study.fingerprint for study in studies}
-    archived = archive.read_directory(zip_path) if zip_path is not None else {}
+    archived = project_zip.read_directory(zip_path) if zip_path is not None else {}
     by_hash = {outcome.hash: outcome for outcome in outcomes}
     rows = [
         row

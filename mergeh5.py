@@ -22,12 +22,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, hdf5, hdf5_assembly, hdf5_check, outputs, path_checks, splits, stage
+from common import splits
 from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
-from common.parallel import run_studies
-from common.processes import call_apart
-from common.worker import Outcome, Status, Task
+from common.hdf5 import merge as hdf5_assembly
+from common.hdf5.studies import (
+    read_all_attributes,
+    read_attributes,
+    read_keys,
+    read_parameters,
+    read_shapes,
+    studies_of,
+    study_of,
+)
+from common.hdf5.verify import faults_of, keys_to_check, read_indices
+from common.run import cli, stage
+from common.run.output import exclusive, make_folder, replace_output, write_beside
+from common.run.pool import call_apart, run_studies
+from common.run.worker import Outcome, Status, Task
+from common.version import SOFTWARE
 
 EXAMPLES = """
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5
@@ -46,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with path_checks.checking(parser):
+    with cli.checking(parser):
         check_options(parser, options)
     if options.verify:
         return cli.run(options, lambda: verify(options), verify_line)
@@ -106,19 +119,19 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.verify:
         if options.output or options.link or options.splits:
             parser.error("--verify writes nothing: leave out -o, --link and --splits")
-        path_checks.check_files(parser, options.inputs)
-        path_checks.check_log_file(parser, options, options.inputs)
+        cli.check_files(parser, options.inputs)
+        cli.check_log_file(parser, options, options.inputs)
         return
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
-    path_checks.check_files(parser, options.inputs)
-    path_checks.check_paths(parser, options, options.inputs)
+    cli.check_files(parser, options.inputs)
+    cli.check_paths(parser, options, options.inputs)
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
     if options.splits_dir is not None:
         if options.splits is None:
             parser.error("--splits-dir needs --splits K")
-        path_checks.check_folder(parser, options.splits_dir, options)
+        cli.check_folder(parser, options.splits_dir, options)
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -144,14 +157,14 @@ class MergePlan:
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
     """Check the inputs, write the merged file, and the splits if asked for."""
-    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
+    with exclusive(options.output, force=options.force, lock=options.lock):
         plan = checked_plan(options)
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
         if status == "written":
             write_merged(options, plan)
         elif options.splits is not None:
             write_splits(options, plan)
-    return [Outcome(study, status) for study in hdf5.studies_of(plan.sources, plan.parameters)]
+    return [Outcome(study, status) for study in studies_of(plan.sources, plan.parameters)]
 
 
 def checked_plan(options: argparse.Namespace) -> MergePlan:
@@ -160,7 +173,7 @@ def checked_plan(options: argparse.Namespace) -> MergePlan:
         plan: MergePlan = call_apart(plan_merge, options)
     except WorkerCrashed:
         for path in options.inputs:
-            call_apart(hdf5.read_all_attributes, path)
+            call_apart(read_all_attributes, path)
         raise
     return plan
 
@@ -171,23 +184,23 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     sources = {
         key: path
         for key, path in chosen_sources(options.inputs, options.on_duplicate).items()
-        if cli.in_shard(hdf5.study_of(key, parameters), options.shard)
+        if cli.in_shard(study_of(key, parameters), options.shard)
     }
     if "angles" not in parameters and not options.allow_mixed:
         refuse_mixed_suv_types(sources)
     projects: dict[str, str] = {}
     if options.splits is not None:
         for path, keys in hdf5_assembly.keys_by_file(sources).items():
-            projects |= hdf5.read_attributes(path, keys, "project")
+            projects |= read_attributes(path, keys, "project")
     return MergePlan(parameters, sources, projects)
 
 
 def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, Any]:
     """Return what all files have in common, or refuse files that differ."""
-    first = hdf5.read_parameters(inputs[0])
+    first = read_parameters(inputs[0])
     merged = dict(first)
     for path in inputs[1:]:
-        other = hdf5.read_parameters(path)
+        other = read_parameters(path)
         if ("angles" in first) != ("angles" in other):
             raise StageError(f"{path}: {inputs[0]} is 3D and it 2D, or vice versa: give one kind")
         differing = sorted(k for k in {*first, *other} if first.get(k) != other.get(k))
@@ -211,7 +224,7 @@ def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
     """
     first: tuple[str, Path] | None = None
     for path, keys in hdf5_assembly.keys_by_file(sources).items():
-        for suv_type in hdf5.read_attributes(path, keys, "suv_type").values():
+        for suv_type in read_attributes(path, keys, "suv_type").values():
             if suv_type == "unknown":
                 continue
             first = first or (suv_type, path)
@@ -230,7 +243,7 @@ def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]
     """Return which file each key is taken from."""
     sources: dict[str, Path] = {}
     for path in inputs:
-        for key in hdf5.read_shapes(path):
+        for key in read_shapes(path):
             if key not in sources or hdf5_assembly.same_content(key, sources[key], path):
                 sources.setdefault(key, path)
             elif on_duplicate == "error":
@@ -260,8 +273,8 @@ def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
 def holds(path: Path, plan: MergePlan, linked: bool) -> bool:
     """Whether a file is what the plan says."""
     return (
-        hdf5.read_parameters(path) == plan.parameters
-        and hdf5.read_keys(path) == sorted(plan.sources)
+        read_parameters(path) == plan.parameters
+        and read_keys(path) == sorted(plan.sources)
         and hdf5_assembly.holds_links(path) == linked
         and hdf5_assembly.read_digests(dict.fromkeys(plan.sources, path))
         == hdf5_assembly.read_digests(plan.sources)
@@ -270,7 +283,7 @@ def holds(path: Path, plan: MergePlan, linked: bool) -> bool:
 
 def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
     """Replace the output by copies of, or links to, the studies in the plan."""
-    made_by = {"parameters": plan.parameters, "software": cli.SOFTWARE}
+    made_by = {"parameters": plan.parameters, "software": SOFTWARE}
     assemble = (
         functools.partial(hdf5_assembly.assemble_links, **made_by, folder=options.output.parent)
         if options.link
@@ -281,7 +294,7 @@ def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
         if options.splits is not None:
             write_splits(options, plan)
 
-    outputs.replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
+    replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
 
 
 def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
@@ -289,13 +302,13 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
     keys = sorted(plan.sources)
     folds = splits.patient_folds(keys, plan.projects, options.splits, options.patient_characters)
     folder = options.splits_dir or options.output.parent
-    outputs.make_folder(folder)
+    make_folder(folder)
     for number, validation in enumerate(folds, start=1):
         held_out = set(validation)
         training = [key for key in keys if key not in held_out]
         for name, chosen in (("train", training), ("val", validation)):
             text = "".join(f"{key}\n" for key in chosen)
-            outputs.write_beside(folder / f"fold{number}_{name}.txt", text)
+            write_beside(folder / f"fold{number}_{name}.txt", text)
     for path in sorted(folder.iterdir()):
         # Of an earlier run with more folds, in which patients are spread differently.
         found = FOLD_FILE.fullmatch(path.name)
@@ -311,7 +324,7 @@ def verify(options: argparse.Namespace) -> list[Outcome]:
     tasks, unreadable = [], set()
     for path in options.inputs:
         try:
-            keys, parameters = call_apart(hdf5_check.keys_to_check, path)
+            keys, parameters = call_apart(keys_to_check, path)
         except StageError as error:
             logger.error("%s", error)
             unreadable.add(path)
@@ -319,13 +332,13 @@ def verify(options: argparse.Namespace) -> list[Outcome]:
         tasks += [
             Task(key, StoredDatasets(path, key, parameters))
             for key in keys
-            if cli.in_shard(hdf5.study_of(key, parameters), options.shard)
+            if cli.in_shard(study_of(key, parameters), options.shard)
         ]
     outcomes = run_studies(verify_datasets, tasks, options.jobs, stage.report)
     if all(outcome.status == "written" for outcome in outcomes):
         for path in (path for path in options.inputs if path not in unreadable):
             try:
-                call_apart(hdf5_check.read_indices, path)
+                call_apart(read_indices, path)
             except StageError as error:
                 logger.error("%s", error)
                 unreadable.add(path)
@@ -348,7 +361,7 @@ class StoredDatasets:
 def verify_datasets(stored: StoredDatasets) -> Sequence[str]:
     """Hold an image and its masks against their digests and attributes; return no warnings."""
     try:
-        faults = hdf5_check.faults_of(stored.path, stored.key, stored.parameters)
+        faults = faults_of(stored.path, stored.key, stored.parameters)
     except StageError as error:
         raise StudyError(str(error)) from error
     if faults:

@@ -23,16 +23,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import archive, cli, hdf5, hdf5_assembly, hdf5_chunks, outputs, path_checks, stage
+from common import project_zip
 from common.errors import StageError
 from common.hashing import fingerprint
-from common.lesion_table import lesion_table
+from common.hdf5.merge import assemble
+from common.hdf5.studies import (
+    COMPRESSIONS,
+    has_blosc,
+    read_attributes,
+    read_fingerprints,
+    read_keys,
+)
+from common.hdf5.training_study import Laps, place_study, write_study
 from common.nifti import write_nifti_file
-from common.processes import call_apart
-from common.progress import PROGRESS
-from common.training_study import Laps, place_study, write_study
+from common.report.lesion_table import lesion_table
+from common.run import cli, stage
+from common.run.console import PROGRESS
+from common.run.output import exclusive, make_folder, write_beside, writing_beside, writing_part
+from common.run.pool import call_apart
+from common.run.worker import Outcome
+from common.version import SOFTWARE
 from common.volumes import ORIENTATIONS, Recipe
-from common.worker import Outcome
 
 EXAMPLES = """
   python preprocessing.py project.zip -o project_3d.h5
@@ -57,7 +68,7 @@ class ZippedStudy:
     """What a worker needs to preprocess one study."""
 
     zip_path: Path
-    study: archive.ArchivedStudy
+    study: project_zip.ArchivedStudy
     recipe: Recipe
     compression: str
     nifti_folder: Path | None
@@ -69,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with path_checks.checking(parser):
+    with cli.checking(parser):
         check_options(parser, options)
     return cli.run(options, lambda: preprocess(options))
 
@@ -146,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     results = parser.add_argument_group("results")
     results.add_argument(
         "--compression",
-        choices=hdf5_chunks.COMPRESSIONS,
+        choices=COMPRESSIONS,
         default="gzip",
         help="of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in "
         "patches, needs hdf5plugin)",
@@ -186,8 +197,8 @@ def orientation(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    path_checks.check_files(parser, [options.zip])
-    path_checks.check_paths(parser, options, [options.zip])
+    cli.check_files(parser, [options.zip])
+    cli.check_paths(parser, options, [options.zip])
     least_mm, greatest_mm = SPACINGS_MM
     if not all(least_mm <= spacing_mm <= greatest_mm for spacing_mm in options.spacing):
         parser.error(f"--spacing: voxel sizes must be from {least_mm} to {greatest_mm} mm")
@@ -203,13 +214,13 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.iso_suv is not None and options.iso_suv <= 0:
         parser.error("--iso-suv: give an SUV above 0")
     if options.measures is not None:
-        path_checks.check_side_output(parser, options.measures, options, [options.zip])
+        cli.check_side_output(parser, options.measures, options, [options.zip])
     if options.report is not None:
         beside = [options.zip, *([options.measures] if options.measures else [])]
-        path_checks.check_side_output(parser, options.report, options, beside)
+        cli.check_side_output(parser, options.report, options, beside)
     if options.save_nifti is not None:
-        path_checks.check_folder(parser, options.save_nifti, options)
-    if options.compression == "blosc" and not hdf5_chunks.has_blosc():
+        cli.check_folder(parser, options.save_nifti, options)
+    if options.compression == "blosc" and not has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
 
@@ -229,15 +240,15 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         iso_suv=options.iso_suv,
         dtype=options.dtype,
     )
-    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
-        archived = archive.read_directory(options.zip)
+    with exclusive(options.output, force=options.force, lock=options.lock):
+        archived = project_zip.read_directory(options.zip)
         if not archived:
             raise StageError(
                 f"{options.zip}: no study in it; members must end in "
                 "<hash>/<hash>_{ct,petsuv,mask}.nii.gz"
             )
         if options.save_nifti is not None:
-            outputs.make_folder(options.save_nifti)
+            make_folder(options.save_nifti)
         studies = plan(archived, recipe, options)
 
         def write_what_goes_beside(path: Path | None, outcomes: Sequence[Outcome]) -> None:
@@ -245,7 +256,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 write_measures(options.measures, path)
             if path is not None and options.report is not None:
                 # Slow to load, and only for those who ask for it.
-                from common.report_cards import write_report
+                from common.report.page import write_report
 
                 write_report(
                     options.report,
@@ -253,7 +264,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                     path.resolve(),
                     outcomes,
                     options.jobs,
-                    cli.SOFTWARE,
+                    SOFTWARE,
                     options.dask,
                 )
 
@@ -262,13 +273,11 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             studies,
             stage.present_content(
                 options.output,
-                functools.partial(call_apart, hdf5.read_fingerprints),
+                functools.partial(call_apart, read_fingerprints),
                 force=options.force,
             ),
             preprocess_study,
-            functools.partial(
-                hdf5_assembly.assemble, parameters=asdict(recipe), software=cli.SOFTWARE
-            ),
+            functools.partial(assemble, parameters=asdict(recipe), software=SOFTWARE),
             options.jobs,
             write_what_goes_beside,
             failures_of="preprocessing",
@@ -277,14 +286,14 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
 
 
 def plan(
-    archived: Mapping[str, archive.ArchivedStudy], recipe: Recipe, options: argparse.Namespace
+    archived: Mapping[str, project_zip.ArchivedStudy], recipe: Recipe, options: argparse.Namespace
 ) -> list[stage.Study]:
     """Return this shard's studies."""
     studies = []
     for study_hash, study in archived.items():
         if not cli.in_shard(study_hash, options.shard):
             continue
-        made_from = [cli.SOFTWARE, study.content, asdict(recipe), options.compression]
+        made_from = [SOFTWARE, study.content, asdict(recipe), options.compression]
         digest = fingerprint(made_from)
         payload = ZippedStudy(
             options.zip.resolve(),
@@ -300,7 +309,7 @@ def plan(
     return studies
 
 
-def memory_bytes(study: archive.ArchivedStudy) -> int:
+def memory_bytes(study: project_zip.ArchivedStudy) -> int:
     """Return what preprocessing a study takes at most, roughly [bytes]."""
     try:
         shapes = study.record["shapes"].values()
@@ -327,7 +336,7 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
     work: ZippedStudy = task.payload
     laps = Laps()
     placed = place_study(work.zip_path, work.study, work.recipe, laps)
-    with outputs.writing_part(task.part, task.beside) as temporary:
+    with writing_part(task.part, task.beside) as temporary:
         write_study(
             temporary,
             work.study,
@@ -335,11 +344,11 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
             work.recipe,
             work.compression,
             work.fingerprint,
-            cli.SOFTWARE,
+            SOFTWARE,
         )
         if work.nifti_folder is not None:
             for name, path in nifti_paths(work.nifti_folder, task.hash).items():
-                with outputs.writing_beside(path) as nifti:
+                with writing_beside(path) as nifti:
                     write_nifti_file(nifti, placed.images[name])
     laps.end("writing")
     logger.info("%s: resampled %s", task.hash, placed.ways)
@@ -353,15 +362,14 @@ def preprocess_study(task: stage.PartTask) -> Sequence[str]:
 
 def write_measures(path: Path, studies_file: Path) -> None:
     """Write the measures kept in an HDF5 file as CSV."""
-    outputs.write_beside(path, call_apart(measures_table, studies_file))
+    write_beside(path, call_apart(measures_table, studies_file))
 
 
 def measures_table(studies_file: Path) -> str:
     """Return the table of the measures kept in an HDF5 file."""
-    keys = hdf5.read_keys(studies_file)
+    keys = read_keys(studies_file)
     projects, measures, warnings = (
-        hdf5.read_attributes(studies_file, keys, name)
-        for name in ("project", "measures", "warnings")
+        read_attributes(studies_file, keys, name) for name in ("project", "measures", "warnings")
     )
     return lesion_table(
         (key, projects[key], json.loads(measures[key]), json.loads(warnings[key])) for key in keys

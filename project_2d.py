@@ -26,13 +26,27 @@ from typing import Any
 
 import numpy as np
 
-from common import cli, hdf5, hdf5_assembly, hdf5_chunks, outputs, path_checks, stage
-from common.angles import angle_name, projection_angles
 from common.errors import StageError, StudyError
 from common.hashing import fingerprint
-from common.processes import call_apart
+from common.hdf5 import merge
+from common.hdf5.studies import (
+    COMPRESSIONS,
+    GROUPS,
+    create_file,
+    has_blosc,
+    read_attributes,
+    read_dataset,
+    read_parameters,
+    read_shapes,
+    write_dataset,
+)
+from common.projection import angle_name, projection_angles
+from common.run import cli, stage
+from common.run.output import exclusive, make_folder, write_beside, writing_beside, writing_part
+from common.run.pool import call_apart
+from common.run.worker import Outcome
+from common.version import SOFTWARE
 from common.volumes import ORIENTATIONS
-from common.worker import Outcome
 
 EXAMPLES = """
   python project_2d.py all_3d.h5 -o all_2d.h5
@@ -88,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    with path_checks.checking(parser):
+    with cli.checking(parser):
         check_options(parser, options)
     return cli.run(options, lambda: project(options))
 
@@ -119,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     projecting.add_argument(
         "--compression",
-        choices=hdf5_chunks.COMPRESSIONS,
+        choices=COMPRESSIONS,
         default="gzip",
         help="of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in "
         "patches, needs hdf5plugin)",
@@ -135,17 +149,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    path_checks.check_files(parser, [options.input])
-    path_checks.check_paths(parser, options, [options.input])
+    cli.check_files(parser, [options.input])
+    cli.check_paths(parser, options, [options.input])
     try:
         options.all_angles = projection_angles(*options.angles)
     except ValueError as error:
         parser.error(f"--angles: {error}")
-    path_checks.check_side_output(parser, csv_path(options.output), options, [options.input])
+    cli.check_side_output(parser, csv_path(options.output), options, [options.input])
     for folder in (options.gif, options.png):
         if folder is not None:
-            path_checks.check_folder(parser, folder, options)
-    if options.compression == "blosc" and not hdf5_chunks.has_blosc():
+            cli.check_folder(parser, folder, options)
+    if options.compression == "blosc" and not has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
 
@@ -159,12 +173,12 @@ def csv_path(output: Path) -> Path:
 
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
-    with outputs.exclusive(options.output, force=options.force, lock=options.lock):
+    with exclusive(options.output, force=options.force, lock=options.lock):
         source = call_apart(read_source, options.input, options.shard)
         parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
-                outputs.make_folder(folder)
+                make_folder(folder)
         studies = plan(options, source, parameters)
         by_key = {
             two_d_key(study.hash, angle): study.hash
@@ -181,7 +195,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             studies,
             stage.present_content(
                 options.output,
-                functools.partial(call_apart, hdf5_assembly.read_projected),
+                functools.partial(call_apart, merge.read_projected),
                 force=options.force,
             ),
             project_study,
@@ -204,8 +218,8 @@ def assemble_projections(
 ) -> None:
     """Write the 2D file from files that hold the projections of a study."""
     of_keys = {key: sources[study] for key, study in by_key.items() if study in sources}
-    assemble = hdf5_assembly.assemble_stack if stack else hdf5_assembly.assemble
-    assemble(path, of_keys, parameters, cli.SOFTWARE)
+    assemble = merge.assemble_stack if stack else merge.assemble
+    assemble(path, of_keys, parameters, SOFTWARE)
 
 
 def two_d_key(study_hash: str, angle: float) -> str:
@@ -215,13 +229,13 @@ def two_d_key(study_hash: str, angle: float) -> str:
 
 def read_source(path: Path, shard: tuple[int, int]) -> Source:
     """Read what the plan needs of a 3D file."""
-    parameters = hdf5.read_parameters(path)
+    parameters = read_parameters(path)
     if "angles" in parameters:
         raise StageError(f"{path}: holds projections already: give a 3D file")
-    shapes = hdf5.read_shapes(path)
+    shapes = read_shapes(path)
     keys = [key for key in shapes if cli.in_shard(key, shard)]
-    digests = hdf5_assembly.read_digests(dict.fromkeys(keys, path))
-    return Source(parameters, shapes, digests, hdf5.read_attributes(path, keys, "project"))
+    digests = merge.read_digests(dict.fromkeys(keys, path))
+    return Source(parameters, shapes, digests, read_attributes(path, keys, "project"))
 
 
 def plan(
@@ -235,7 +249,7 @@ def plan(
     slab = max(shape[3] for shape in source.shapes.values()) if options.stack else None
     studies = []
     for key, digests in source.digests.items():
-        made_from = [cli.SOFTWARE, digests, parameters, slab, options.compression]
+        made_from = [SOFTWARE, digests, parameters, slab, options.compression]
         payload = StoredStudy(
             options.input.resolve(),
             key,
@@ -268,7 +282,7 @@ def write_list(
     for number, key in enumerate(keys):
         study_hash, _, angle = key.rpartition("_")
         writer.writerow((number, study_hash, angle, source.projects.get(study_hash, ""), key))
-    outputs.write_beside(csv_path(options.output), text.getvalue())
+    write_beside(csv_path(options.output), text.getvalue())
 
 
 # --- one study -------------------------------------------------------------------------------
@@ -277,7 +291,7 @@ def write_list(
 def project_study(task: stage.PartTask) -> Sequence[str]:
     """Project one study from all angles and write its part."""
     work: StoredStudy = task.payload
-    image, attributes = hdf5.read_dataset(work.path, "image", work.key)
+    image, attributes = read_dataset(work.path, "image", work.key)
     check_attributes(attributes)
     # Slow to load, and of no use where nothing is new.
     from common.projection import image_mips, mask_mips
@@ -285,7 +299,7 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
     mips = {"image": np.clip(image_mips(image, work.angles), 0, 1).astype(image.dtype)}
     del image
     for group in ("mask", "mask_iso"):
-        mask, _ = hdf5.read_dataset(work.path, group, work.key)
+        mask, _ = read_dataset(work.path, group, work.key)
         mips[group] = mask_mips(mask, work.angles)
     if work.slab is not None:
         mips = {group: padded(array, work.slab) for group, array in mips.items()}
@@ -294,12 +308,12 @@ def project_study(task: stage.PartTask) -> Sequence[str]:
         "hash": work.key,
         "spacing": np.array(attributes["spacing"])[[0, 2]],
     }
-    with outputs.writing_part(task.part, task.beside) as temporary:
-        with hdf5.create_file(temporary, work.parameters, cli.SOFTWARE) as file:
+    with writing_part(task.part, task.beside) as temporary:
+        with create_file(temporary, work.parameters, SOFTWARE) as file:
             for i, angle in enumerate(work.angles):
-                for group in hdf5.GROUPS:
+                for group in GROUPS:
                     more = {"fingerprint": work.fingerprint} if group == "image" else {}
-                    hdf5.write_dataset(
+                    write_dataset(
                         file,
                         group,
                         two_d_key(work.key, angle),
@@ -339,7 +353,7 @@ def write_pictures(
     if work.gif is None and work.png is None:
         return
     # Slow to load, and only for those who ask for them.
-    from common import pictures
+    from common.report import pictures
 
     frames = pictures.mip_frames(
         mips["image"][:, 0],
@@ -349,10 +363,10 @@ def write_pictures(
         orientation=attributes["orientation"],
     )
     if work.png is not None:
-        with outputs.writing_beside(work.png / f"{work.key}.png") as path:
+        with writing_beside(work.png / f"{work.key}.png") as path:
             pictures.write_png(path, frames[0])
     if work.gif is not None:
-        with outputs.writing_beside(work.gif / f"{work.key}.gif") as path:
+        with writing_beside(work.gif / f"{work.key}.gif") as path:
             pictures.write_gif(path, frames, work.angles)
 
 

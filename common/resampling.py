@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.grid import Grid
+from common.geometry import Grid
 from common.spline_axes import (
     AxisStep,
     as_slice,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.grid import Grid
+from common.geometry import Grid
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]

@@ -11,16 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.components import components, voxels_above_zero
-from common.grid import Grid, reorient, target_grid
-from common.image import Image
+from common.geometry import Grid, Image, reorient, target_grid
 from common.lesions import (
     dose_fraction,
     isocontour,
     measure_lesions,
     tumour_burden,
 )
-from common.losses import clipped_uptake, lesion_losses, uncovered_uptake
-from common.plausibility import dose_out_of_range, mask_far_from_uptake
+from common.quality_warnings import (
+    clipped_uptake,
+    dose_out_of_range,
+    lesion_losses,
+    mask_far_from_uptake,
+    uncovered_uptake,
+)
 from common.resampling import resample_cubic, resample_nearest, separable
 
 ORIENTATIONS = frozenset(

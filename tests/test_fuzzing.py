@@ -25,9 +25,9 @@ import createproject
 import mergeh5
 import preprocessing
 import project_2d
-from common import hdf5
 from common.errors import StageError, StudyError
-from common.worker import attempt
+from common.hdf5 import studies
+from common.run.worker import attempt
 
 CASES = 20 * int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
@@ -148,9 +148,9 @@ def hdf5_volumes(path: Path) -> Volumes:
 def verified_volumes(path: Path) -> Volumes:
     """As `hdf5_volumes`, but without what `read_dataset` refuses: chunks are merged unread."""
     volumes: Volumes = {}
-    for key in hdf5.read_keys(path):
+    for key in studies.read_keys(path):
         try:
-            arrays = {group: hdf5.read_dataset(path, group, key)[0] for group in hdf5.GROUPS}
+            arrays = {group: studies.read_dataset(path, group, key)[0] for group in studies.GROUPS}
         except (StudyError, StageError):
             continue
         volumes[key] = arrays
@@ -186,9 +186,11 @@ def test_damage_ends_in_a_plausible_result_or_in_a_named_refusal(
     sound, tmp_path, name, monkeypatch
 ):
     subject = SUBJECTS[name]
-    monkeypatch.setattr("common.stage.run_studies", run_here)
+    monkeypatch.setattr("common.run.stage.run_studies", run_here)
     if subject.kind != "hdf5":  # libhdf5 crashes, or never ends: its work is always done apart
-        monkeypatch.setattr("common.outputs.call_apart", lambda call, *arguments: call(*arguments))
+        monkeypatch.setattr(
+            "common.run.output.call_apart", lambda call, *arguments: call(*arguments)
+        )
     cases = [
         lambda seed=seed: case(sound, tmp_path / f"{seed}", subject, seed) for seed in range(CASES)
     ]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.grid import Grid
-from common.losses import clipped_uptake, lesion_losses, uncovered_uptake
+from common.geometry import Grid
+from common.quality_warnings import clipped_uptake, lesion_losses, uncovered_uptake
 from common.resampling import resample_nearest
 
 

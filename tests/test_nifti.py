@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.errors import StudyError
-from common.image import Image
+from common.geometry import Image
 from common.nifti import encode_nifti, is_nifti_name, read_nifti, read_nifti_file, write_nifti_file
 
 AFFINE = np.array([[-2.0, 0, 0, 90], [0, 2.5, 0, -110], [0, 0, 3.0, -200], [0, 0, 0, 1]])

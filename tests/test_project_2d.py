@@ -14,7 +14,7 @@ from scipy.ndimage import rotate
 
 import preprocessing
 import project_2d
-from common import hdf5
+from common.hdf5 import studies
 
 A, B, C = "aaaaaaa001", "bbbbbbb002", "ccccccc003"
 GROUPS = ("image", "mask", "mask_iso")
@@ -208,8 +208,8 @@ def test_jobs_and_shards_do_not_change_what_a_study_gives(volumes, projected, tm
     for part in (1, 2):
         shard = tmp_path / f"shard{part}.h5"
         assert run(volumes, shard, *FEW, "--shard", f"{part}/2") == 0
-        keys += hdf5.read_keys(shard)
-        assert len(read_list(shard.with_suffix(".csv"))) == len(hdf5.read_keys(shard))
+        keys += studies.read_keys(shard)
+        assert len(read_list(shard.with_suffix(".csv"))) == len(studies.read_keys(shard))
     with h5py.File(projected) as file:
         assert sorted(keys) == sorted(file["image"])
 
@@ -231,7 +231,7 @@ def test_rerun_projects_what_is_new_or_changed(tmp_path, capsys):
     assert summary({A: first, B: second}) == "1 written"
     assert summary({A: second, B: second}) == "1 written"
     assert summary({B: second}) == "0 written"
-    assert {key.partition("_")[0] for key in hdf5.read_keys(output)} == {B}
+    assert {key.partition("_")[0] for key in studies.read_keys(output)} == {B}
     assert {row["hash"] for row in read_list(output.with_suffix(".csv"))} == {B}
     assert summary({B: second}, "--angles", 0, 180, 90) == "1 written"
     assert summary({B: second}, "--stack") == "1 written"
@@ -259,7 +259,7 @@ def test_damaged_study_fails_and_the_others_are_projected(volumes, tmp_path, cap
     out, err = capsys.readouterr()
     assert "2 studies: 1 written, 0 unchanged, 0 skipped, 1 failed" in out
     assert f"error: {A}: mask is damaged in the HDF5 file (checksum)" in err
-    assert {key.partition("_")[0] for key in hdf5.read_keys(tmp_path / "p.h5")} == {B}
+    assert {key.partition("_")[0] for key in studies.read_keys(tmp_path / "p.h5")} == {B}
 
 
 def test_pictures_show_each_study(volumes, tmp_path):

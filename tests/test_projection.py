@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from common.angles import angle_name, projection_angles
-from common.projection import image_mips, mask_mips
+from common.projection import angle_name, image_mips, mask_mips, projection_angles
 
 # Of the largest magnitude; the contract asks for 1e-3.
 IMAGE_TOLERANCE = 1e-6

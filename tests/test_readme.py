@@ -13,9 +13,9 @@ import createproject
 import mergeh5
 import preprocessing
 import project_2d
-from common.lesion_table import COLUMNS
-from common.remarks import Remarks
-from common.suv_provenance import provenance
+from common.report.lesion_table import COLUMNS
+from common.suv.factors import provenance
+from common.suv.inputs import Remarks
 from examples import phantom
 
 ROOT = Path(__file__).parents[1]

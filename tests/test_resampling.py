@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nilearn.image import resample_img, resample_to_img
 from nilearn.image.resampling import BoundingBoxError
 
-from common.grid import Grid, reorient, target_grid
+from common.geometry import Grid, reorient, target_grid
 from common.resampling import resample_cubic, resample_nearest, separable
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sts_nifti"

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from common.grid import Grid
-from common.image import Image
+from common.geometry import Grid, Image
 from common.volumes import (
     ORIENTATIONS,
     Recipe,

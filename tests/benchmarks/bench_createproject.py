@@ -35,9 +35,9 @@ WORKER = """
 import sys, time
 from pathlib import Path
 import createproject
-from common.candidates import Patterns
-from common.stage import PartTask
-from common.study import Conversion
+from common.raw.roles import Patterns
+from common.run.stage import PartTask
+from common.raw.study import Conversion
 start = time.perf_counter()
 raw = createproject.RawStudy(sys.argv[1], "bench", Patterns(), Conversion())
 createproject.convert_study(PartTask(hash="0" * 10, payload=raw, part=Path(sys.argv[2], "part")))

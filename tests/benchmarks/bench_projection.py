@@ -25,8 +25,7 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.angles import projection_angles
-from common.projection import image_mips, mask_mips
+from common.projection import image_mips, mask_mips, projection_angles
 
 SHAPE = (200, 200, 326)
 REPEATS = 5

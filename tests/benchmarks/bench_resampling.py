@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.grid import Grid, target_grid
+from common.geometry import Grid, target_grid
 from common.resampling import resample_cubic, resample_nearest
 
 SPACING_MM = (2.0, 2.0, 3.0)

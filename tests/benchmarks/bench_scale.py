@@ -23,10 +23,10 @@ from processes import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from common import hdf5, hdf5_assembly
-from common.cli import SOFTWARE
-from common.image import Image
+from common.geometry import Image
+from common.hdf5 import merge, studies
 from common.nifti import write_nifti_file
+from common.run.cli import SOFTWARE
 from examples import phantom
 
 MOST_MS_A_STUDY, MOST_PARENT_MB, MOST_DRY_S = 5, 300, 180
@@ -103,9 +103,9 @@ def write_raw(folder, n_studies):
 def write_single_files(source, folder):
     """Write a file of its own for each study of a 3D file."""
     folder.mkdir()
-    parameters = hdf5.read_parameters(source)
-    for key in hdf5.read_keys(source):
-        hdf5_assembly.assemble(folder / f"{key}.h5", {key: source}, parameters, SOFTWARE)
+    parameters = studies.read_parameters(source)
+    for key in studies.read_keys(source):
+        merge.assemble(folder / f"{key}.h5", {key: source}, parameters, SOFTWARE)
 
 
 def write_dicom(folder, n_studies):

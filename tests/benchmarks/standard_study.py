@@ -15,8 +15,8 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common import archive
-from common.image import Image
+from common import project_zip
+from common.geometry import Image
 
 NOISE_SLICES = 16
 
@@ -44,8 +44,8 @@ def write_project(path: Path, size: Size, n_studies: int = 1) -> None:
     for number in range(n_studies):
         study_hash = f"{number:07x}abc"
         parts[study_hash] = path.with_suffix(f".{number}.part")
-        archive.write_part(parts[study_hash], "bench", study_hash, images, record)
-    archive.assemble(path, parts, "bench")
+        project_zip.write_part(parts[study_hash], "bench", study_hash, images, record)
+    project_zip.assemble(path, parts, "bench")
     for part in parts.values():
         part.unlink()
 

@@ -1,0 +1,1 @@
+"""DICOM: the only room that knows pydicom. Its LPS ends here: volumes leave in RAS+ [mm]."""

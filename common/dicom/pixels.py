@@ -1,0 +1,248 @@
+"""The voxels of a stack of DICOM slices, stored in any of the usual transfer syntaxes.
+
+Knows pydicom and its decoders. One plane at a time is in memory besides the volume.
+"""
+
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import Any, BinaryIO
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+from common.dicom.attributes import joined_text, number, tag_of, whole_number
+from common.dicom.files import DicomFile
+from common.dicom.series import Slice, Stack
+from common.errors import StudyError
+from common.geometry import Image
+
+_UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+_PIXEL_DATA = (0x7FE0, 0x0010)
+_IMPLAUSIBLE_SCALE = 1e20  # times 32 bits still far within float32
+
+Plane = NDArray[Any]
+PlaneReader = Callable[[int], Plane]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the pixels of a file are stored: the Image Pixel module of its header."""
+
+    columns: int
+    rows: int
+    n_frames: int
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: int
+    photometric: str
+    little_endian: bool
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of one pixel with the unused bits around it."""
+        order, kind = "<" if self.little_endian else ">", "i" if self.signed else "u"
+        return np.dtype(f"{order}{kind}{self.bits_allocated // 8}")
+
+
+def read_ct(stack: Stack) -> Image:
+    """Return a CT in HU: int16 where every value is a whole number in range, else float32.
+
+    Raises
+    ------
+    StudyError
+        Pixels that cannot be read.
+    """
+    data: NDArray[Any] = np.empty(stack.shape, np.int16, order="F")
+    for k, hu in _rescaled_planes(stack, np.ones(len(stack.slices))):
+        with np.errstate(invalid="ignore"):
+            data[:, :, k] = hu
+        if data.dtype == np.int16 and not np.array_equal(data[:, :, k], hu):
+            data = data.astype(np.float32)
+            data[:, :, k] = hu
+    return Image(data, stack.affine)
+
+
+def read_pet(stack: Stack, factors: NDArray[np.float64]) -> Image:
+    """Return a PET as float32: stored value * RescaleSlope * the slice's factor.
+
+    Parameters
+    ----------
+    factors : (n_slices,) array
+        From rescaled value to SUV, in slice order.
+
+    Raises
+    ------
+    StudyError
+        A RescaleIntercept other than 0, or pixels that cannot be read.
+    """
+    offset = next((item.intercept for item in stack.slices if item.intercept != 0), 0)
+    if offset:
+        raise StudyError(
+            f"{tag_of('RescaleIntercept')} of the PET is {offset:g}: DICOM demands 0 for PET; "
+            "export the original series"
+        )
+    data = np.empty(stack.shape, np.float32, order="F")
+    for k, suv in _rescaled_planes(stack, factors):
+        data[:, :, k] = suv
+    return Image(data, stack.affine)
+
+
+def _rescaled_planes(
+    stack: Stack, factors: NDArray[np.float64]
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield the index of each slice and its values (columns, rows), in one array for all."""
+    values = np.empty(stack.shape[:2], order="F")
+    for k, item, stored in _stored_planes(stack):
+        slope, intercept = item.slope * factors[k], item.intercept * factors[k]
+        # Some scanners give a slope of 0 to empty slices, which does no harm.
+        is_lost = slope == 0 and stored.any()
+        if is_lost or max(slope, abs(intercept)) > _IMPLAUSIBLE_SCALE:
+            raise StudyError(
+                f"{tag_of('RescaleSlope')} or {tag_of('RescaleIntercept')} is implausible: "
+                "export the series again",
+                item.file.name,
+            )
+        np.multiply(stored, slope, out=values)
+        values += intercept
+        yield k, values
+
+
+# --- stored values ---------------------------------------------------------------------------
+
+
+def _stored_planes(stack: Stack) -> Iterator[tuple[int, Slice, Plane]]:
+    """Yield index, slice and stored values (columns, rows); each file is opened once."""
+    slices_of: dict[DicomFile, list[tuple[int, Slice]]] = defaultdict(list)
+    for k, item in enumerate(stack.slices):
+        slices_of[item.file].append((k, item))
+    for file, slices in slices_of.items():
+        with _refusing_unreadable(file), _plane_reader(file) as read_plane:
+            for k, item in slices:
+                yield k, item, read_plane(item.frame).T
+
+
+@contextmanager
+def _refusing_unreadable(file: DicomFile) -> Iterator[None]:
+    """Turn whatever decoders raise on damaged data, which may be anything, into a refusal."""
+    try:
+        yield
+    except (StudyError, MemoryError):
+        raise
+    except Exception as error:
+        raise StudyError(
+            "the pixels of a slice cannot be read (truncated, damaged, or compressed in a way "
+            "that no installed decoder reads): export the series again, uncompressed",
+            file.name,
+        ) from error
+
+
+@contextmanager
+def _plane_reader(file: DicomFile) -> Iterator[PlaneReader]:
+    """Open a file; yield the function from a frame to its stored values (rows, columns)."""
+    layout = _layout(file)
+    syntax = joined_text(file.header.file_meta, "TransferSyntaxUID")
+    if syntax == DeflatedExplicitVRLittleEndian:
+        pixels = pydicom.dcmread(file.path, force=True).PixelData
+        yield partial(_uncompressed_plane, BytesIO(pixels), 0, len(pixels), layout)
+        return
+    with open(file.path, "rb") as stream:
+        stream.seek(file.pixel_offset)
+        length = _element_length(stream, *file.header.original_encoding)
+        # A file without preamble names no syntax, and is not compressed.
+        if not syntax or syntax in _UNCOMPRESSED:
+            yield partial(_uncompressed_plane, stream, stream.tell(), length, layout)
+        else:
+            yield partial(_decoded_plane, stream, syntax, layout)
+
+
+def _layout(file: DicomFile) -> _Layout:
+    header = file.header
+    keywords = ("Columns", "Rows", "BitsAllocated", "BitsStored", "PixelRepresentation")
+    columns, rows, allocated, stored, signed = (whole_number(header, k) for k in keywords)
+    high_bit = number(header, "HighBit")
+    layout = _Layout(
+        columns=columns,
+        rows=rows,
+        n_frames=file.n_frames,
+        bits_allocated=allocated,
+        bits_stored=stored,
+        high_bit=stored - 1 if high_bit is None else int(high_bit),
+        signed=signed,
+        photometric=joined_text(header, "PhotometricInterpretation"),
+        little_endian=header.original_encoding[1],
+    )
+    if (
+        number(header, "SamplesPerPixel") not in (1, None)
+        or allocated not in (8, 16, 32)
+        or not 1 <= stored <= layout.high_bit + 1 <= allocated
+    ):
+        raise StudyError(
+            f"a slice has no plain grey values ({tag_of('SamplesPerPixel')}, "
+            f"{tag_of('BitsAllocated')}, {tag_of('BitsStored')}, {tag_of('HighBit')}): "
+            "give a greyscale series",
+            file.name,
+        )
+    return layout
+
+
+def _element_length(stream: BinaryIO, is_implicit: bool, is_little_endian: bool) -> int:
+    """Read past tag, VR and length of the pixel data element; return the length [bytes]."""
+    fields = ("<" if is_little_endian else ">") + ("HHI" if is_implicit else "HH4xI")
+    group, element, length = struct.unpack(fields, stream.read(struct.calcsize(fields)))
+    if (group, element) != _PIXEL_DATA:
+        raise ValueError("no pixel data")
+    return int(length)
+
+
+def _uncompressed_plane(
+    stream: BinaryIO, start: int, length: int, layout: _Layout, frame: int
+) -> Plane:
+    size = layout.rows * layout.columns * layout.dtype.itemsize
+    # Twice as many are pixels of more bits than the header says, or compressed ones.
+    if not 1 <= length / (size * layout.n_frames) < 2:
+        raise ValueError("not as many pixels as rows times columns")
+    stream.seek(start + size * frame)
+    plane = np.frombuffer(stream.read(size), layout.dtype).reshape(layout.rows, layout.columns)
+    above = layout.bits_allocated - 1 - layout.high_bit
+    below = layout.high_bit + 1 - layout.bits_stored
+    return plane << above >> above + below if above or below else plane
+
+
+def decoding_plugin(syntax: str) -> str:
+    """Name pydicom's decoder of a transfer syntax: values must not depend on what is installed."""
+    return "pydicom" if syntax == RLELossless else "gdcm"
+
+
+def _decoded_plane(stream: BinaryIO, syntax: str, layout: _Layout, frame: int) -> Plane:
+    plane: Plane
+    plane, _ = get_decoder(syntax).as_array(
+        stream,
+        index=frame,
+        raw=True,
+        decoding_plugin=decoding_plugin(syntax),
+        columns=layout.columns,
+        rows=layout.rows,
+        number_of_frames=layout.n_frames,
+        bits_allocated=layout.bits_allocated,
+        bits_stored=layout.bits_stored,
+        pixel_representation=layout.signed,
+        samples_per_pixel=1,
+        photometric_interpretation=layout.photometric or "MONOCHROME2",
+        pixel_keyword="PixelData",
+    )
+    return plane

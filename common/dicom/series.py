@@ -1,0 +1,336 @@
+"""The slices of a CT or PET file, each with its place in space and the scale of its values.
+
+Knows pydicom. Coordinates are DICOM's: LPS.
+
+A CT or PET series as a stack of slices: their order, their grid, and what forbids both.
+
+Knows pydicom. DICOM's LPS coordinates end here: affines are RAS+.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from common.dicom.attributes import (
+    functional_group,
+    items,
+    joined_text,
+    number,
+    required_number,
+    required_numbers,
+    tag_of,
+    texts,
+    whole_number,
+)
+from common.dicom.files import DicomFile, Series
+from common.errors import StudyError
+
+# --- dicom slices ----------------------------------------------------------------------------
+
+_PERPENDICULAR_UNITS = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """One image plane.
+
+    Attributes
+    ----------
+    file : DicomFile
+    frame : int
+        Its place in the file, from 0.
+    position_mm : (3,) array
+        Centre of the first pixel [LPS].
+    orientation : (6,) array
+        Unit vectors from column to column and from row to row [LPS].
+    pixel_spacing_mm : (2,) array
+        From row to row, and from column to column, as DICOM has it.
+    matrix : (int, int)
+        Columns, rows.
+    slope, intercept : float
+        From stored value to HU or the unit of the PET.
+    """
+
+    file: DicomFile
+    frame: int
+    position_mm: NDArray[np.float64]
+    orientation: NDArray[np.float64]
+    pixel_spacing_mm: NDArray[np.float64]
+    matrix: tuple[int, int]
+    slope: float
+    intercept: float
+
+
+def slices_of(file: DicomFile) -> list[Slice]:
+    """Return the slices of a file, one or one a frame.
+
+    Raises
+    ------
+    StudyError
+        A slice without its place or rescaling, or one that cannot be.
+    """
+    frames = items(file.header, "PerFrameFunctionalGroupsSequence")
+    if frames:
+        return _slices_of_frames(file, frames)
+    if file.n_frames > 1:
+        raise StudyError(
+            f"several frames without a place for each ({tag_of('NumberOfFrames')}): "
+            "export the series as single images or as an enhanced object",
+            file.name,
+        )
+    header = file.header
+    return [_slice(file, 0, header, header, header, header)]
+
+
+def _slices_of_frames(file: DicomFile, frames: Sequence[Dataset]) -> list[Slice]:
+    if len(frames) != file.n_frames:
+        raise StudyError(
+            f"{tag_of('PerFrameFunctionalGroupsSequence')} does not describe every frame: "
+            "export the series again",
+            file.name,
+        )
+    keywords = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+    slices = []
+    for index, frame in enumerate(frames):
+        position, orientation, measures = (
+            functional_group(file.header, frame, keyword) or Dataset() for keyword in keywords
+        )
+        rescaling = _rescaling(file.header, frame)
+        slices.append(_slice(file, index, position, orientation, measures, rescaling))
+    return slices
+
+
+def _rescaling(header: Dataset, frame: Dataset) -> Dataset:
+    """Return what rescales a frame; of a PET whose mapping to real values stands alone, nothing."""
+    found = functional_group(header, frame, "PixelValueTransformationSequence")
+    if found is not None:
+        return found
+    identity = Dataset()
+    mapping = functional_group(header, frame, "RealWorldValueMappingSequence")
+    if mapping is not None and joined_text(header, "Modality") == "PT":
+        identity.RescaleSlope = 1
+    return identity
+
+
+def _slice(
+    file: DicomFile,
+    frame: int,
+    position: Dataset,
+    orientation: Dataset,
+    measures: Dataset,
+    rescaling: Dataset,
+) -> Slice:
+    """Make a slice of the header, or of the functional groups, that tell its place and scale."""
+    axes = required_numbers(orientation, "ImageOrientationPatient", 6).reshape(2, 3)
+    pixel_spacing_mm = required_numbers(measures, "PixelSpacing", 2)
+    if np.abs(axes @ axes.T - np.eye(2)).max() > _PERPENDICULAR_UNITS:
+        raise StudyError(
+            f"{tag_of('ImageOrientationPatient')} is not a pair of perpendicular unit vectors: "
+            "export the series again",
+            file.name,
+        )
+    if (pixel_spacing_mm <= 0).any():
+        raise StudyError(
+            f"{tag_of('PixelSpacing')} is not positive: export the series again", file.name
+        )
+    slope = required_number(rescaling, "RescaleSlope")
+    if slope < 0:
+        raise StudyError(
+            f"{tag_of('RescaleSlope')} is {slope:g}, negative: export the series again", file.name
+        )
+    return Slice(
+        file,
+        frame,
+        required_numbers(position, "ImagePositionPatient", 3),
+        (axes / np.linalg.norm(axes, axis=1, keepdims=True)).ravel(),
+        pixel_spacing_mm,
+        (whole_number(file.header, "Columns"), whole_number(file.header, "Rows")),
+        slope,
+        _intercept(file, rescaling),
+    )
+
+
+def _intercept(file: DicomFile, rescaling: Dataset) -> float:
+    """Return the intercept; of a PET that lacks it 0, which is all that DICOM allows there."""
+    is_pet = joined_text(file.header, "Modality") == "PT"
+    if is_pet and number(rescaling, "RescaleIntercept") is None:
+        return 0.0
+    return required_number(rescaling, "RescaleIntercept")
+
+
+# --- dicom stack -----------------------------------------------------------------------------
+
+LARGEST_SLICE_OFFSET = 0.1
+"""Distance of a slice from the evenly spaced grid beyond which a series is refused [spacings]."""
+
+LARGEST_VOLUME = 2**31
+"""Voxels beyond which a header is taken as damaged: five times a total-body CT."""
+
+_SAME_DIRECTION = 1e-3
+_SAME_SPACING = 1e-3
+_MOVING = ("DYNAMIC", "GATED")
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The slices of a series in order along their normal, and the grid they make up.
+
+    Attributes
+    ----------
+    slices : tuple of Slice
+    shape : (int, int, int)
+        Columns, rows, slices.
+    affine : (4, 4) float64 array
+        Voxel index to RAS+ [mm]; sheared where the gantry was tilted.
+    warnings : tuple of str
+        What makes one doubt that all slices are there; no identity.
+    """
+
+    slices: tuple[Slice, ...]
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def headers(self) -> tuple[Dataset, ...]:
+        """Headers in slice order, each file's once."""
+        return tuple(file.header for file in dict.fromkeys(item.file for item in self.slices))
+
+    @property
+    def header_and_frame(self) -> tuple[tuple[int, int], ...]:
+        """Of each slice, the index of its header in `headers` and its frame there."""
+        place = {id(header): i for i, header in enumerate(self.headers)}
+        return tuple((place[id(item.file.header)], item.frame) for item in self.slices)
+
+
+def stack_slices(series: Series) -> Stack:
+    """Order the slices of a series and find the grid they make up.
+
+    Raises
+    ------
+    StudyError
+        Dynamic or gated series, mixed orientations, matrices or pixel spacings, missing,
+        duplicate or unevenly spaced slices, a slice without its place or rescaling.
+    """
+    role = {"PT": "PET", "CT": "CT"}[series.modality]
+    refuse_moving(series)
+    slices = [item for file in series.files for item in slices_of(file)]
+    _refuse_mixed(slices, role)
+    normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
+    slices.sort(key=lambda item: float(item.position_mm @ normal))
+    step_mm = _even_step_mm(slices, normal, role)
+    shape = (*slices[0].matrix, len(slices))
+    if min(shape) < 1 or np.prod(shape, dtype=np.int64) > LARGEST_VOLUME:
+        raise StudyError(
+            f"the {role} has an implausible size ({tag_of('Rows')}, {tag_of('Columns')}): "
+            "export it again"
+        )
+    return Stack(tuple(slices), shape, _affine(slices[0], step_mm), _signs_of_loss(slices, role))
+
+
+# --- what forbids a stack --------------------------------------------------------------------
+
+
+def refuse_moving(series: Series) -> None:
+    """Refuse a PET that says it is dynamic or gated, be it in SeriesType or ImageType.
+
+    Raises
+    ------
+    StudyError
+        It does.
+    """
+    if series.modality != "PT":
+        return
+    for file in series.files:
+        for keyword, place in (("SeriesType", 0), ("ImageType", 2)):
+            words = texts(file.header, keyword)[place : place + 1]
+            kind = next((m for m in _MOVING if words and m in words[0].upper()), None)
+            if kind is not None:
+                raise StudyError(
+                    f"the PET is {kind.lower()} ({tag_of(keyword)}): "
+                    "give a static or whole-body series"
+                )
+
+
+def _refuse_mixed(slices: Sequence[Slice], role: str) -> None:
+    first = slices[0]
+    for item in slices:
+        if np.abs(item.orientation - first.orientation).max() > _SAME_DIRECTION:
+            raise StudyError(
+                f"the {role} series mixes orientations ({tag_of('ImageOrientationPatient')}): "
+                "give one stack of parallel slices"
+            )
+        if not np.allclose(item.pixel_spacing_mm, first.pixel_spacing_mm, rtol=_SAME_SPACING):
+            raise StudyError(
+                f"the {role} series mixes pixel spacings ({tag_of('PixelSpacing')}): "
+                "give one reconstruction"
+            )
+        if item.matrix != first.matrix:
+            raise StudyError(
+                f"the {role} series mixes matrices ({tag_of('Rows')}, {tag_of('Columns')}): "
+                "give one reconstruction"
+            )
+
+
+def _even_step_mm(
+    slices: Sequence[Slice], normal: NDArray[np.float64], role: str
+) -> NDArray[np.float64]:
+    """Return the vector from slice to slice [LPS]; not along the normal where the gantry tilts."""
+    if len(slices) == 1:
+        raise StudyError(f"the {role} has one slice: give the whole series")
+    positions_mm = np.array([item.position_mm for item in slices])
+    gaps_mm = np.diff(positions_mm @ normal)
+    spacing_mm = float(gaps_mm.mean())
+    if gaps_mm.min() <= LARGEST_SLICE_OFFSET * spacing_mm:
+        raise StudyError(
+            f"the {role} has several slices in one place ({tag_of('ImagePositionPatient')}): "
+            "duplicate, dynamic or gated images; give each slice once",
+            _names_around(slices, int(gaps_mm.argmin())),
+        )
+    step_mm: NDArray[np.float64] = (positions_mm[-1] - positions_mm[0]) / (len(slices) - 1)
+    even_mm = positions_mm[0] + np.arange(len(slices))[:, np.newaxis] * step_mm
+    offsets_mm = np.linalg.norm(positions_mm - even_mm, axis=1)
+    if offsets_mm.max() > LARGEST_SLICE_OFFSET * spacing_mm:
+        raise StudyError(
+            f"the {role} has missing or unevenly spaced slices ({tag_of('ImagePositionPatient')}: "
+            f"gaps from {gaps_mm.min():.2f} to {gaps_mm.max():.2f} mm, {len(slices)} slices): "
+            "export the complete series",
+            _names_around(slices, int(gaps_mm.argmax())),
+        )
+    return step_mm
+
+
+def _names_around(slices: Sequence[Slice], gap: int) -> str:
+    """Return the files on both sides of a gap (private)."""
+    return f"{slices[gap].file.name}; {slices[gap + 1].file.name}"
+
+
+def _signs_of_loss(slices: Sequence[Slice], role: str) -> tuple[str, ...]:
+    """Warn of lossy compression, and of fewer slices than a PET had: ends are lost unseen."""
+    header, warnings = slices[0].file.header, []
+    if joined_text(header, "LossyImageCompression") == "01":
+        warnings.append(
+            f"the {role} was compressed with loss ({tag_of('LossyImageCompression')}): its values "
+            "are not those measured; export it without"
+        )
+    declared = number(header, "NumberOfSlices") if role == "PET" else None
+    if declared is not None and declared > len(slices):
+        warnings.append(
+            f"the PET has {len(slices)} slices, its headers tell of {declared:.0f} "
+            f"({tag_of('NumberOfSlices')}): check that the export is complete"
+        )
+    return tuple(warnings)
+
+
+def _affine(first: Slice, step_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+    row_spacing_mm, column_spacing_mm = first.pixel_spacing_mm
+    affine = np.eye(4)
+    affine[:3, 0] = first.orientation[:3] * column_spacing_mm
+    affine[:3, 1] = first.orientation[3:] * row_spacing_mm
+    affine[:3, 2] = step_mm
+    affine[:3, 3] = first.position_mm
+    return _LPS_TO_RAS @ affine

@@ -1,0 +1,1 @@
+"""Training files: the only room that knows h5py."""

@@ -1,0 +1,263 @@
+"""HDF5 files of many studies from files of one or many, by raw copy, by links, or stacked.
+
+Chunks, filters and attributes go over as they are. The bytes of a result depend on the studies
+and parameters alone, not on how the studies are spread over files.
+"""
+
+import functools
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import StageError
+from common.hashing import array_digest, fingerprint
+from common.hdf5.studies import (
+    ATTRIBUTES_DIGEST,
+    DAMAGE,
+    GROUPS,
+    all_attributes,
+    attribute,
+    create_file,
+    ending_loops,
+    new_file,
+    open_file,
+    open_studies,
+    read_keys,
+)
+
+_COPYING_CPU_S = 60
+"""What copying a dataset may take; one of a gigabyte takes a second."""
+
+
+def assemble(
+    path: Path, sources: Mapping[str, Path], parameters: Mapping[str, Any], software: str
+) -> None:
+    """Write the file of the keys in `sources` (key to a file that holds it) by raw copy.
+
+    Raises
+    ------
+    StageError
+        A source that can't be read.
+    OSError
+        The file can't be written.
+    """
+    # One file serves many keys in a row of merging; closing follows from being forgotten.
+    opened = functools.lru_cache(maxsize=8)(lambda source: h5py.File(source, "r", locking=False))
+    with new_file(path, parameters, software) as (target, raise_failure):
+        for group in GROUPS:
+            target.create_group(group)
+        for key, source in sorted(sources.items()):
+            raise_failure()
+            for group in GROUPS:
+                try:
+                    with ending_loops(_COPYING_CPU_S):
+                        opened(source).copy(f"{group}/{key}", target[group], name=key)
+                except DAMAGE as error:
+                    raise StageError(
+                        f"{source}: study {key} cannot be copied ({group} is damaged): "
+                        "make that file again"
+                    ) from error
+        opened.cache_clear()
+
+
+def assemble_links(
+    path: Path,
+    sources: Mapping[str, Path],
+    parameters: Mapping[str, Any],
+    software: str,
+    folder: Path,
+) -> None:
+    """Write an index file: external links, relative to `folder`, instead of copies."""
+    with create_file(path, parameters, software) as target:
+        for key, source in sorted(sources.items()):
+            relative = os.path.relpath(source.resolve(), folder.resolve())
+            for group in GROUPS:
+                target[group][key] = h5py.ExternalLink(relative, f"/{group}/{key}")
+
+
+def holds_links(path: Path) -> bool:
+    """Whether a file of studies is an index of external links."""
+    with open_studies(path) as file:
+        images = file["image"]
+        return any(
+            isinstance(images.get(key, getlink=True), h5py.ExternalLink)
+            for key in itertools.islice(images, 1)
+        )
+
+
+# --- what files hold -------------------------------------------------------------------------
+
+
+def same_content(key: str, one: Path, other: Path) -> bool:
+    """Whether two files hold the same arrays and attributes under a key."""
+    return _content(one, key) == _content(other, key)
+
+
+def _content(path: Path, key: str) -> list[dict[str, Any]]:
+    with open_file(path) as file:
+        content = []
+        for group in GROUPS:
+            attributes = all_attributes(file[group][key])
+            attributes["sha256"] = array_digest(file[group][key][()])
+            # Where the values came from may differ between equal ones: other compression, say.
+            for name in ("fingerprint", ATTRIBUTES_DIGEST):
+                attributes.pop(name, None)
+            content.append(attributes)
+        return content
+
+
+def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
+    """Return fingerprint and digests of each key's datasets, from the file that `sources` names."""
+    digests = {}
+    for path, keys in keys_by_file(sources).items():
+        with open_studies(path) as file:
+            for key in keys:
+                made_from = str(attribute(file["image"][key], "fingerprint"))
+                digests[key] = [made_from, *(_digest(file[group][key]) for group in GROUPS)]
+    return digests
+
+
+def keys_by_file(sources: Mapping[str, Path]) -> dict[Path, list[str]]:
+    """Return which keys each file is the source of."""
+    found: dict[Path, list[str]] = {}
+    for key, path in sources.items():
+        found.setdefault(path, []).append(key)
+    return found
+
+
+def read_all_digests(path: Path) -> dict[str, list[Any]]:
+    """Return fingerprint and digests of every key of a file, in order."""
+    return read_digests(dict.fromkeys(read_keys(path), path))
+
+
+def _digest(dataset: h5py.Dataset) -> str:
+    return attribute(dataset, "sha256") or array_digest(dataset[()])
+
+
+def read_projected(path: Path) -> dict[str, str]:
+    """Return the fingerprints of the studies in a 2D file, plain or stacked; unknown ones empty."""
+    with open_file(path) as file:
+        if isinstance(file.get("image"), h5py.Dataset):
+            found = dict(json.loads(attribute(file["key"], "fingerprints")))
+            # Without digests it is of an older version.
+            return found if "sha256" in file["key"].attrs else dict.fromkeys(found, "")
+    found = {}
+    with open_studies(path) as file:
+        for key in file["image"]:
+            study = key.rpartition("_")[0]
+            if study not in found:
+                found[study] = attribute(file["image"][key], "fingerprint") or ""
+    return found
+
+
+# --- stacks ----------------------------------------------------------------------------------
+
+
+def assemble_stack(
+    path: Path, sources: Mapping[str, Path], parameters: Mapping[str, Any], software: str
+) -> None:
+    """Write a stacked 2D file of the keys in `sources` by raw copy.
+
+    The sources are plain 2D files of projections of one size, or stacked files.
+    """
+    opened = functools.lru_cache(maxsize=8)(_Projections)
+    keys = sorted(sources)
+    with new_file(path, parameters, software) as (target, raise_failure):
+        stacks = {}
+        fingerprints: dict[str, str] = {}
+        digests = np.empty((len(keys), 32), np.uint8)
+        for row, key in enumerate(keys):
+            raise_failure()
+            try:
+                projections = opened(sources[key])
+                for group in GROUPS:
+                    dataset, at = projections.find(group, key)
+                    if row == 0:
+                        stacks[group] = _create_stack(target, group, dataset, len(keys))
+                    _copy_chunks(dataset, at, stacks[group], row)
+                fingerprints[key.rpartition("_")[0]] = projections.fingerprint(key)
+                digests[row] = projections.digest(key)
+            except DAMAGE as error:
+                raise StageError(
+                    f"{sources[key]}: projection {key} cannot be copied: make that file again"
+                ) from error
+        names = target.create_dataset(
+            "key", data=keys, dtype=h5py.string_dtype(), track_times=False
+        )
+        names.attrs["fingerprints"] = json.dumps(fingerprints, sort_keys=True)
+        names.attrs["sha256"] = digests
+        names.attrs[ATTRIBUTES_DIGEST] = stack_digest(keys, names.attrs["fingerprints"], digests)
+        opened.cache_clear()
+
+
+def row_digest(digests: Sequence[str]) -> NDArray[np.uint8]:
+    """Return the digest of a stack's row from those of its image, mask and mask_iso."""
+    return np.frombuffer(bytes.fromhex(fingerprint(list(digests))), np.uint8)
+
+
+def stack_digest(keys: Sequence[str], fingerprints: str, digests: NDArray[np.uint8]) -> str:
+    """Return the digest of all that the dataset ``key`` tells of a stack."""
+    return fingerprint([list(keys), fingerprints, digests.tobytes().hex()])
+
+
+def _create_stack(target: h5py.File, name: str, like: h5py.Dataset, n_rows: int) -> h5py.Dataset:
+    """Create an empty stack of datasets such as `like`, with its filters."""
+    n_channels, n_x, n_z = like.shape[-3:]
+    properties = like.id.get_create_plist()
+    properties.set_chunk((1, 1, n_x, n_z))
+    space = h5py.h5s.create_simple((n_rows, n_channels, n_x, n_z))
+    stack = h5py.h5d.create(target.id, name.encode(), like.id.get_type(), space, properties)
+    spacing = like.attrs["spacing"]
+    dataset = h5py.Dataset(stack)
+    dataset.attrs["spacing"] = spacing
+    return dataset
+
+
+def _copy_chunks(source: h5py.Dataset, at: tuple[int, ...], stack: h5py.Dataset, row: int) -> None:
+    for channel in range(source.shape[-3]):
+        corner = (*at, channel, 0, 0)
+        # A plane of zeros has no chunk.
+        if source.id.get_chunk_info_by_coord(corner).size:
+            mask, chunk = source.id.read_direct_chunk(corner)
+            stack.id.write_direct_chunk((row, channel, 0, 0), chunk, mask)
+
+
+class _Projections:
+    """Where a 2D file, plain or stacked, holds the projection of a key."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = h5py.File(path, "r", locking=False)
+        self._rows: dict[str, int] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._digests: NDArray[np.uint8] | None = None
+        if "key" in self._file:
+            with ending_loops():
+                names = self._file["key"].asstr()[()]
+            self._rows = {key: row for row, key in enumerate(names)}
+            self._digests = self._file["key"].attrs["sha256"]
+            self._fingerprints = json.loads(attribute(self._file["key"], "fingerprints"))
+
+    def find(self, group: str, key: str) -> tuple[h5py.Dataset, tuple[int, ...]]:
+        """Return the dataset and the leading indices of the projection in it."""
+        if self._rows:
+            return self._file[group], (self._rows[key],)
+        return self._file[group][key], ()
+
+    def digest(self, key: str) -> NDArray[np.uint8]:
+        """Return the digest of the projection's values, as it was kept with them."""
+        if self._digests is not None:
+            return np.asarray(self._digests[self._rows[key]], np.uint8)
+        return row_digest([_digest(self._file[group][key]) for group in GROUPS])
+
+    def fingerprint(self, key: str) -> str:
+        """Return the fingerprint of the study that the projection is of."""
+        if self._rows:
+            return self._fingerprints[key.rpartition("_")[0]]
+        return attribute(self._file["image"][key], "fingerprint") or ""

@@ -1,0 +1,451 @@
+"""How arrays are cut into chunks and squeezed in HDF5 files, so that patches of them read fast.
+
+The measurements behind the choices: ``tests/benchmarks/bench_hdf5.py``.
+
+HDF5 files of studies (3D) and of their projections (2D): their layout, reading, writing.
+
+A part of one study is written in the very layout of the final file, so that assembling a run's
+parts and merging finished files are the same raw copy (`hdf5_assembly`).
+
+    image/<key>     (2, X, Y, Z) or (2, X, Z)    float, [0] = PET, [1] = CT
+    mask/<key>      (1, X, Y, Z) or (1, X, Z)    uint8
+    mask_iso/<key>  (1, X, Y, Z) or (1, X, Z)    uint8
+
+In a stacked 2D file ``image``, ``mask`` and ``mask_iso`` are datasets, (N, 2, X, Z) and
+(N, 1, X, Z), and the keys of their rows are in the dataset ``key``.
+"""
+
+import importlib.util
+import itertools
+import json
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from isal import isal_zlib
+from numpy.typing import NDArray
+
+from common.errors import StageError, StudyError
+from common.hashing import array_digest, fingerprint
+from common.hdf5.crash_safe_file import steady_file
+
+# --- hdf5 chunks -----------------------------------------------------------------------------
+
+COMPRESSIONS = ("gzip", "lzf", "blosc", "none")
+"""gzip, the default, is read by every HDF5; lzf by every h5py; blosc where hdf5plugin is."""
+
+PATCH_EDGE = 40
+"""Longest edge of a 3D chunk [voxels], for random patches of 64 to 160."""
+
+_GZIP_LEVEL = 1
+
+_ISAL_LEVEL = 3
+"""isal's levels 1 and 2 give other bytes, now and then, in another process."""
+
+_ZLIB_HEADER = b"\x78\x01"
+_LAST_BLOCK = b"\x01\x00\x00\xff\xff"
+_LONGEST_STORED = 0xFFFF
+
+Block = tuple[slice, ...]
+
+
+def has_blosc() -> bool:
+    """Whether the optional package that reads and writes blosc is installed."""
+    return importlib.util.find_spec("hdf5plugin") is not None
+
+
+def write_chunked(group: h5py.Group, name: str, array: NDArray[Any], compression: str) -> Any:
+    """Write an array as a dataset of a group and return the dataset.
+
+    Parameters
+    ----------
+    group : h5py.Group
+    name : str
+    array : (C, X, Y, Z) or (C, X, Z) array
+    compression : str
+        One of `COMPRESSIONS`. Chunks are checked as they are read: gzip has a checksum of its
+        own, the others get HDF5's.
+    """
+    dataset = group.create_dataset(
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=chunk_shape(array.shape),
+        track_times=False,
+        **_filters(compression, array.dtype),
+    )
+    write = _write_gzipped if compression == "gzip" else _write_block
+    for block in _blocks(array.shape, dataset.chunks):
+        values = np.ascontiguousarray(array[block])
+        # What is not written reads as zeros, at no cost: most of a mask.
+        if values.view(f"u{array.itemsize}").any():
+            write(dataset, block, values)
+    return dataset
+
+
+def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the chunk of a dataset: a block of one channel in 3D, one channel's plane in 2D."""
+    if len(shape) == 4:
+        return (1, *(_even_part(n, PATCH_EDGE) for n in shape[1:]))
+    return (1, *shape[1:])
+
+
+def _even_part(length: int, longest: int) -> int:
+    """Cut a length into as few even parts as may be: little of the last chunk lies outside."""
+    return -(-length // -(-length // longest))
+
+
+def _filters(compression: str, dtype: np.dtype[Any]) -> dict[str, Any]:
+    shuffle = dtype.itemsize > 1
+    if compression == "gzip":
+        return {"compression": "gzip", "compression_opts": _GZIP_LEVEL, "shuffle": shuffle}
+    if compression == "lzf":
+        return {"compression": "lzf", "shuffle": shuffle, "fletcher32": True}
+    if compression == "none":
+        return {"fletcher32": True}
+    # Optional: only this compression needs the package, in writing as in reading.
+    import hdf5plugin
+
+    blosc = hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.BITSHUFFLE)
+    return {**blosc, "fletcher32": True}
+
+
+def _blocks(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Block]:
+    starts = (range(0, length, edge) for length, edge in zip(shape, chunks, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(slice(at, at + edge) for at, edge in zip(corner, chunks, strict=True))
+
+
+def _write_block(dataset: h5py.Dataset, block: Block, values: NDArray[Any]) -> None:
+    dataset[block] = values
+
+
+def _write_gzipped(dataset: h5py.Dataset, block: Block, values: NDArray[Any]) -> None:
+    """Do what HDF5's filters shuffle and gzip do, faster to write and to read."""
+    chunk = values
+    if values.shape != dataset.chunks:
+        chunk = np.zeros(dataset.chunks, values.dtype)
+        chunk[tuple(slice(n) for n in values.shape)] = values
+    bytes_apart = np.ascontiguousarray(chunk.reshape(-1, 1).view(np.uint8).T)
+    dataset.id.write_direct_chunk(tuple(axis.start for axis in block), _zlib_stream(bytes_apart))
+
+
+def _zlib_stream(bytes_apart: NDArray[np.uint8]) -> bytes:
+    """Compress the first bytes of all values, the second ones and so on, (itemsize, N), by isal.
+
+    Each kind has a code of its own, which makes files smaller. What gzip would not halve, the
+    noise of low bytes, is stored in the stream as it is: readers copy that ten times as fast as
+    they inflate. Formats: RFC 1950 and 1951.
+    """
+    parts = [_ZLIB_HEADER]
+    for of_one_kind in bytes_apart:
+        deflate = isal_zlib.compressobj(_ISAL_LEVEL, wbits=-isal_zlib.MAX_WBITS)
+        squeezed = deflate.compress(of_one_kind) + deflate.flush(isal_zlib.Z_SYNC_FLUSH)
+        parts.append(
+            squeezed if 2 * len(squeezed) < of_one_kind.size else _stored(of_one_kind.tobytes())
+        )
+    checksum = isal_zlib.adler32(bytes_apart)
+    return b"".join([*parts, _LAST_BLOCK, checksum.to_bytes(4, "big")])
+
+
+def _stored(content: bytes) -> bytes:
+    """Blocks of a deflate stream, none the last, that hold bytes as they are."""
+    parts = []
+    for first in range(0, len(content), _LONGEST_STORED):
+        part = content[first : first + _LONGEST_STORED]
+        length = len(part)
+        parts += [
+            b"\x00",
+            length.to_bytes(2, "little"),
+            (length ^ _LONGEST_STORED).to_bytes(2, "little"),
+            part,
+        ]
+    return b"".join(parts)
+
+
+# --- hdf5 ------------------------------------------------------------------------------------
+
+GROUPS = ("image", "mask", "mask_iso")
+SCHEMA_VERSION = 1
+
+ATTRIBUTES_DIGEST = "attributes_sha256"
+"""Attribute that holds the digest of all others."""
+
+_FORMAT = ("v108", "v108")
+"""Bounds of the file format: every HDF5 since 2008 reads it, attributes may exceed 64 KiB."""
+
+_ATTRIBUTE_CPU_S = 2
+"""What reading an attribute may take; it takes less than a millisecond."""
+
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
+"""What h5py raises, and what follows, where a file is damaged or holds something else."""
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_studies(path: Path) -> Iterator[h5py.File]:
+    """Open a file of studies, 3D or 2D but not stacked, for reading.
+
+    Raises
+    ------
+    StageError
+        No such file, not HDF5, damaged, or with other content than the three groups.
+    """
+    with open_file(path) as file:
+        if set(file) != set(GROUPS) or not all(isinstance(file[g], h5py.Group) for g in GROUPS):
+            raise StageError(
+                f"{path}: does not hold the groups {', '.join(GROUPS)} and nothing else: "
+                "give a file of preprocessing.py, mergeh5.py or project_2d.py (not stacked)"
+            )
+        if not set(file["image"]) == set(file["mask"]) == set(file["mask_iso"]):
+            raise StageError(f"{path}: its groups hold different studies: make it again")
+        yield file
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[h5py.File]:
+    """Open any HDF5 file for reading; what fails within is the file's fault.
+
+    Raises
+    ------
+    StageError
+        No such file, not HDF5, or damaged.
+    """
+    try:
+        # No lock: files are replaced, never changed, and some file systems have none.
+        file = h5py.File(path, "r", locking=False)
+    except FileNotFoundError as error:
+        raise StageError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise StageError(f"{path}: no permission to read it") from error
+    except DAMAGE as error:
+        raise StageError(f"{path}: not an HDF5 file, or truncated: make it again") from error
+    try:
+        with file:
+            yield file
+    except DAMAGE as error:
+        raise StageError(
+            f"{path}: damaged, or links to a file that is not there: make it again"
+        ) from error
+
+
+@contextmanager
+def ending_loops(cpu_s: float = _ATTRIBUTE_CPU_S) -> Iterator[None]:
+    """Have the kernel end this process where the body takes more seconds of CPU.
+
+    In a damaged heap of strings libhdf5 reads for ever, and nothing else interrupts it. So files
+    are read in worker processes, and the parent is told.
+    """
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def read_all_attributes(path: Path) -> None:
+    """Read every attribute of a file, for what that may bring to light."""
+    with open_file(path) as file:
+        for group in file.values():
+            for holder in group.values() if isinstance(group, h5py.Group) else [group]:
+                all_attributes(holder)
+        all_attributes(file)
+
+
+def read_keys(path: Path) -> list[str]:
+    """Return the keys of a file of studies in order."""
+    with open_studies(path) as file:
+        return sorted(file["image"])
+
+
+def read_fingerprints(path: Path) -> dict[str, str]:
+    """Return what each study was made from by key; of a foreign one it is empty."""
+    with open_studies(path) as file:
+        return {key: attribute(image, "fingerprint") or "" for key, image in file["image"].items()}
+
+
+def read_attributes(path: Path, keys: Sequence[str], name: str) -> dict[str, Any]:
+    """Return one attribute of the image datasets of `keys`; absent ones are left out."""
+    with open_studies(path) as file:
+        images = file["image"]
+        return {
+            key: attribute(images[key], name)
+            for key in keys
+            if key in images and name in images[key].attrs
+        }
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Return the options of value that a file of studies was made with.
+
+    Raises
+    ------
+    StageError
+        The file has none: it is not of this suite.
+    """
+    with open_file(path) as file:
+        try:
+            parameters = json.loads(attribute(file, "parameters"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StageError(
+                f"{path}: has no attribute 'parameters': not a file of preprocessing.py, "
+                "mergeh5.py or project_2d.py"
+            ) from error
+        if not isinstance(parameters, dict):
+            raise StageError(f"{path}: has a damaged attribute 'parameters': make it again")
+        return parameters
+
+
+def read_dataset(path: Path, group: str, key: str) -> tuple[NDArray[Any], dict[str, Any]]:
+    """Return one dataset and its attributes, verified against their digests.
+
+    The file's other keys are not looked at: there may be many.
+
+    Raises
+    ------
+    StudyError
+        Damaged chunks, or values or attributes that differ from the digests kept with them.
+    """
+    with open_file(path) as file:
+        try:
+            array, attributes = file[group][key][()], all_attributes(file[group][key])
+        except DAMAGE as error:
+            raise StudyError(f"{group} is damaged in the HDF5 file: make the file again") from error
+    if not (_holds(attributes, "sha256", array_digest(array)) and sound_attributes(attributes)):
+        raise StudyError(f"{group} is damaged in the HDF5 file (checksum): make the file again")
+    return array, attributes
+
+
+def sound_attributes(attributes: Mapping[str, Any]) -> bool:
+    """Whether attributes agree with their digest, if they have one."""
+    others = {name: value for name, value in attributes.items() if name != ATTRIBUTES_DIGEST}
+    return _holds(attributes, ATTRIBUTES_DIGEST, fingerprint(others))
+
+
+def _holds(attributes: Mapping[str, Any], name: str, digest: str) -> bool:
+    return bool(attributes.get(name, digest) == digest)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each image by key.
+
+    Raises
+    ------
+    StageError
+        Shapes or types that volumes or projections can't have, masks that do not fit, or data
+        that lie where they must not.
+    """
+    with open_studies(path) as file:
+        shapes = {}
+        for key in sorted(file["image"]):
+            image, *masks = (sound_dataset(path, file[group], key) for group in GROUPS)
+            if image.shape[:1] != (2,) or any(m.shape != (1, *image.shape[1:]) for m in masks):
+                raise StageError(f"{path}: study {key} has shapes that do not fit: make it again")
+            if image.dtype.kind != "f" or any(mask.dtype != np.uint8 for mask in masks):
+                raise StageError(f"{path}: study {key} has types that do not fit: make it again")
+            shapes[key] = image.shape
+        return shapes
+
+
+def sound_dataset(path: Path, group: h5py.Group, key: str) -> h5py.Dataset:
+    """Return a dataset of the file at `path`, or one that a link in it leads to.
+
+    Raises
+    ------
+    StageError
+        A link to a file that is not there, to a pipe or device, which might never end, or values
+        that lie in another file.
+    """
+    link = group.get(key, getlink=True)
+    if isinstance(link, h5py.ExternalLink):
+        there = path.resolve().parent / link.filename
+        if not there.exists():
+            # libhdf5 would take one of that name in the working directory.
+            raise StageError(f"{path}: links to {link.filename}, which is not there: put it back")
+        if not there.is_file():
+            raise StageError(f"{path}: links to a device, pipe or folder: make it again")
+    dataset = group[key]
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise StageError(f"{path}: {key} is no dataset with its values in the file: make it again")
+    return dataset
+
+
+def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
+    """Return the hashes of the studies behind keys, in order."""
+    return sorted({study_of(key, parameters) for key in keys})
+
+
+def study_of(key: str, parameters: Mapping[str, Any]) -> str:
+    """Return the hash of the study behind a key: the keys of a 2D file end in an angle."""
+    return key.rpartition("_")[0] if "angles" in parameters else key
+
+
+def all_attributes(holder: h5py.Dataset | h5py.File) -> dict[str, Any]:
+    """Return the attributes of a dataset, or of a file, as plain Python values."""
+    return {name: attribute(holder, name) for name in holder.attrs}
+
+
+def attribute(holder: h5py.Dataset | h5py.File, name: str) -> Any:
+    """Return an attribute as a plain Python value; None where it is absent."""
+    if name not in holder.attrs:
+        return None
+    with ending_loops():
+        return _plain(holder.attrs[name])
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of an attribute as a string, a number, or a list of those."""
+    if isinstance(value, h5py.Empty):
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return value
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_file(
+    path: Path, parameters: Mapping[str, Any], software: str
+) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """Create a file with its attributes; yield it, and what raises a failure to write so far."""
+    with steady_file(path) as stream, h5py.File(stream, "w", libver=_FORMAT) as file:
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.attrs["software"] = software
+        file.attrs["parameters"] = json.dumps(parameters, sort_keys=True)
+        file.attrs[ATTRIBUTES_DIGEST] = fingerprint(all_attributes(file))
+        yield file, stream.check
+
+
+@contextmanager
+def create_file(path: Path, parameters: Mapping[str, Any], software: str) -> Iterator[h5py.File]:
+    """Create a file with its attributes and the three groups."""
+    with new_file(path, parameters, software) as (file, _):
+        for group in GROUPS:
+            file.create_group(group)
+        yield file
+
+
+def write_dataset(
+    file: h5py.File,
+    group: str,
+    key: str,
+    array: NDArray[Any],
+    attributes: Mapping[str, Any],
+    compression: str,
+) -> None:
+    """Write one array with its attributes and the digests of its values and of those."""
+    dataset = write_chunked(file[group], key, array, compression)
+    for name, value in sorted({**attributes, "sha256": array_digest(array)}.items()):
+        dataset.attrs[name] = value
+    # HDF5 keeps strings where it has no checksum of its own.
+    dataset.attrs[ATTRIBUTES_DIGEST] = fingerprint(all_attributes(dataset))

@@ -1,0 +1,186 @@
+"""One study of a project zip: read, brought onto the training grid, and written to a file."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import project_zip
+from common.errors import IncompleteStudy
+from common.geometry import Image
+from common.hdf5.studies import create_file, write_dataset
+from common.volumes import (
+    Recipe,
+    Volume,
+    doubts,
+    losses,
+    mask_on_pet,
+    measures,
+    number_lesions,
+    outline,
+    place_ct,
+    place_lesions,
+    place_pet,
+    training_image,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedStudy:
+    """One study on the target grid, in HU and SUV.
+
+    Attributes
+    ----------
+    ct, suv, lesions : Volume
+        HU, SUV, and the number of each voxel's lesion.
+    mask, mask_iso : (X, Y, Z) uint8 arrays
+    measures : dict
+        Of its lesions and of the study, on the PET's own grid; plain JSON.
+    warnings : sequence of str
+        What the target grid loses, and what can't be right.
+    """
+
+    ct: Volume
+    suv: Volume
+    lesions: Volume
+    mask: NDArray[np.uint8]
+    mask_iso: NDArray[np.uint8]
+    measures: Mapping[str, Any]
+    warnings: Sequence[str]
+
+    @property
+    def images(self) -> dict[str, Image]:
+        """The images by the names that they have in files."""
+        arrays = {
+            "ct": self.ct.data,
+            "petsuv": self.suv.data,
+            "mask": self.mask,
+            "mask_iso": self.mask_iso,
+        }
+        return {name: Image(array, self.ct.grid.affine) for name, array in arrays.items()}
+
+    @property
+    def ways(self) -> str:
+        """How each image was resampled, in words."""
+        volumes = {"CT": self.ct, "PET": self.suv, "mask": self.lesions}
+        return ", ".join(
+            f"{name} {'axis by axis' if volume.axis_by_axis else 'by nilearn'}"
+            for name, volume in volumes.items()
+        )
+
+
+class Laps:
+    """Seconds spent in the named steps of one study."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, step: str) -> None:
+        """Add the time since the last call to `step`."""
+        now = time.perf_counter()
+        self._seconds[step] = self._seconds.get(step, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self._seconds.items())
+
+
+def place_study(
+    zip_path: Path, study: project_zip.ArchivedStudy, recipe: Recipe, laps: Laps
+) -> PlacedStudy:
+    """Read the images of a study, at no time CT and PET both, and resample them.
+
+    Raises
+    ------
+    IncompleteStudy
+        The zip lacks one of the images.
+    StudyError
+        One of them is damaged.
+    """
+    if study.missing:
+        raise IncompleteStudy("no " + ", no ".join(study.missing))
+    original_ct = project_zip.read_image(zip_path, study, "ct")
+    laps.end("reading")
+    ct = place_ct(original_ct, recipe)
+    del original_ct
+    laps.end("resampling")
+    pet = project_zip.read_image(zip_path, study, "petsuv")
+    lesions = number_lesions(project_zip.read_image(zip_path, study, "mask"))
+    laps.end("reading")
+    suv = place_pet(pet, ct, recipe)
+    placed = place_lesions(lesions, ct, recipe)
+    laps.end("resampling")
+    mask, mask_iso = outline(suv, placed, recipe)
+    laps.end("isocontour")
+    warnings = losses(pet, lesions, ct, suv, placed, recipe)
+    pet_mask, weight_kg = mask_on_pet(lesions, pet), _weight_kg(study)
+    found = measures(pet, pet_mask, weight_kg, recipe)
+    warnings += doubts(pet, pet_mask, ct, suv, found["study"]["dose_fraction"], weight_kg)
+    laps.end("measures")
+    return PlacedStudy(ct, suv, placed, mask, mask_iso, found, warnings)
+
+
+def write_study(
+    path: Path,
+    study: project_zip.ArchivedStudy,
+    placed: PlacedStudy,
+    recipe: Recipe,
+    compression: str,
+    fingerprint: str,
+    software: str,
+) -> None:
+    """Write the HDF5 file of one study."""
+    arrays = {
+        "image": training_image(placed.suv, placed.ct, recipe),
+        "mask": placed.mask[None],
+        "mask_iso": placed.mask_iso[None],
+    }
+    attributes = _attributes(study, placed, recipe)
+    attributes["image"]["fingerprint"] = fingerprint
+    with create_file(path, asdict(recipe), software) as file:
+        for group, array in arrays.items():
+            write_dataset(file, group, study.hash, array, attributes[group], compression)
+
+
+def _attributes(
+    study: project_zip.ArchivedStudy, placed: PlacedStudy, recipe: Recipe
+) -> dict[str, dict[str, Any]]:
+    """Return the attributes of each group's dataset."""
+    provenance = _provenance(study)
+    shared = {
+        "affine": placed.ct.grid.affine,
+        "project": study.project,
+        "spacing": np.array(recipe.spacing),
+        "orientation": recipe.orientation,
+    }
+    of_image = {
+        "channels": ["PET", "CT"],
+        "ct_range": np.array(recipe.ct_range),
+        "suv_range": np.array(recipe.suv_range),
+        "suv_type": provenance.get("suv_type", "unknown"),
+        "suv": json.dumps(provenance, sort_keys=True),
+        "measures": json.dumps(placed.measures, sort_keys=True),
+        "warnings": json.dumps([*study.record.get("warnings", []), *placed.warnings]),
+    }
+    of_iso = {"connectivity": 26, "iso_threshold": recipe.iso_threshold}
+    if recipe.iso_suv is not None:
+        of_iso = {"connectivity": 26, "iso_suv": recipe.iso_suv}
+    return {"image": shared | of_image, "mask": shared, "mask_iso": shared | of_iso}
+
+
+def _provenance(study: project_zip.ArchivedStudy) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = study.record.get("suv", {})
+    return found
+
+
+def _weight_kg(study: project_zip.ArchivedStudy) -> float | None:
+    """Return what SUVbw times volume is divided by for the dose fraction, None for other SUV."""
+    provenance = _provenance(study)
+    weight = provenance.get("weight_kg") if provenance.get("suv_type", "bw") == "bw" else None
+    return weight if isinstance(weight, int | float) and weight > 0 else None

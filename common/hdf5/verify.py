@@ -1,0 +1,193 @@
+"""Whole HDF5 files of studies held against their own checksums, attributes and layout."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import StageError
+from common.geometry import orientation_of
+from common.hashing import array_digest
+from common.hdf5.merge import row_digest, stack_digest
+from common.hdf5.studies import (
+    ATTRIBUTES_DIGEST,
+    DAMAGE,
+    GROUPS,
+    all_attributes,
+    ending_loops,
+    open_file,
+    read_keys,
+    read_parameters,
+    sound_attributes,
+    sound_dataset,
+)
+
+_COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
+"""Options that datasets repeat."""
+
+_STACK = "key"
+
+_IMAGE_TYPES = ("float16", "float32")
+
+
+def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """Return the keys of a file in order, and its parameters.
+
+    The keys of a stacked file are checked as one, by the name of the dataset ``key``.
+
+    Raises
+    ------
+    StageError
+        The file as a whole is damaged, or of another make.
+    """
+    parameters = read_parameters(path)
+    with open_file(path) as file:
+        if not sound_attributes(all_attributes(file)):
+            raise StageError(f"{path}: its attributes differ from their checksum: make it again")
+    return [_STACK] if parameters.get("stack") else read_keys(path), parameters
+
+
+def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a key of a file, whose parameters are given; nothing if sound."""
+    with open_file(path) as file:
+        if parameters.get("stack"):
+            return _stack_faults(file)
+        return _study_faults(file, key, parameters)
+
+
+def read_indices(path: Path) -> None:
+    """Read the indices of a file that neither values nor attributes need.
+
+    Raises
+    ------
+    StageError
+        One is damaged.
+    """
+    with open_file(path) as file:
+        file.visit(lambda name: None)
+
+
+def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> list[str]:
+    arrays: dict[str, NDArray[Any]] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    faults = []
+    for group in GROUPS:
+        try:
+            dataset = sound_dataset(Path(file.filename), file[group], key)
+            arrays[group], attributes[group] = dataset[()], all_attributes(dataset)
+        except (*DAMAGE, StageError):
+            faults.append(f"{group} cannot be read")
+            continue
+        if attributes[group].get("sha256") != array_digest(arrays[group]):
+            faults.append(f"{group} differs from its checksum")
+        if ATTRIBUTES_DIGEST not in attributes[group] or not sound_attributes(attributes[group]):
+            faults.append(f"the attributes of {group} differ from their checksum")
+        faults += [
+            f"{group} has another {name} than the file"
+            for name in _COPIED
+            if name in attributes[group] and "angles" not in parameters
+            if not _alike(attributes[group][name], parameters.get(name))
+        ]
+    if faults:
+        return faults
+    geometry_faults = _slice_faults if "angles" in parameters else _volume_faults
+    return [*_array_faults(arrays, parameters), *geometry_faults(key, attributes, parameters)]
+
+
+def _alike(value: Any, option: Any) -> bool:
+    return option == "mixed" or np.array_equal(value, option)
+
+
+def _array_faults(
+    arrays: Mapping[str, NDArray[Any]], parameters: Mapping[str, Any]
+) -> Iterator[str]:
+    image, mask, mask_iso = (arrays[group] for group in GROUPS)
+    n_axes = 3 if "angles" in parameters else 4
+    if image.ndim != n_axes or image.shape[0] != 2:
+        yield "image has another shape than (2, X, Y, Z), of a projection (2, X, Z)"
+    if any(n not in (None, m) for n, m in zip(_shape(parameters), image.shape[1:], strict=False)):
+        yield "image has another shape than the file says"
+    if not mask.shape == mask_iso.shape == (1, *image.shape[1:]):
+        yield "the masks have another shape than the image"
+        return
+    if image.dtype not in _IMAGE_TYPES or not _alike(image.dtype.name, parameters.get("dtype")):
+        yield "image has another type than the file says"
+    if mask.dtype != np.uint8 or mask_iso.dtype != np.uint8:
+        yield "a mask has another type than uint8"
+    if not (image >= 0).all() or not (image <= 1).all():
+        yield "image has values outside 0 to 1"
+    if (mask > 1).any() or (mask_iso > mask).any():
+        yield "a mask has other values than 0 and 1, or mask_iso reaches beyond mask"
+
+
+def _shape(parameters: Mapping[str, Any]) -> Sequence[int | None]:
+    """Voxels along x, y and z as far as they are said."""
+    shape = parameters.get("shape")
+    return shape if isinstance(shape, list) and "angles" not in parameters else ()
+
+
+def _volume_faults(
+    key: str, attributes: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Any]
+) -> Iterator[str]:
+    for group in GROUPS:
+        try:
+            affine = np.array(attributes[group]["affine"], np.float64)
+            spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+            code = orientation_of(affine)
+            sound = (
+                np.array_equal(affine, attributes["image"]["affine"])
+                and np.allclose(spacing_mm, attributes[group]["spacing"], rtol=1e-4)
+                and code == attributes[group]["orientation"]
+                and "project" in attributes[group]
+            )
+        except (KeyError, ValueError, TypeError, IndexError):
+            sound = False
+        if not sound:
+            yield f"{group} lacks a project, or an affine that fits spacing and orientation"
+
+
+def _slice_faults(
+    key: str, attributes: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Any]
+) -> Iterator[str]:
+    study, _, name = key.rpartition("_")
+    for group in GROUPS:
+        found = attributes[group]
+        try:
+            sound = (
+                found["hash"] == study
+                and found["angle"] == float(name)
+                and len(found["spacing"]) == 2
+                and "project" in found
+            )
+        except (KeyError, ValueError, TypeError):
+            sound = False
+        if not sound:
+            yield f"{group} lacks project, hash, angle or spacing, or they are another slice's"
+
+
+def _stack_faults(file: h5py.File) -> list[str]:
+    with ending_loops():
+        names = [name.decode() for name in file[_STACK][()]]
+    about = all_attributes(file[_STACK])
+    digests = np.array(about.get("sha256"), np.uint8)
+    kept = stack_digest(names, about.get("fingerprints", ""), digests)
+    if about.get(ATTRIBUTES_DIGEST) != kept or digests.shape != (len(names), 32):
+        return ["the list of its keys is damaged"]
+    faults = [] if names == sorted(set(names)) else ["the keys are not in order"]
+    for group in GROUPS:
+        if file[group].shape[:2] != (len(names), 2 if group == "image" else 1):
+            return [f"{group} has not a row a key"]
+    for row, name in enumerate(names):
+        try:
+            values = [file[group][row] for group in GROUPS]
+        except DAMAGE:
+            faults.append(f"{name} cannot be read")
+            continue
+        if not np.array_equal(row_digest([array_digest(v) for v in values]), digests[row]):
+            faults.append(f"{name} differs from its checksum")
+        if not all(((v >= 0) & (v <= 1)).all() for v in values):
+            faults.append(f"{name} has values outside 0 to 1")
+    return faults

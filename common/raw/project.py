@@ -1,0 +1,225 @@
+"""The raw project, ``RAW_PROJECT/<patient>/<study>/``: its studies and their files.
+
+What the images of a raw study take in memory, by the headers of a few of its files.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.dicom.attributes import whole_number
+from common.dicom.files import DicomFile, read_dicom_file
+from common.errors import IncompleteStudy, StageError, StudyError
+from common.nifti import is_nifti_name, stored_bytes
+
+# --- raw project -----------------------------------------------------------------------------
+
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+
+_UNFINISHED_OUTPUTS = (".zip.parts", ".h5.parts")
+"""Names of the folders of interrupted runs, whose output is in the raw project, end so."""
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """One study's folder: names of patient and study (private) and its path.
+
+    Without a name of a study it is a patient's folder that holds none, or can't be read.
+    """
+
+    patient: str
+    study: str
+    path: str
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A file below a study: path there, size [bytes], time of change [ns].
+
+    A link that leads nowhere has no size.
+    """
+
+    name: str
+    size: int | None
+    changed_ns: int = 0
+
+
+# --- finding studies -------------------------------------------------------------------------
+
+
+def list_studies(project: Path) -> list[StudyFolder]:
+    """Return the study folders of a raw project, ordered by patient and study.
+
+    A patient without a study's folder is listed by a nameless one, for `list_files` to refuse.
+
+    Raises
+    ------
+    StageError
+        Not a readable folder, or without any ``<patient>/<study>/`` in it.
+    """
+    try:
+        patients = _subfolders(project)
+    except OSError as error:
+        raise StageError(
+            f"the raw project cannot be read ({error.strerror}): check the folder and its "
+            "permissions"
+        ) from error
+    studies = [study for name, path in patients for study in _studies_of(_text(name), path)]
+    if not any(study.study for study in studies):
+        raise StageError(
+            f"{project}: no study in it; it must hold <patient>/<study>/ folders, and you need "
+            "permission to read them"
+        )
+    return studies
+
+
+def _studies_of(patient: str, path: str) -> list[StudyFolder]:
+    try:
+        studies = [StudyFolder(patient, _text(name), below) for name, below in _subfolders(path)]
+    except OSError:
+        studies = []
+    return studies or [StudyFolder(patient, "", path)]
+
+
+def _text(name: str) -> str:
+    """Return a name as UTF-8 tells it, whatever the locale: pseudonyms are made of it."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def _subfolders(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """Return names and paths of subfolders in order; links that lead nowhere are among them."""
+    above = _folders_above(folder)
+    with os.scandir(folder) as entries:
+        return sorted(
+            (entry.name, entry.path)
+            for entry in entries
+            if _is_visible(entry.name)
+            and (
+                not os.path.exists(entry.path)
+                or (os.path.isdir(entry.path) and _identity(entry.path) not in above)
+            )
+        )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _folders_above(folder: str | os.PathLike[str]) -> frozenset[tuple[int, int]]:
+    """Return a folder and those above it, by the path it has and by the path without links.
+
+    A link to one of them leads round in a circle, and to the files of other patients.
+    """
+    paths = [Path(os.path.abspath(folder)), Path(os.path.realpath(folder))]
+    return frozenset(_identity(each) for path in paths for each in (path, *path.parents))
+
+
+def _is_visible(name: str) -> bool:
+    is_system = name.startswith(".") or name in _SYSTEM_FOLDERS
+    return not is_system and not name.endswith(_UNFINISHED_OUTPUTS)
+
+
+def list_files(folder: StudyFolder) -> list[RawFile]:
+    """Return the files below a study's folder, in order of name.
+
+    Links are followed, loops of links are not; hidden files, pipes and devices are left out.
+
+    Raises
+    ------
+    IncompleteStudy
+        A patient's folder without a study's folder.
+    StudyError
+        A folder that may not be read.
+    """
+    files = files_below(folder.path)
+    if not folder.study:
+        raise IncompleteStudy(
+            "no study folder: move the patient's files to RAW_PROJECT/<patient>/<study>/"
+        )
+    return files
+
+
+def files_below(folder: str) -> list[RawFile]:
+    """Return the files below a folder; see `list_files`."""
+    try:
+        above = _folders_above(folder) - {_identity(folder)}
+    except OSError as error:
+        raise _unreadable(error, "") from error
+    return sorted(_walk(folder, "", above), key=lambda file: file.name)
+
+
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[RawFile]:
+    try:
+        here = _identity(folder)
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if _is_visible(entry.name)]
+    except OSError as error:
+        raise _unreadable(error, prefix) from error
+    if here in above:
+        return
+    for entry in visible:
+        name = prefix + entry.name
+        try:
+            status = entry.stat()
+        except OSError:
+            yield RawFile(name, None)
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            yield from _walk(entry.path, name + "/", above | {here})
+        elif stat.S_ISREG(status.st_mode):
+            yield RawFile(name, status.st_size, status.st_mtime_ns)
+
+
+def _unreadable(error: OSError, name: str) -> StudyError:
+    return StudyError(
+        f"a folder cannot be read ({error.strerror}): check its permissions, or the link that "
+        "leads there",
+        name,
+    )
+
+
+# --- image sizes -----------------------------------------------------------------------------
+
+
+def image_bytes(folder: str, files: Sequence[RawFile]) -> int:
+    """Return what the images in a study's files take, uncompressed, roughly [bytes].
+
+    NIfTI headers tell. Of DICOM files the largest stands for all: by as much as its pixels
+    exceed it, compressed, the others do. What can't be read counts by its size.
+    """
+    paths = {file: os.path.join(folder, file.name) for file in files if file.size}
+    nifti = [file for file in paths if is_nifti_name(file.name)]
+    others = [file for file in paths if not is_nifti_name(file.name)]
+    total = sum(_nifti_bytes(paths[file]) or file.size or 0 for file in nifti)
+    if others:
+        largest = max(others, key=lambda file: (file.size or 0, file.name))
+        size = largest.size or 1
+        expansion = max(1.0, _pixel_bytes(paths[largest], largest.name) / size)
+        total += round(expansion * sum(file.size or 0 for file in others))
+    return total
+
+
+def _nifti_bytes(path: str) -> int:
+    try:
+        return stored_bytes(path)
+    except StudyError:
+        return 0
+
+
+def _pixel_bytes(path: str, name: str) -> int:
+    """Return what a DICOM file's pixels take [bytes]; 0 where it has none."""
+    try:
+        file = read_dicom_file(path, name)
+        return _of_matrix(file) if file is not None and "Rows" in file.header else 0
+    except StudyError:
+        return 0
+
+
+def _of_matrix(file: DicomFile) -> int:
+    rows, columns, bits = (
+        whole_number(file.header, keyword) for keyword in ("Rows", "Columns", "BitsAllocated")
+    )
+    return file.n_frames * rows * columns * bits // 8

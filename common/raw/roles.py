@@ -1,0 +1,536 @@
+"""What may play a role in a study: its files and series, by kind, by name, by the user's patterns.
+
+Of a NIfTI file the words in its path below the study tell the role; of DICOM the Modality does.
+
+The files of a study by kind: NIfTI, DICOM, and what is left out.
+
+What to say of the files of a study that fit no role, or of several that fit one.
+
+The role that each file of a study plays: CT, PET, mask, or header of the PET.
+
+Where several fit, a pattern of the user decides; none is picked silently.
+"""
+
+import fnmatch
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+from common.dicom.attributes import joined_text, tag_of
+from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
+from common.errors import IncompleteStudy, StudyError
+from common.nifti import is_nifti_name
+from common.raw.project import files_below
+
+# --- candidates ------------------------------------------------------------------------------
+
+ROLE_NAMES = {"ct": "CT", "pet": "PET", "mask": "mask", "header": "DICOM header"}
+
+MASK_WORDS = frozenset({"mask", "seg", "label", "roi", "gtv"})
+PET_WORDS = frozenset({"pet", "pt", "suv"})
+CT_WORDS = frozenset({"ct", "gk"})
+"""Words in a NIfTI file's path that tell its role."""
+
+
+@dataclass(frozen=True)
+class NiftiFile:
+    """A NIfTI file: its path and its path below the study (private)."""
+
+    path: str
+    name: str
+
+
+Candidate = NiftiFile | Series | DicomFile
+
+
+def modality_of(file: DicomFile) -> str:
+    """Return the Modality."""
+    return file.modality
+
+
+def kind(candidate: Candidate) -> str:
+    """Return what a candidate is, and of how many slices; no identity."""
+    if isinstance(candidate, NiftiFile):
+        return "NIfTI file"
+    if isinstance(candidate, Series):
+        return f"DICOM series of {candidate.n_images}"
+    return f"DICOM {modality_of(candidate)}"
+
+
+# --- patterns --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The user's globs by role: on the path below the study, or on the SeriesDescription."""
+
+    by_role: Mapping[str, str] = field(default_factory=dict)
+
+    def match(self, role: str, candidate: Candidate) -> bool:
+        """Tell whether a candidate fits the role's pattern; without one all do."""
+        return role not in self.by_role or self.name(role, candidate)
+
+    def name(self, role: str, candidate: Candidate) -> bool:
+        """Tell whether the role has a pattern, and it fits the candidate."""
+        pattern = self.by_role.get(role)
+        return pattern is not None and any(_fits(label, pattern) for label in labels(candidate))
+
+    def name_any(self, candidate: Candidate) -> bool:
+        """Tell whether a pattern of any role fits the candidate."""
+        return any(self.name(role, candidate) for role in self.by_role)
+
+
+def _fits(label: str, pattern: str) -> bool:
+    """Match a glob, one that names a folder with all that lies below it."""
+    label, pattern = (unicodedata.normalize("NFC", each) for each in (label, pattern))
+    return any(fnmatch.fnmatchcase(label, p) for p in (pattern, pattern.rstrip("/") + "/*"))
+
+
+def labels(candidate: Candidate) -> list[str]:
+    """Return what a pattern may match: a description, and paths below the study."""
+    if isinstance(candidate, NiftiFile):
+        return [candidate.name]
+    files = candidate.files if isinstance(candidate, Series) else (candidate,)
+    return [joined_text(files[0].header, "SeriesDescription"), *(file.name for file in files)]
+
+
+# --- words -----------------------------------------------------------------------------------
+
+
+def roles_by_words(name: str) -> frozenset[str]:
+    """Return the roles that the words in a NIfTI file's path tell, those of its last part first.
+
+    A mask is named after the image it was drawn on, so in one part a mask's words go first.
+    "PET/CT" names the examination; a part with words of PET and of CT besides may be either.
+    """
+    stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+    for part in reversed(PurePath(stem).parts):
+        found = set(re.sub(r"\bpe?t ct\b", "", " ".join(words(part))).split())
+        if found & MASK_WORDS:
+            return frozenset({"mask"})
+        images = (("pet", PET_WORDS), ("ct", CT_WORDS))
+        if roles := frozenset(role for role, of_role in images if found & of_role):
+            return roles
+    return frozenset()
+
+
+def words(name: str) -> list[str]:
+    """Return the words of a name, in lower case."""
+    return re.findall(r"[^\W_]+", name.lower())
+
+
+# --- study files -----------------------------------------------------------------------------
+
+_OTHER_FORMATS = (
+    ".nrrd",
+    ".mha",
+    ".mhd",
+    ".hdr",
+    ".img",
+    ".mat",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tar",
+    ".gz",
+)
+
+
+@dataclass(frozen=True)
+class StudyFiles:
+    """The files of a study by kind, suffixes of other image formats, and remarks on the rest."""
+
+    nifti: Sequence[NiftiFile]
+    dicom: Sequence[DicomFile]
+    other_formats: Sequence[str]
+    remarks: tuple[str, ...]
+
+
+def read_files(folder: str) -> StudyFiles:
+    """Read the headers of all DICOM files below a study's folder, and list the NIfTI files.
+
+    Raises
+    ------
+    StudyError
+        A folder or file cannot be read, or a DICOM file is damaged.
+    """
+    nifti: list[NiftiFile] = []
+    dicom: list[DicomFile] = []
+    other_formats: set[str] = set()
+    n_dangling = n_no_dicom = 0
+    for file in files_below(folder):
+        path = os.path.join(folder, file.name)
+        if file.size is None:
+            n_dangling += 1
+        elif is_nifti_name(file.name):
+            nifti.append(NiftiFile(path, file.name))
+        elif (found := read_dicom_file(path, file.name)) is not None:
+            dicom.append(found)
+        else:
+            n_no_dicom += file.name.lower().endswith(DICOM_SUFFIXES)
+            other_formats.update(s for s in _OTHER_FORMATS if file.name.lower().endswith(s))
+    remarks = []
+    if n_dangling:
+        remarks.append(f"links that lead nowhere ({n_dangling}) are left out: restore their target")
+    if n_no_dicom:
+        remarks.append(
+            f"files named as DICOM ({n_no_dicom}) are left out, damaged or without "
+            f"{tag_of('Modality')}: check that no slice is lost"
+        )
+    return StudyFiles(nifti, dicom, sorted(other_formats), tuple(remarks))
+
+
+# --- role hints ------------------------------------------------------------------------------
+
+MOST_LISTED = 4
+"""Candidates for one role that are listed one by one; of more, how many are of each kind."""
+
+
+def is_header(file: DicomFile) -> bool:
+    """Tell whether a file is called a header."""
+    return "header" in words(file.name)
+
+
+def passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Say that a whole DICOM PET series serves as the header of a NIfTI PET."""
+    return tuple(
+        f"the NIfTI file is taken as the PET and the {kind(each)} as its header: if the series is "
+        "meant, choose it with --pet PATTERN"
+        for each in candidates
+        if isinstance(each, Series) and each.n_images > 1 and not all(map(is_header, each.files))
+    )
+
+
+def nameless_left_out(n_files: int) -> tuple[str, ...]:
+    """Say that a complete study has more NIfTI files: one may be a second mask."""
+    return (
+        f"NIfTI files ({n_files}) have no word for a role in their path and are left out: if one "
+        "is meant, choose it by pattern",
+    )
+
+
+def private_name(role: str, candidate: Candidate) -> str:
+    """Return a candidate's description and path, for the private mapping alone."""
+    return f"{ROLE_NAMES[role]}: {kind(candidate)}: {' | '.join(labels(candidate)[:2])}"
+
+
+def several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
+    """Say that several candidates fit a role, and of what kinds they are."""
+    kinds = [kind(each) for each in candidates]
+    if len(kinds) > MOST_LISTED:
+        kinds = [f"{n} x {each}" for each, n in Counter(kinds).items()]
+    reason = (
+        f"{len(candidates)} candidates for {ROLE_NAMES[role]} ({'; '.join(kinds)}): choose with "
+        f"--{role} PATTERN"
+    )
+    if len(candidates) > MOST_LISTED and all(_is_one_slice(each) for each in candidates):
+        reason += (
+            f", or, if {tag_of('SeriesInstanceUID')} was changed slice by slice, export the "
+            "series again"
+        )
+    return reason
+
+
+def _is_one_slice(candidate: Candidate) -> bool:
+    return isinstance(candidate, Series) and candidate.n_images == 1
+
+
+def several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator[str]:
+    """Say so where candidates are of several examinations."""
+    examinations = {
+        joined_text(
+            (each.files[0] if isinstance(each, Series) else each).header, "StudyInstanceUID"
+        )
+        for candidates in fitting.values()
+        for each in candidates
+        if not isinstance(each, NiftiFile)
+    }
+    if len(examinations) > 1:
+        yield (
+            f"the files are of {len(examinations)} examinations ({tag_of('StudyInstanceUID')}): "
+            "give each its own study folder"
+        )
+
+
+def hints_of_roles(
+    fitting: Mapping[str, Sequence[Candidate]],
+    files: StudyFiles,
+    patterns: Patterns,
+    n_nameless: int,
+) -> Iterator[str]:
+    """Yield why roles are missing, and what to do."""
+    missing = [role for role, found in fitting.items() if not found]
+    yield from (f"--{role} fits no candidate" for role in missing if role in patterns.by_role)
+    for role, modality in (("ct", "CT"), ("pet", "PT")):
+        n_files = sum(modality_of(file) == modality for file in files.dicom)
+        if role in missing and n_files and not group_series(files.dicom, modality):
+            yield (
+                f"DICOM files ({n_files}) of {tag_of('Modality')} {modality} are localizers, "
+                "screen saves, reformats or maps: export the original series"
+            )
+    if "header" in missing:
+        yield "give one DICOM file of the PET, or --pet-units suv if its values are SUV"
+    if n_nameless and missing and missing != ["header"]:
+        yield (
+            f"NIfTI files ({n_nameless}) have no word for a role in their path: choose with "
+            f"--{missing[0]} PATTERN"
+        )
+
+
+def hints_of_folder(folder: str, files: StudyFiles) -> Iterator[str]:
+    """Yield what a study's folder tells of why roles may be missing."""
+    if files.other_formats:
+        yield f"{', '.join(files.other_formats)} files are not read: convert or unpack them"
+    named = frozenset(words(os.path.basename(folder)))
+    if named and any(named <= of_role for of_role in (MASK_WORDS, PET_WORDS, CT_WORDS)):
+        yield (
+            "the study's folder is named like a role: move CT, PET and mask into one "
+            "RAW_PROJECT/<patient>/<study>/"
+        )
+
+
+# --- roles -----------------------------------------------------------------------------------
+
+_MASK_MODALITIES = ("SEG", "RTSTRUCT")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The files of a complete study.
+
+    Attributes
+    ----------
+    ct, pet : NiftiFile or Series
+    mask : NiftiFile or DicomFile
+        A DicomFile is a SEG or an RTSTRUCT.
+    header : Series or None
+        PET DICOM files that give the SUV; None where PET is DICOM itself or needs no header.
+        Given beside a DICOM PET, it must be of that very series.
+    warnings : tuple of str
+        What was left out or decided; no identity.
+    """
+
+    ct: NiftiFile | Series
+    pet: NiftiFile | Series
+    mask: NiftiFile | DicomFile
+    header: Series | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in a study.
+
+    Attributes
+    ----------
+    fitting : dict of role to list of candidates
+        Without "header" where none is needed.
+    remarks : tuple of str
+        What was left out or decided; no identity.
+    hints : tuple of str
+        Why roles may be missing; no identity.
+    names : tuple of str
+        All candidates, whether patterns fit them or not, and NIfTI files of no role (private).
+    """
+
+    fitting: Mapping[str, Sequence[Candidate]]
+    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    def summary(self, role: str) -> str:
+        """Return in a few words what fits a role; no identity."""
+        found = self.fitting.get(role)
+        if found is None:  # a header, where the PET has its own or needs none
+            return "-"
+        if len(found) > 1:
+            return f"{len(found)} candidates"
+        return kind(found[0]) if found else "missing"
+
+
+def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Survey:
+    """Find what fits each role of one study.
+
+    Parameters
+    ----------
+    folder : str
+        The study's folder.
+    patterns : Patterns
+    header_needed : bool
+        False where a NIfTI PET is in SUV already.
+
+    Raises
+    ------
+    StudyError
+        A folder or file cannot be read.
+    """
+    files = read_files(folder)
+    nifti_ct, nifti_pet = (_nifti_in_role(role, files.nifti, patterns) for role in ("ct", "pet"))
+    headers = [] if nifti_pet else _files_for_header_alone("pet", files.dicom, patterns)
+    beside_ct = _files_for_header_alone("ct", files.dicom, patterns, is_all_allowed=bool(nifti_ct))
+    set_apart = {*headers, *beside_ct}
+    slices = [file for file in files.dicom if file not in set_apart]
+    candidates: dict[str, list[Candidate]] = {
+        "ct": [*nifti_ct, *group_series(slices, "CT")],
+        "pet": [*nifti_pet, *group_series(slices, "PT")],
+        "mask": [
+            *_nifti_in_role("mask", files.nifti, patterns),
+            *(file for file in files.dicom if modality_of(file) in _MASK_MODALITIES),
+        ],
+    }
+    if headers or (nifti_pet and header_needed):
+        candidates["header"] = [*group_series(headers or files.dicom, "PT")]
+    fitting = {
+        role: [each for each in found if patterns.match(role, each)]
+        for role, found in candidates.items()
+    }
+    remarks = files.remarks
+    for role in ("ct",) if nifti_pet else ("ct", "pet"):
+        fitting[role], left_out = _without_single_slices(fitting[role])
+        remarks += left_out
+    if nifti_pet and "pet" not in patterns.by_role:
+        # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
+        remarks += passed_over(fitting["pet"])
+        fitting["pet"] = [*nifti_pet]
+    nameless = [
+        file.name
+        for file in files.nifti
+        if not roles_by_words(file.name) and not patterns.name_any(file)
+    ]
+    if nameless and all(fitting.values()):
+        remarks += nameless_left_out(len(nameless))
+    names = [private_name(role, each) for role, found in candidates.items() for each in found]
+    hints = (
+        *hints_of_roles(fitting, files, patterns, len(nameless)),
+        *hints_of_folder(folder, files),
+    )
+    return Survey(fitting, remarks, hints, (*names, *nameless))
+
+
+def choose(found: Survey) -> Roles:
+    """Return the one candidate of each role.
+
+    Raises
+    ------
+    IncompleteStudy
+        Roles are missing; the message lists them.
+    StudyError
+        Several candidates fit a role; the message lists their kinds, its private part their names.
+    """
+    fitting = found.fitting
+    missing = [role for role, each in fitting.items() if not each]
+    several = [role for role, each in fitting.items() if len(each) > 1]
+    reasons = [", ".join(f"no {ROLE_NAMES[role]}" for role in missing)] if missing else []
+    reasons += [several_candidates(role, fitting[role]) for role in several]
+    if several:
+        reasons += ["the mapping file names them", *several_examinations(fitting)]
+    if missing:
+        reasons += [*found.hints, *found.remarks]
+        raise IncompleteStudy("; ".join(reasons), "; ".join(found.names))
+    if several:
+        names = [private_name(role, each) for role in several for each in fitting[role]]
+        raise StudyError("; ".join(reasons), "; ".join(names))
+    ct, pet, mask = (fitting[role][0] for role in ("ct", "pet", "mask"))
+    header = fitting["header"][0] if "header" in fitting else None
+    return Roles(ct, pet, mask, header, found.remarks)  # type: ignore[arg-type]
+
+
+def find_roles(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Roles:
+    """Find the CT, PET, mask and header of one study; see `survey` and `choose`."""
+    return choose(survey(folder, patterns, header_needed=header_needed))
+
+
+# --- files by kind and name ------------------------------------------------------------------
+
+
+def _files_for_header_alone(
+    role: str, dicom: Sequence[DicomFile], patterns: Patterns, *, is_all_allowed: bool = False
+) -> list[DicomFile]:
+    """Return the files of PET or CT that are headers and none of its slices.
+
+    --header names them; without it their own name does, or their place: copies of slices in
+    another folder. Files that the role's pattern names are not; and where no other file of the
+    role would be left, none is, unless that `is_all_allowed`.
+    """
+    modality = {"pet": "PT", "ct": "CT"}[role]
+    of_role = [file for file in dicom if modality_of(file) == modality]
+    copies = _copies_elsewhere(group_series(of_role, modality))
+    named = [
+        file
+        for file in of_role
+        if (
+            patterns.name("header", file)
+            if "header" in patterns.by_role
+            else is_header(file) or file in copies
+        )
+        and not patterns.name(role, file)
+    ]
+    return named if is_all_allowed or len(named) < len(of_role) else []
+
+
+def _copies_elsewhere(candidates: Sequence[Series]) -> set[DicomFile]:
+    """Return the files of folders that hold nothing but copies of slices in other folders.
+
+    Where a series lies there twice as a whole neither is the copy: it will be refused.
+    """
+    copies: set[DicomFile] = set()
+    for series in candidates:
+        folders: dict[str, list[DicomFile]] = defaultdict(list)
+        for file in series.files:
+            folders[os.path.dirname(file.name)].append(file)
+        left = Counter(map(_instance, series.files))
+        n_different = len(left)
+        for files in sorted(folders.values(), key=len):
+            here = Counter(map(_instance, files))
+            if len(here) < n_different and all(left[each] > n for each, n in here.items()):
+                copies.update(files)
+                left -= here
+    return copies
+
+
+def _instance(file: DicomFile) -> tuple[str, ...]:
+    """Return what tells an image, even after an anonymiser that numbers those of each folder."""
+    keywords = ("SOPInstanceUID", "ImagePositionPatient")
+    return tuple(joined_text(file.header, keyword) for keyword in keywords)
+
+
+def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) -> list[NiftiFile]:
+    """Return the files that the role's pattern names; without one, those whose words tell it.
+
+    A file that the pattern of another role names is that role's alone.
+    """
+    if role in patterns.by_role:
+        return [file for file in files if patterns.name(role, file)]
+    return [
+        file for file in files if role in roles_by_words(file.name) and not patterns.name_any(file)
+    ]
+
+
+def _without_single_slices(
+    candidates: Sequence[Candidate],
+) -> tuple[list[Candidate], tuple[str, ...]]:
+    """Leave out single slices beside volumes: scouts, headers and the like.
+
+    One of the same plane and matrix as those of a series may have been torn from it: it stays,
+    and the study is ambiguous.
+    """
+    volumes = [each for each in candidates if isinstance(each, Series) and each.n_images > 1]
+    geometries = {_geometry(each) for each in volumes}
+    single = [
+        each
+        for each in candidates
+        if isinstance(each, Series) and each.n_images == 1 and _geometry(each) not in geometries
+    ]
+    if not single or len(single) == len(candidates):
+        return [*candidates], ()
+    remark = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
+    return [each for each in candidates if each not in single], (remark,)
+
+
+def _geometry(series: Series) -> tuple[str, ...]:
+    keywords = ("ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+    return tuple(joined_text(series.files[0].header, keyword) for keyword in keywords)

@@ -1,0 +1,570 @@
+"""Where the slices of PET headers lie in a NIfTI PET, and so which factor to SUV is whose.
+
+Whether the files and images of a study belong together: one patient, one space, one place.
+
+One raw study as three checked images: CT [HU], PET [SUV] and mask, each on its own grid.
+
+Brings the formats together: DICOM and NIfTI go in, `Image`s with their SUV provenance come out.
+"""
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.dicom.attributes import items, joined_text, required_number, required_numbers, tag_of
+from common.dicom.files import DicomFile, Series
+from common.dicom.masks import (
+    contoured_images,
+    frame_of_reference,
+    referenced_images,
+    referenced_series,
+)
+from common.dicom.pet import read_pet_series
+from common.dicom.pixels import read_ct, read_pet
+from common.dicom.rtstruct import read_rtstruct
+from common.dicom.seg import read_seg
+from common.dicom.series import Stack, refuse_moving, stack_slices
+from common.errors import StudyError
+from common.geometry import Image, embedded
+from common.nifti import read_nifti_file
+from common.raw.roles import ROLE_NAMES, Candidate, NiftiFile, Roles, modality_of, words
+from common.suv.factors import SuvConversion, already_suv, spread_factors, suv_factors
+from common.suv.inputs import PetSeries
+
+# --- header planes ---------------------------------------------------------------------------
+
+FloatArray = NDArray[np.float64]
+
+ON_GRID_VOXELS = 0.1
+"""Distance of a header's slice from a slice of the NIfTI PET that still counts as the same."""
+
+SAME_FACTOR = 1e-9
+"""Relative difference up to which two factors to SUV are one."""
+
+
+class Planes(NamedTuple):
+    """Where the slices of n headers lie [LPS], as DICOM has it."""
+
+    position_mm: FloatArray  # (n, 3)
+    orientation: FloatArray  # (n, 6)
+    spacing_mm: FloatArray  # (n, 2), from row to row, from column to column
+    matrix: FloatArray  # (n, 2), columns and rows
+
+    def first_and_last_pixel_in(self, image: Image) -> FloatArray:
+        """Voxel indices of both in an image, (2, n, 3)."""
+        columns_mm, rows_mm = ((self.matrix - 1) * self.spacing_mm[:, ::-1]).T[..., np.newaxis]
+        diagonal_mm = columns_mm * self.orientation[:, :3] + rows_mm * self.orientation[:, 3:]
+        corners_mm = np.stack([self.position_mm, self.position_mm + diagonal_mm]) * (-1, -1, 1)
+        to_voxel = np.linalg.inv(image.affine)
+        return np.asarray(corners_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3])
+
+
+def planes_of_headers(header: Series | Stack) -> Planes | None:
+    """Return where slices lie, if all headers tell."""
+    if isinstance(header, Stack):
+        planes = [
+            (each.position_mm, each.orientation, each.pixel_spacing_mm, each.matrix)
+            for each in header.slices
+        ]
+        return Planes(*map(np.array, zip(*planes, strict=True)))
+    headers = [file.header for file in header.files]
+    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    if not all(joined_text(each, keyword) for each in headers for keyword in counts):
+        return None
+    position_mm, orientation, spacing_mm = (
+        np.array([required_numbers(each, keyword, count) for each in headers])
+        for keyword, count in counts.items()
+    )
+    matrix = [[required_number(each, k) for k in ("Columns", "Rows")] for each in headers]
+    return Planes(position_mm, orientation, spacing_mm, np.array(matrix))
+
+
+def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[str, ...]:
+    """Refuse headers whose slices are none of a NIfTI PET: they belong to another series.
+
+    Where the user trusts them, that is returned as a warning.
+    """
+    corners = planes.first_and_last_pixel_in(image)
+    voxels = first, last = np.rint(corners)
+    on_voxels = np.abs(corners[0] - first).max() <= ON_GRID_VOXELS
+    end = np.array(image.data.shape) - 1
+    inside = np.array_equal(voxels, np.clip(voxels, 0, end))
+    extents = np.sort(np.abs(last - first))
+    of_matrix = np.sort(np.insert(planes.matrix - 1, 0, 0, axis=1))
+    of_slice = [np.sort(np.where(np.arange(3) == axis, 0, end)) for axis in range(3)]
+    whole_slices = (extents == of_matrix).all() and any((extents == s).all() for s in of_slice)
+    if on_voxels and inside and whole_slices:
+        return ()
+    trouble = (
+        f"the header belongs to another series than the PET ({tag_of('Rows')}, "
+        f"{tag_of('Columns')}, {tag_of('PixelSpacing')}, {tag_of('ImagePositionPatient')} or "
+        f"{tag_of('ImageOrientationPatient')} does not fit)"
+    )
+    if trusted:
+        return (f"{trouble}: trusted",)
+    raise StudyError(
+        f"{trouble}: give a header of this PET, or --trust-geometry if the PET was cropped or "
+        "resampled"
+    )
+
+
+def factors_on(image: Image, suv: SuvConversion, planes: Planes | None) -> FloatArray:
+    """Return factors that broadcast over a NIfTI PET, each on the slice of its header."""
+    factors = suv.factors
+    if planes is not None:
+        first, _ = planes.first_and_last_pixel_in(image)
+        axis = int(np.ptp(first, axis=0).argmax())
+        n_slices = image.data.shape[axis]
+        indices = np.rint(first[:, axis]).astype(int)
+        if sorted(indices) == list(range(n_slices)):
+            shape = np.where(np.arange(3) == axis, n_slices, 1)
+            return factors[np.argsort(indices)].reshape(shape)
+    if np.ptp(factors) <= SAME_FACTOR * factors.max():
+        one = dataclasses.replace(suv, factors=factors[:1])
+        return spread_factors(one, image.data.shape[2])[:1].reshape(1, 1, 1)
+    raise StudyError(
+        "the factor to SUV differs by slice, but the headers do not cover the slices of the PET: "
+        "give the header of every slice, or the DICOM series itself"
+    )
+
+
+# --- belonging -------------------------------------------------------------------------------
+
+_OTHER_PATIENT = "give each patient a study folder, or --trust-geometry if it is one patient"
+_REMEDIES = {
+    "PatientID": _OTHER_PATIENT,
+    "PatientBirthDate": _OTHER_PATIENT,
+    "PatientName": _OTHER_PATIENT,
+    "FrameOfReferenceUID": "register them, or give --trust-geometry if they lie in one space",
+    "SeriesInstanceUID": "give a header of this PET, or none, as the series has its own",
+}
+"""What to do where an attribute differs that has to be the same."""
+
+
+def check_identity(roles: Roles, *, trusted: bool) -> list[str]:
+    """Refuse DICOM files of several patients, frames of reference or PET series.
+
+    Where the user trusts them, what differs is returned as warnings. So are names that differ
+    between files whose PatientID agrees: names have many spellings.
+    """
+    files = {
+        ROLE_NAMES[role]: found
+        for role in ROLE_NAMES
+        if (found := _dicom_files(getattr(roles, role)))
+    }
+    stated = {
+        keyword: {name: _values(each, keyword) for name, each in files.items()}
+        for keyword in ("PatientID", "PatientBirthDate", "FrameOfReferenceUID")
+    }
+    if isinstance(roles.pet, Series):
+        stated["SeriesInstanceUID"] = {
+            name: _values(files[name], "SeriesInstanceUID")
+            for name in (ROLE_NAMES["pet"], ROLE_NAMES["header"])
+            if name in files
+        }
+    is_known = all(stated["PatientID"].values())
+    stated["PatientName"] = {name: _values(each, "PatientName") for name, each in files.items()}
+    warnings = []
+    for keyword, by_name in stated.items():
+        for who in _who_differ(by_name):
+            trouble = f"{who} do not belong together ({tag_of(keyword)} differs)"
+            if trusted:
+                warnings.append(f"{trouble}: trusted")
+            elif keyword == "PatientName" and is_known:
+                warnings.append(
+                    f"{who} differ in {tag_of(keyword)}, but not in {tag_of('PatientID')}"
+                )
+            else:
+                raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
+    return warnings
+
+
+def _dicom_files(source: Candidate | None) -> Sequence[DicomFile]:
+    if isinstance(source, Series):
+        return source.files
+    return [source] if isinstance(source, DicomFile) else []
+
+
+def _values(files: Sequence[DicomFile], keyword: str) -> frozenset[str]:
+    """Return what headers say, leaving out those that say nothing."""
+    if keyword == "FrameOfReferenceUID":
+        found = {frame_of_reference(each.header) or "" for each in files}
+    elif keyword == "PatientName":
+        found = {_bare_name(joined_text(each.header, keyword)) for each in files}
+    else:
+        found = {joined_text(each.header, keyword) for each in files}
+    return frozenset(found - {""})
+
+
+def _bare_name(name: str) -> str:
+    """Return the words of family and given name, which scanners and readers write differently."""
+    alphabetic, _, _ = name.partition("=")
+    family_and_given = " ".join((alphabetic or name).split("^")[:2])
+    return " ".join(sorted(words(unicodedata.normalize("NFC", family_and_given))))
+
+
+def _who_differ(by_name: Mapping[str, frozenset[str]]) -> Iterator[str]:
+    """Yield the roles whose files differ among themselves, or who else differs from whom."""
+    mixed = [name for name, values in by_name.items() if len(values) > 1]
+    yield from (f"the files of the {name}" for name in mixed)
+    by_value: dict[str, list[str]] = {}
+    for name, values in by_name.items():
+        for value in values if name not in mixed else ():
+            by_value.setdefault(value, []).append(name)
+    if len(by_value) > 1:
+        yield " versus ".join(" and ".join(names) for names in by_value.values())
+
+
+def role_drawn_on(roles: Roles) -> str | None:
+    """Return the role, "ct" or "pet", of the series that an RTSTRUCT was drawn on.
+
+    None where the mask is no RTSTRUCT.
+
+    Raises
+    ------
+    StudyError
+        It was drawn on another series, or on both.
+    """
+    if isinstance(roles.mask, NiftiFile) or modality_of(roles.mask) != "RTSTRUCT":
+        return None
+    role_of = {
+        joined_text(file.header, keyword): role
+        for role, source in (("ct", roles.ct), ("pet", roles.pet), ("pet", roles.header))
+        if isinstance(source, Series)
+        for file in source.files
+        for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
+    }
+    drawn_on: set[str] = set()
+    references = [
+        f(roles.mask.header) for f in (referenced_series, contoured_images, referenced_images)
+    ]
+    for uids in references:
+        named = {role_of[uid] for uid in uids if uid in role_of}
+        if len(named) == 1:
+            return named.pop()
+        drawn_on |= named
+    if not any(references):
+        raise StudyError(
+            "the RTSTRUCT does not say which series it was drawn on "
+            f"({tag_of('RTReferencedSeriesSequence')}): export it with its references, or convert "
+            "the mask to NIfTI"
+        )
+    if drawn_on:
+        raise StudyError(
+            "the RTSTRUCT was drawn on both the CT and the PET of the study "
+            f"({tag_of('RTReferencedSeriesSequence')}): export it for one, or convert the mask to "
+            "NIfTI"
+        )
+    raise StudyError(
+        "the RTSTRUCT was drawn on a series that is neither the CT nor the PET of the study "
+        f"({tag_of('RTReferencedSeriesSequence')}): add that series or choose it with --ct or "
+        "--pet, or convert the mask to NIfTI"
+    )
+
+
+def check_overlap(ct: Image, pet: Image) -> None:
+    """Refuse a CT and a PET whose boxes do not overlap in space."""
+    if _are_apart(ct, pet) or _are_apart(pet, ct):
+        raise StudyError(
+            "the PET and the CT do not overlap in space: check that they are of one examination"
+        )
+
+
+def _are_apart(one: Image, other: Image) -> bool:
+    """Tell whether one image's box lies beside that of another along an axis of the first."""
+    ends = [(-0.5, n - 0.5) for n in other.data.shape]
+    corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
+    to_one = np.linalg.inv(one.affine) @ other.affine
+    there = to_one[:3, :3] @ corners + to_one[:3, 3:]
+    upper = np.array(one.data.shape) - 0.5
+    return bool((there.max(axis=1) <= -0.5).any() or (there.min(axis=1) >= upper).any())
+
+
+def check_mask(mask: Image, pet: Image, *, allow_empty: bool) -> tuple[str, ...]:
+    """Refuse a mask without a label on the PET; warn of labels beside it."""
+    n_labelled, n_on_pet = _count_labelled(mask, pet)
+    if not n_labelled:
+        if allow_empty:
+            return ()
+        raise StudyError(
+            "the mask is empty: give a mask with labelled voxels, or --allow-empty-mask if the "
+            "study is negative"
+        )
+    if not n_on_pet:
+        raise StudyError(
+            "the mask's labelled voxels and the PET do not overlap in space: check that they are "
+            "of one examination"
+        )
+    if n_on_pet == n_labelled:
+        return ()
+    beside_ml = (n_labelled - n_on_pet) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    return (f"{beside_ml:.3g} ml of the mask lie outside the PET",)
+
+
+def _count_labelled(mask: Image, pet: Image) -> tuple[int, int]:
+    """Return the number of labelled voxels, and of those whose centre lies in the PET's box."""
+    to_pet = np.linalg.inv(pet.affine) @ mask.affine
+    upper = np.array(pet.data.shape)[:, None] - 0.5
+    n_labelled = n_on_pet = 0
+    for k in range(mask.data.shape[2]):
+        i, j = np.nonzero(mask.data[:, :, k])
+        places = to_pet[:3, :2] @ (i, j) + (to_pet[:3, 2] * k + to_pet[:3, 3])[:, None]
+        n_labelled += len(i)
+        n_on_pet += int(((places >= -0.5) & (places <= upper)).all(axis=0).sum())
+    return n_labelled, n_on_pet
+
+
+# --- study -----------------------------------------------------------------------------------
+
+
+PLAUSIBLE_LARGEST_SUV = (0.1, 1000.0)
+"""What the largest SUV of a PET lies between, unless its values have another unit than believed."""
+
+WHOLE_LABEL = 1e-3
+"""Distance from a whole number that a label may have, for the rounding of a NIfTI's scaling."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The options that decide the images of a study, named as on the command line."""
+
+    pet_units: str = "auto"
+    suv_type: str = "bw"
+    strict: bool = False
+    tracer: int | None = None
+    roi: str | None = None
+    allow_empty_mask: bool = False
+    trust_geometry: bool = False
+
+    @property
+    def needs_header(self) -> bool:
+        """Whether a NIfTI PET needs a DICOM header."""
+        return self.pet_units != "suv"
+
+
+@dataclass(frozen=True, eq=False)
+class StudyImages:
+    """The images of one study, what is known of their SUV, and warnings."""
+
+    ct: Image
+    pet: Image
+    mask: Image
+    suv: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def by_role(self) -> dict[str, Image]:
+        """Images by their role in the project zip."""
+        return {"ct": self.ct, "petsuv": self.pet, "mask": self.mask}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``studies.json`` says of the study; no identity."""
+        return {
+            "suv": self.suv,
+            "shapes": {role: list(image.data.shape) for role, image in self.by_role.items()},
+            "spacings": {
+                role: [round(mm, 6) for mm in image.grid.spacing_mm]
+                for role, image in self.by_role.items()
+            },
+            "warnings": list(self.warnings),
+        }
+
+
+def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
+    """Read the files of a study, convert PET to SUV and check that all fits together.
+
+    Raises
+    ------
+    StudyError
+        Any file that cannot be read, any refusal of the SUV rules, images that do not belong
+        together.
+    """
+    plan = plan_study(roles, conversion)
+    ct = _read_ct(plan.ct)
+    pet, pet_warnings = _read_pet(plan, conversion)
+    check_overlap(ct, pet)
+    mask, mask_warnings = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
+    warnings = (*plan.warnings, *pet_warnings, *mask_warnings, *_implausible(pet))
+    warnings += check_mask(mask, pet, allow_empty=conversion.allow_empty_mask)
+    return StudyImages(ct, pet, mask, plan.suv.provenance, warnings)
+
+
+# --- what headers say ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a study will be converted, by its headers.
+
+    Attributes
+    ----------
+    ct, pet : NiftiFile or Stack
+    mask : NiftiFile or DicomFile
+    drawn_on : "ct", "pet" or None
+        The image that an RTSTRUCT was drawn on.
+    header : Series, Stack or None
+        Of a NIfTI PET; a Stack where it is one multi-frame object.
+    suv : SuvConversion
+        A factor for each slice of a DICOM PET; for each header of a NIfTI PET.
+    warnings : tuple of str
+    """
+
+    ct: NiftiFile | Stack
+    pet: NiftiFile | Stack
+    mask: NiftiFile | DicomFile
+    drawn_on: str | None
+    header: Series | Stack | None
+    suv: SuvConversion
+    warnings: tuple[str, ...]
+
+    @property
+    def suv_rule(self) -> str:
+        """What the PET's values are, and the rule that makes them SUV."""
+        units, rule = self.suv.provenance["units"], self.suv.provenance["rule"]
+        return f"{units}, rule {rule}" if units else rule
+
+
+def plan_study(roles: Roles, conversion: Conversion) -> Plan:
+    """Find by the headers alone how a study will be converted.
+
+    Raises
+    ------
+    StudyError
+        As `read_study`, but for what only voxels tell.
+    """
+    warnings = [*roles.warnings, *check_identity(roles, trusted=conversion.trust_geometry)]
+    ct, pet = (
+        stack_slices(image) if isinstance(image, Series) else image
+        for image in (roles.ct, roles.pet)
+    )
+    header: Series | Stack | None = None if isinstance(pet, Stack) else roles.header
+    if isinstance(header, Series):
+        refuse_moving(header)
+        if items(header.files[0].header, "PerFrameFunctionalGroupsSequence"):
+            header = stack_slices(header)
+    source = pet if isinstance(pet, Stack) else header
+    suv = _suv(source, conversion, in_unit=isinstance(pet, NiftiFile))
+    for stack in (ct, pet):
+        warnings += stack.warnings if isinstance(stack, Stack) else ()
+    warnings += [*suv.provenance["reinterpretations"], *suv.provenance["warnings"]]
+    return Plan(ct, pet, roles.mask, role_drawn_on(roles), header, suv, tuple(warnings))
+
+
+def _suv(source: Series | Stack | None, conversion: Conversion, *, in_unit: bool) -> SuvConversion:
+    """Return the factors to SUV of each slice, or of each header of values in its unit already."""
+    if conversion.pet_units == "suv":
+        n_slices = len(source.slices) if isinstance(source, Stack) else 1
+        series_if_readable = _series_if_readable(source, conversion)
+        return already_suv(n_slices, conversion.suv_type, series_if_readable, conversion.strict)
+    series = _pet_series(source, conversion)
+    if conversion.pet_units == "bqml":
+        series = dataclasses.replace(series, units="BQML")
+    if in_unit:
+        slices = (dataclasses.replace(each, real_world_slope=1.0) for each in series.slices)
+        series = dataclasses.replace(series, slices=tuple(slices))
+    return suv_factors(series, conversion.suv_type, conversion.strict)
+
+
+def _series_if_readable(source: Series | Stack | None, conversion: Conversion) -> PetSeries | None:
+    # The user vouches for the values, so headers tell no more than the patient's weight.
+    try:
+        return _pet_series(source, conversion)
+    except StudyError:
+        return None
+
+
+def _pet_series(source: Series | Stack | None, conversion: Conversion) -> PetSeries:
+    if isinstance(source, Stack):
+        return read_pet_series(source.headers, conversion.tracer, source.header_and_frame)
+    headers = [file.header for file in source.files] if source else []
+    return read_pet_series(headers, conversion.tracer)
+
+
+# --- CT and PET ------------------------------------------------------------------------------
+
+
+def _read_ct(source: NiftiFile | Stack) -> Image:
+    if isinstance(source, Stack):
+        return read_ct(source)
+    return compact_ct(read_nifti_file(source.path, "CT"))
+
+
+def compact_ct(ct: Image) -> Image:
+    """Return a CT as int16 where every value is a whole number in its range, else as float32."""
+    limits = np.iinfo(np.int16)
+    if limits.min <= ct.data.min() and ct.data.max() <= limits.max:
+        whole = ct.data.astype(np.int16)
+        if np.array_equal(whole, ct.data):
+            return Image(whole, ct.affine)
+    return Image(ct.data.astype(np.float32, copy=False), ct.affine)
+
+
+def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[str, ...]]:
+    if isinstance(plan.pet, Stack):
+        return read_pet(plan.pet, plan.suv.factors), ()
+    image = read_nifti_file(plan.pet.path, "PET")
+    planes = planes_of_headers(plan.header) if plan.header else None
+    warnings: tuple[str, ...] = ()
+    if planes is not None:
+        warnings = check_planes_of(image, planes, trusted=conversion.trust_geometry)
+    factors = factors_on(image, plan.suv, planes).astype(np.float32)
+    return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), warnings
+
+
+def _implausible(pet: Image) -> tuple[str, ...]:
+    """Warn where PET values can hardly be SUV."""
+    least, most = PLAUSIBLE_LARGEST_SUV
+    largest = float(pet.data.max())
+    if least <= largest <= most:
+        return ()
+    return (
+        f"the largest SUV of the PET is {largest:.3g}: check the unit of its values (--pet-units)",
+    )
+
+
+# --- the mask --------------------------------------------------------------------------------
+
+
+def _read_mask(
+    plan: Plan, conversion: Conversion, images: Mapping[str, Image]
+) -> tuple[Image, tuple[str, ...]]:
+    source = plan.mask
+    roi = re.compile(conversion.roi, re.IGNORECASE) if conversion.roi else None
+    if isinstance(source, NiftiFile):
+        unmet = ("a NIfTI mask names no regions: all its labels are kept, whatever --roi",)
+        return _labels(read_nifti_file(source.path, "mask")), unmet if roi else ()
+    if plan.drawn_on is not None:
+        grid = images[plan.drawn_on]
+        mask = read_rtstruct(source.header, grid.data.shape, grid.affine, roi)
+        return Image(mask.labels, mask.affine), mask.warnings
+    mask = read_seg(source.path, roi)
+    drawn = Image(mask.labels, mask.affine)
+    # A SEG may leave out empty planes of the image that it was drawn on.
+    whole = embedded(drawn, images["pet"])
+    return whole if whole is not drawn else embedded(drawn, images["ct"]), mask.warnings
+
+
+def _labels(mask: Image) -> Image:
+    """Return a NIfTI mask as uint8 or uint16 labels."""
+    labels = mask.data
+    if labels.dtype.kind == "f":
+        whole = np.rint(labels)
+        if np.abs(labels - whole).max() > WHOLE_LABEL:
+            raise StudyError(
+                "the mask has values that are not whole numbers: give labels, not weights"
+            )
+        labels = whole
+    if labels.min() < 0 or labels.max() > np.iinfo(np.uint16).max:
+        raise StudyError(
+            f"the mask has labels from {labels.min():g} to {labels.max():g}: give labels from 0 to "
+            f"{np.iinfo(np.uint16).max}"
+        )
+    dtype = np.uint8 if labels.max() <= np.iinfo(np.uint8).max else np.uint16
+    return Image(labels.astype(dtype), mask.affine)

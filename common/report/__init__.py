@@ -1,0 +1,1 @@
+"""What people look at: the quality-control page, films, stills and tables."""

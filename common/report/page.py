@@ -1,0 +1,298 @@
+"""The quality-control page of an HDF5 file: a card a study, each rendered by a worker.
+
+The quality-control page: one self-contained HTML file, a card a study, no network, no identity.
+
+`study_card` renders one study; cards are made by the workers, each into a file of its own, and
+`write_page` puts them behind the page's head. The markup is in ``report.html.j2``.
+"""
+
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from common.hashing import fingerprint
+from common.hdf5.merge import read_all_digests
+from common.hdf5.studies import read_dataset
+from common.report import page
+from common.report.pictures import CONTOUR_RGB, MASK_RGB, views_of
+from common.run.atomic import clear_write_errors
+from common.run.output import parts_folder, writing_beside
+from common.run.pool import call_apart, run_studies
+from common.run.worker import Outcome, Task
+
+# --- report cards ----------------------------------------------------------------------------
+
+logger = logging.getLogger("tumorvolume")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a worker needs to render one study's card: the HDF5 file, and where the card goes."""
+
+    studies_file: Path
+    key: str
+    path: Path
+
+
+def write_report(
+    path: Path,
+    output: Path,
+    studies_file: Path,
+    outcomes: Sequence[Outcome],
+    jobs: int | None,
+    software: str,
+    dask: str | None = None,
+) -> None:
+    """Write the page; one that shows just these studies already is left as it is.
+
+    Parameters
+    ----------
+    path, output, studies_file : Path
+        The page; the stage's output; the HDF5 file that is to take its place, or it itself.
+    outcomes : sequence of Outcome
+        Of the run that made the file: who is not in it is told with the reason.
+    jobs : int, optional
+        Worker processes.
+    software : str
+        Another version's page is made anew.
+    dask : str, optional
+        Address of a dask scheduler whose workers do the work.
+    """
+    digests = call_apart(read_all_digests, studies_file)
+    absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
+    listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
+    mark = fingerprint([software, digests, listed])
+    if page.mark_of(path) == mark:
+        return
+    folder = parts_folder(output) / "cards"
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in digests]
+    rendered = run_studies(render_card, tasks, jobs, dask=dask, notes=folder)
+    hidden = [outcome for outcome in rendered if outcome.status != "written"]
+    for outcome in hidden:
+        logger.warning("%s: is not shown in the report: %s", outcome.hash, outcome.reason)
+    absent += hidden
+    # A worker that was killed may have left half a card.
+    shown = [
+        task.payload.path
+        for task, outcome in zip(tasks, rendered, strict=True)
+        if outcome.status == "written"
+    ]
+    cards = itertools.chain(
+        (page.failed_card(o.hash, o.status, o.reason).encode() for o in absent),
+        (card.read_bytes() for card in shown),
+    )
+    with writing_beside(path) as temporary, open(temporary, "wb") as stream:
+        # Without its mark the next run makes the page anew.
+        page.write_page(stream, output.stem, "" if hidden else mark, cards)
+
+
+def render_card(card: Card) -> Sequence[str]:
+    """Render one study of an HDF5 file."""
+    image, attributes = read_dataset(card.studies_file, "image", card.key)
+    mask, _ = read_dataset(card.studies_file, "mask", card.key)
+    mask_iso, of_contour = read_dataset(card.studies_file, "mask_iso", card.key)
+    measures, provenance, warnings = (
+        json.loads(attributes[name]) for name in ("measures", "suv", "warnings")
+    )
+    attributes = {**of_contour, **attributes}
+    html = page.study_card(
+        card.key, image, mask, mask_iso, attributes, measures, provenance, warnings
+    )
+    with clear_write_errors(card.path):
+        card.path.write_bytes(html.encode())
+    return ()
+
+
+# --- report ----------------------------------------------------------------------------------
+
+TEMPLATE = "report.html.j2"
+
+_ALTERNATIVE_NAMES = {
+    "autopet": "first file's AcquisitionTime (autoPET script)",
+    "qiba": "QIBA",
+    "frame_based": "frame times",
+}
+_REFERENCE_OF_RULE = {
+    "11": "the dose as injected",
+    "12a": "the vendor's decay-reference time",
+    "12b": "the start of the series",
+    "12c": "the frame times, as the series was rewritten",
+    "13": "each slice's own mid-scan time",
+    "15": "the enhanced object's reference time",
+}
+
+_KIND_OF_PHRASE = {
+    "outside the target grid": "tumour outside the grid",
+    "vanish by resampling": "vanished lesions",
+    "becomes empty": "vanished lesions",
+    "merge into": "merged lesions",
+    "brighter than the SUV range": "clipped uptake",
+    "not covered by the CT": "PET not covered by CT",
+    "dose fraction out of range": "dose fraction",
+    "mask far from uptake": "mask far from uptake",
+    "decay reference disagrees": "decay reference disagrees",
+}
+
+Array = NDArray[Any]
+
+
+def study_card(
+    key: str,
+    image: Array,
+    mask: Array,
+    mask_iso: Array,
+    attributes: Mapping[str, Any],
+    measures: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> str:
+    """Return the HTML of one study.
+
+    Parameters
+    ----------
+    key : str
+        The study's hash.
+    image : (2, X, Y, Z) array
+        PET and CT in [0, 1].
+    mask, mask_iso : (1, X, Y, Z) arrays
+    attributes : dict
+        Of the image dataset: affine, ranges, project; of the isocontour's: its threshold.
+    measures : dict
+        ``lesions`` and ``study``.
+    provenance : dict
+        Of the SUV.
+    warnings : sequence of str
+    """
+    views = views_of(image, mask[0], mask_iso[0], attributes)
+    return _template("card").render(
+        key=key,
+        project=attributes["project"],
+        views=views,
+        lesions=measures["lesions"],
+        study=measures["study"],
+        sentence=suv_sentence(provenance),
+        alternatives=alternatives_sentence(provenance),
+        warnings=warnings,
+        kinds="|".join(kinds_of(warnings)),
+        contour=_contour(attributes),
+        suv_max=max((lesion["suv_max"] for lesion in measures["lesions"]), default=0.0),
+    )
+
+
+def kinds_of(warnings: Sequence[Any]) -> list[str]:
+    """Return what a page can be filtered by to find a study with these warnings."""
+    if not warnings:
+        return ["without warnings"]
+    found = {
+        next((k for phrase, k in _KIND_OF_PHRASE.items() if phrase in str(text)), "other warnings")
+        for text in warnings
+    }
+    return ["with warnings", *sorted(found)]
+
+
+def _contour(attributes: Mapping[str, Any]) -> str:
+    """Say where the isocontour is."""
+    if "iso_suv" in attributes:
+        return f"SUV {attributes['iso_suv']:g}"
+    return f"{attributes['iso_threshold']:g}\u00a0%" if "iso_threshold" in attributes else ""
+
+
+def failed_card(key: str, status: str, reason: str) -> str:
+    """Return the HTML of a study that is not in the file."""
+    return _template("failed").render(key=key, status=status, reason=reason)
+
+
+def mark_of(path: Path) -> str | None:
+    """Return the mark of a page, None where there is none."""
+    try:
+        with open(path, "rb") as stream:
+            found = re.search(rb'<meta name="made-from" content="(\w+)">', stream.read(1000))
+    except OSError:
+        return None
+    return found[1].decode() if found else None
+
+
+def write_page(stream: BinaryIO, title: str, mark: str, cards: Iterable[bytes]) -> None:
+    """Write the page around the cards, which are not held in memory.
+
+    `mark` is a digest of what the page is made from, see `mark_of`.
+    """
+    page = _template("page").render(
+        title=title, mark=mark, mask_rgb=MASK_RGB, contour_rgb=CONTOUR_RGB
+    )
+    head, tail = page.split("<!-- cards -->")
+    stream.write(head.encode())
+    for card in cards:
+        stream.write(card)
+    stream.write(tail.encode())
+
+
+def _template(part: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+    )
+    source = environment.loader.get_source(environment, TEMPLATE)[0]  # type: ignore[union-attr]
+    marks = dict(zip(("page", "card", "failed"), source.split("{# ---- #}"), strict=True))
+    return environment.from_string(marks[part])
+
+
+# --- sentences -------------------------------------------------------------------------------
+
+
+def suv_sentence(provenance: Mapping[str, Any]) -> str:
+    """Say in one sentence how the SUV came about."""
+    if not provenance:
+        return "How the SUV came about is not known: the zip has no studies.json."
+    units = provenance.get("units")
+    parts = [f"SUV ({provenance['suv_type']}, {provenance['suv_units']})"]
+    rules = provenance["rule"].split("+")
+    if units is None:
+        parts.append("as given")
+    elif "7" in rules or "8" in rules:
+        parts.append(f"as the scanner stored it (Units {units})")
+    else:
+        reference = next((_REFERENCE_OF_RULE[r] for r in rules if r in _REFERENCE_OF_RULE), None)
+        parts.append(f"from Units {units}, DecayCorrection {provenance['decay_correction']}")
+        if reference:
+            parts.append(f"decay referred to {reference}")
+        minutes = provenance.get("minutes_to_reference")
+        if minutes and "11" not in rules:
+            parts.append(f"{_span(minutes, '.0f')} min after injection")
+        parts.append(f"factor {_span(provenance['factor_range'], '.6g')}")
+    if provenance.get("weight_kg"):
+        parts.append(f"body weight {provenance['weight_kg']:g} kg")
+    sentence = ", ".join(parts) + f" (rule {provenance['rule'] or '6'})."
+    if provenance.get("reinterpretations"):
+        sentence += " Reinterpreted: " + "; ".join(provenance["reinterpretations"]) + "."
+    return sentence
+
+
+def alternatives_sentence(provenance: Mapping[str, Any]) -> str:
+    """Say how other rules in use would have scaled the same images; empty where none applies."""
+    middle = float(np.mean(provenance.get("factor_range", [0.0])))
+    found = {
+        name: factor
+        for name in _ALTERNATIVE_NAMES
+        if (factor := (provenance.get("alternatives") or {}).get(name)) and middle > 0
+    }
+    if not found or provenance.get("units") not in ("BQML", "CNTS"):
+        return ""
+    return "Other rules would give: " + ", ".join(
+        f"{_ALTERNATIVE_NAMES[name]} {100 * (factor / middle - 1):+.1f} %"
+        for name, factor in found.items()
+    )
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    first, last = (format(value, form) for value in (values[0], values[-1]))
+    return first if first == last else f"{first} to {last}"

@@ -1,0 +1,351 @@
+"""Paths that the options name: status 2 where one can't be read or written, before any work.
+
+What the four scripts share: options, logging, exit status and the closing line.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import logging
+import os
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.errors import StageError
+from common.hashing import fingerprint
+from common.run import console
+from common.run.atomic import lock_file
+from common.run.machine import available_cpus
+from common.run.output import parts_folder
+from common.run.signals import interruptible
+from common.run.stage import failures_file
+from common.run.worker import Outcome, traceback_without_text
+from common.version import SOFTWARE
+
+# --- path checks -----------------------------------------------------------------------------
+
+
+@contextmanager
+def checking(target: argparse.ArgumentParser) -> Iterator[None]:
+    """End with status 2 where a path can't even be looked at."""
+    try:
+        yield
+    except OSError as error:
+        target.error(f"{error.filename}: {error.strerror}: check the path and its permissions")
+
+
+def check_files(target: argparse.ArgumentParser, inputs: Sequence[Path]) -> None:
+    """End with status 2 where an input is missing, or a device or pipe, which may never end."""
+    for path in inputs:
+        if not path.exists():
+            target.error(f"input {path} does not exist")
+        if not (path.is_file() or path.is_dir()):
+            target.error(f"input {path} is a device or pipe: give a file")
+
+
+def check_paths(
+    target: argparse.ArgumentParser, options: argparse.Namespace, inputs: Sequence[Path]
+) -> None:
+    """End with status 2 where an input is missing, or the output or the log can't be or is one."""
+    output: Path = options.output
+    for path in inputs:
+        if not path.exists():
+            target.error(f"input {path} does not exist")
+        if output.exists() and output.samefile(path):
+            target.error(f"output {output} is an input: choose another name")
+    if output.is_dir():
+        target.error(f"output {output} is a folder: give a file name")
+    if output.exists() and not output.is_file():
+        target.error(f"output {output} is a device or pipe: give a file name")
+    if not output.resolve().parent.is_dir():
+        target.error(
+            f"folder {output.resolve().parent} of the output does not exist: make it first"
+        )
+    for path in inputs:
+        _check_is_none_of(target, path, _own_files(output))
+    check_log_file(target, options, [*inputs, output])
+
+
+def check_log_file(
+    target: argparse.ArgumentParser, options: argparse.Namespace, others: Sequence[Path]
+) -> None:
+    """End with status 2 where the log would go into another file of this run."""
+    if options.log_file is not None:
+        own = _own_files(options.output) if options.output is not None else []
+        _check_is_none_of(target, options.log_file, [*others, *own])
+
+
+def check_side_output(
+    target: argparse.ArgumentParser, path: Path, options: argparse.Namespace, inputs: Sequence[Path]
+) -> None:
+    """End with status 2 where a file beside the output can't be written or is another one."""
+    _check_is_none_of(target, path, [*inputs, options.output, *_own_files(options.output)])
+    if options.log_file is not None:
+        _check_is_none_of(target, path, [options.log_file])
+    if path.exists() and not path.is_file():
+        target.error(f"{path} is a folder, device or pipe: give a file name")
+    if not path.parent.is_dir():
+        target.error(f"folder {path.parent} of {path.name} does not exist: make it first")
+    beside = path.parent.resolve() == options.output.parent.resolve()
+    # The output's own folder is tried by the stage.
+    if not beside and not os.access(path.parent, os.W_OK):
+        target.error(
+            f"folder {path.parent} of {path.name} can't be written to: see its permissions"
+        )
+
+
+def _own_files(output: Path) -> list[Path]:
+    """Return what a stage writes and removes beside its output unasked."""
+    return [lock_file(output), failures_file(output)]
+
+
+def _check_is_none_of(target: argparse.ArgumentParser, path: Path, others: Sequence[Path]) -> None:
+    for other in others:
+        if path.resolve() == other.resolve() or (
+            path.exists() and other.exists() and path.samefile(other)
+        ):
+            target.error(f"{path} is another file of this run: choose another name")
+
+
+def check_folder(target: argparse.ArgumentParser, path: Path, options: argparse.Namespace) -> None:
+    """End with status 2 where a folder for results is a file, or can't be made or written to."""
+    parts = parts_folder(options.output)
+    path = path.resolve()
+    if path == options.output.resolve() or parts in (path, *path.parents):
+        target.error(f"folder {path} is the output, or in {parts.name}: choose another name")
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        target.error(f"{there} is not a folder")
+    # The output's own folder is tried by the stage.
+    beside = options.output.resolve().parent in (there, *there.parents)
+    if not beside and not os.access(there, os.W_OK | os.X_OK):
+        target.error(f"folder {there} can't be written to: see its permissions")
+
+
+# --- cli -------------------------------------------------------------------------------------
+
+DONE = 0
+FATAL = 1
+WRONG_ARGUMENTS = 2
+SOME_FAILED = 3
+INTERRUPTED = 130
+TERMINATED = 143
+
+logger = logging.getLogger("tumorvolume")
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser whose help is the script's docstring with examples at its end."""
+    return _Parser(
+        description=description,
+        epilog="examples:\n" + examples.strip("\n"),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option where one is mistyped, before anything else is complained of."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        known = list(self._option_string_actions)
+        for word in sys.argv[1:] if args is None else args:
+            option = word.partition("=")[0]
+            if option == "--":
+                break
+            # Values may follow a short option at once, and a number may be below zero.
+            short = re.match(r"-[^-\d.]", option)
+            if (option.startswith("--") and option not in known) or (
+                short and short[0] not in known
+            ):
+                nearest = difflib.get_close_matches(f"--{option.lstrip('-')}", known, n=1)
+                hint = f": did you mean {nearest[0]}?" if nearest else ": see --help"
+                self.error(f"unknown option {option}{hint}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        if choice:
+            choices = re.findall(r"[^\s,']+", choice[2])
+            nearest = difflib.get_close_matches(choice[1], choices, n=1)
+            message += f": did you mean {nearest[0]}?" if nearest else ""
+        super().error(message)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of description and examples, with room for the longer options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def add_run_options(target: argparse.ArgumentParser, *, cluster: bool = True) -> None:
+    """Add the options that every script has; `cluster` for those whose work may go to one."""
+    run = target.add_argument_group("running")
+    run.add_argument(
+        "-j",
+        "--jobs",
+        type=positive_int,
+        metavar="N",
+        help="worker processes (default: the CPUs this process may use, "
+        f"{available_cpus()} here, fewer where memory would not suffice)",
+    )
+    run.add_argument(
+        "--shard",
+        type=shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="do only the I-th of N disjoint parts of the studies, for job arrays",
+    )
+    if cluster:
+        run.add_argument(
+            "--dask",
+            type=dask_address,
+            metavar="ADDRESS",
+            help="let the workers of a dask.distributed scheduler do the work: tcp://HOST:PORT, or "
+            "its scheduler file; they share files and software with this machine, and --jobs then "
+            'is the most studies under way at once; "local" starts --jobs workers here',
+        )
+    run.add_argument("--force", action="store_true", help="start afresh: reuse nothing")
+    run.add_argument(
+        "--no-lock",
+        dest="lock",
+        action="store_false",
+        help="for file systems without locks: you see to it that no other run writes the output",
+    )
+    run.add_argument("-v", "--verbose", action="count", default=0, help="say more; -vv still more")
+    run.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    run.add_argument(
+        "--log-file", type=Path, metavar="FILE", help="append the log, with times, to FILE"
+    )
+    run.add_argument("--debug", action="store_true", help="show tracebacks")
+    run.add_argument("--version", action="version", version=SOFTWARE)
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def finite_float(text: str) -> float:
+    """Parse a number that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def regex(text: str) -> str:
+    """Parse a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular expression: {error}"
+        ) from error
+    return text
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Parse ``I/N`` with 1 <= I <= N."""
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
+    return int(first), int(last)
+
+
+def dask_address(text: str) -> str:
+    """Parse the address of a scheduler: is there the package to talk to it?"""
+    if importlib.util.find_spec("distributed") is None:
+        raise argparse.ArgumentTypeError(
+            'needs the package distributed: pip install "dask[distributed]"'
+        )
+    return text
+
+
+def in_shard(study_hash: str, part: tuple[int, int]) -> bool:
+    """Tell whether a study belongs to the I-th of N parts; its hash alone decides."""
+    index, count = part
+    return int(fingerprint(study_hash), 16) % count == index - 1
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+Closing = Callable[[Sequence[Outcome], Path], str]
+
+
+def run(
+    options: argparse.Namespace,
+    stage: Callable[[], Sequence[Outcome]],
+    closing: Closing | None = None,
+) -> int:
+    """Run a stage, print its closing line (`closing_line` by default), return the exit status."""
+    console.open_standard_streams()
+    try:
+        console.set_up_logging(options)
+    except OSError as error:
+        print(f"error: --log-file {options.log_file}: {error.strerror}", file=sys.stderr)
+        return WRONG_ARGUMENTS
+    with console.quiet_python():
+        return interruptible(lambda: _run(options, stage, closing or closing_line), _interrupted)
+
+
+def _interrupted(signal_number: int) -> int:
+    terminated = signal_number == signal.SIGTERM
+    logger.error(
+        "%s: finished studies are kept, the same command goes on from there",
+        "terminated" if terminated else "interrupted",
+    )
+    return TERMINATED if terminated else INTERRUPTED
+
+
+def _run(
+    options: argparse.Namespace, stage: Callable[[], Sequence[Outcome]], closing: Closing
+) -> int:
+    try:
+        outcomes = stage()
+    except Exception as error:
+        logger.error("%s", _explain(error))
+        if options.debug:
+            logger.debug("%s", traceback_without_text(error))
+        return FATAL
+    console.say(closing(outcomes, options.output))
+    return SOME_FAILED if any(o.status == "failed" for o in outcomes) else DONE
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, StageError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "not enough memory: use fewer --jobs"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'a file'}"
+    return f"unexpected {type(error).__name__}: run again with --debug and report it"
+
+
+def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
+    """Return ``12 studies: 9 written, 1 unchanged, 1 skipped, 1 failed -> out.h5``."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    listed = ", ".join(
+        f"{counts[status]} {status}" for status in ("written", "unchanged", "skipped", "failed")
+    )
+    return f"{len(outcomes)} studies: {listed} -> {output}"

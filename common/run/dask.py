@@ -1,0 +1,445 @@
+"""A study in a worker process of a dask cluster, which this code shares with code of others.
+
+Knows no dask: `dask_cluster` sends here, pickled, what is to be done.
+
+Studies on a dask.distributed cluster: the workers, tasks and parts of the pool, elsewhere.
+
+The one module that knows dask, which is loaded only when asked for. The scheduler retries what a
+lost worker had under way. A study that has killed its worker process three times is failed; it
+alone, since what was begun and never ended is noted beside the parts: the scheduler's own count
+blames studies that were only waiting for the same worker.
+
+The nested function that goes over the wire is pickled by value, and finds this code by its path
+on the file system that all workers share.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import platform
+import queue
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import threadpoolctl
+
+from common.errors import StageError
+from common.run.atomic import clear_write_errors
+from common.run.machine import default_jobs
+from common.run.pool import LOCAL_CLUSTER, keep_memory
+from common.run.signals import uninterrupted
+from common.run.worker import Line, Outcome, Task, Worker, attempt, keep_log_lines, saying_nothing
+from common.version import VERSION
+
+# --- dask worker -----------------------------------------------------------------------------
+
+Answer = tuple[Outcome | StageError, list[Line]]
+
+MOST_DEATHS = 3
+"""Worker processes that a study may kill."""
+
+_MATTERING = ("numpy", "scipy", "nibabel", "nilearn", "h5py", "isal", "pydicom", "scikit-image")
+"""Packages of which another version may give other bytes."""
+
+_one_at_a_time = threading.Lock()
+"""Log lines, the descriptors of stdout and stderr, and libhdf5 are the process's."""
+
+
+def attempt_on_worker(
+    worker: bytes, task: bytes, note: Path | None, expected: Mapping[str, str]
+) -> Answer:
+    """Attempt a study in a worker process of the cluster; return its outcome and log lines."""
+    # It comes with dask.
+    import cloudpickle
+
+    outcome: Outcome | StageError
+    with _one_at_a_time, saying_nothing(), threadpoolctl.threadpool_limits(1):
+        lines = keep_log_lines()
+        # Dask has set the opposite.
+        keep_memory()
+        try:
+            _refuse_other_environment(expected)
+            try:
+                work, study = cloudpickle.loads(worker), cloudpickle.loads(task)
+            except Exception as error:
+                raise StageError(
+                    f"a dask worker cannot load the work ({type(error).__name__}): restart it"
+                ) from error
+            outcome = _attempt_noted(work, study, note) if note else _attempt(work, study)
+        except StageError as error:
+            # Without what led to it, which holds paths.
+            outcome = StageError(*error.args)
+        return outcome, lines
+
+
+def _attempt(worker: Worker, task: Task) -> Outcome:
+    try:
+        return attempt(worker, task)
+    except SystemExit:
+        # Dask would end the process, and log why.
+        return Outcome(task.hash, "failed", "it ended its worker process: report it")
+
+
+def killer(task: Task) -> Outcome:
+    """Return the outcome of a study that workers do not survive."""
+    return Outcome(
+        task.hash,
+        "failed",
+        "it has killed its worker process three times, probably for want of memory: give the "
+        "workers more",
+    )
+
+
+def _attempt_noted(worker: Worker, task: Task, note: Path) -> Outcome:
+    """Attempt a study, unless it has killed its worker too often before."""
+    if not note.parent.is_dir():
+        raise StageError(
+            f"the dask worker on {socket.gethostname()} does not see the folder "
+            f"{note.parent.name}: --dask needs a file system that all workers share"
+        )
+    with clear_write_errors(note), open(note, "ab") as stream:
+        deaths = stream.tell()
+        stream.write(b".")
+    try:
+        return killer(task) if deaths >= MOST_DEATHS else _attempt(worker, task)
+    finally:
+        note.unlink(missing_ok=True)
+
+
+@functools.cache
+def environment() -> Mapping[str, str]:
+    """Return the versions of all that the bytes of a part depend on."""
+    packages = {name: importlib.metadata.version(name) for name in _MATTERING}
+    return {"tumorvolume": VERSION, "Python": platform.python_version(), **packages}
+
+
+def _refuse_other_environment(expected: Mapping[str, str]) -> None:
+    here = environment()
+    for name, version in expected.items():
+        if here[name] != version:
+            raise StageError(
+                f"the dask worker on {socket.gethostname()} has {name} {here[name]}, not "
+                f"{version}: give all machines the same"
+            )
+
+
+# --- dask cluster ----------------------------------------------------------------------------
+
+logger = logging.getLogger("tumorvolume")
+
+_POLL_S = 0.1
+_LOOK_S = 1.0
+_CONNECT_S = 15
+_CLOSE_S = 5
+_ANSWER_S = 30
+_NO_WORKER_S = 600
+_TELL_S = 60
+
+_TALKATIVE = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
+
+
+def run_on_cluster(
+    worker: Worker, tasks: Sequence[Task], address: str, jobs: int | None, notes: Path | None
+) -> Generator[tuple[int, Outcome]]:
+    """Yield the number of each task and its outcome, in the order in which they end.
+
+    Parameters
+    ----------
+    worker : function
+    tasks : sequence of Task
+        All their paths are absolute.
+    address : str
+        Of the scheduler, or the path of its scheduler file, or "local".
+    jobs : int, optional
+        Workers of a local cluster; elsewhere, how many studies may be under way at once.
+    notes : Path, optional
+        Folder that all workers share, for notes on the studies under way; without it the
+        scheduler's setting ``allowed-failures`` decides when a study is failed.
+
+    Raises
+    ------
+    StageError
+        Raised by a worker for all; no scheduler there, or none any more; workers with another
+        software; no worker for ten minutes.
+    """
+    if not tasks:
+        return
+    with uninterrupted() as raise_interruption, _client(address, jobs, len(tasks)) as client:
+        raise_interruption()
+        send = _sender(client, worker, tasks, notes)
+        waiting = deque(range(len(tasks)))
+        under_way: dict[str, tuple[int, Any]] = {}
+        lost: Counter[int] = Counter()
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        room = _room(client, None if address == LOCAL_CLUSTER else jobs)
+        while waiting or under_way:
+            raise_interruption()
+            most = next(room)
+            while waiting and len(under_way) < most:
+                index = waiting.popleft()
+                future = send(index)
+                under_way[future.key] = index, future
+                future.add_done_callback(ended.put)
+            try:
+                future = ended.get(timeout=_POLL_S)
+                answer = _answer(future)
+            except queue.Empty:
+                continue
+            except TimeoutError:
+                # Its result is on the way, or went down with its worker and is made again.
+                ended.put(future)
+                continue
+            index, _ = under_way.pop(future.key)
+            future.release()
+            if answer is not None:
+                yield index, _outcome(*answer)
+            elif notes is not None and lost[index] < MOST_DEATHS:
+                lost[index] += 1
+                waiting.append(index)
+            else:
+                yield index, killer(tasks[index])
+
+
+def _outcome(outcome: Outcome | StageError, lines: Sequence[Line]) -> Outcome:
+    for level, line in lines:
+        logger.log(level, "%s", line)
+    if isinstance(outcome, StageError):
+        raise outcome
+    return outcome
+
+
+# --- scheduler and client --------------------------------------------------------------------
+
+
+@contextmanager
+def _client(address: str, jobs: int | None, n_tasks: int) -> Iterator[Any]:
+    """Yield a client of the cluster; at the end what is under way is given up."""
+    import distributed
+
+    for name in _TALKATIVE:
+        logging.getLogger(name).handlers = [logging.NullHandler()]
+        logging.getLogger(name).propagate = False
+    if address == LOCAL_CLUSTER:
+        with (
+            _local_cluster(min(jobs or default_jobs(0), n_tasks)) as cluster,
+            distributed.Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+        return
+    try:
+        place = _scheduler_address(address)
+        _await_scheduler(place)
+        client = distributed.Client(place, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise StageError(
+            f"--dask {address}: no scheduler answers there: check the address, and that it runs"
+        ) from error
+    try:
+        yield client
+    finally:
+        with suppress(TimeoutError, OSError):
+            client.close(timeout=_CLOSE_S)
+
+
+def _scheduler_address(address: str) -> str:
+    """Return the address, or the one that a scheduler file holds."""
+    if not Path(address).is_file():
+        return address
+    found = json.loads(Path(address).read_text())
+    if not isinstance(found, dict) or not isinstance(found.get("address"), str):
+        raise ValueError("not a scheduler file")
+    return str(found["address"])
+
+
+def _await_scheduler(address: str) -> None:
+    """Wait until a scheduler speaks; dask's client waits for ever for one that never does.
+
+    Raises
+    ------
+    OSError, ValueError
+        None does in time; no address.
+    """
+    from distributed.comm import get_address_host_port
+
+    place = get_address_host_port(address)
+    # Encrypted ones speak when they are spoken to.
+    speaks_first = "://" not in address or address.startswith("tcp://")
+    deadline = time.monotonic() + _CONNECT_S
+    while True:
+        try:
+            with socket.create_connection(place, timeout=_CONNECT_S) as connection:
+                if not speaks_first or connection.recv(1):
+                    return
+                raise ConnectionError("closed")
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
+
+
+@contextmanager
+def _local_cluster(n_workers: int) -> Iterator[Any]:
+    import dask
+    import distributed
+
+    with (
+        tempfile.TemporaryDirectory(prefix="dask-", ignore_cleanup_errors=True) as folder,
+        dask.config.set({"temporary-directory": folder}),
+    ):
+        # Ctrl-C is for this process alone. Workers inherit the mask from the threads that start
+        # them; the tracker would change it, if it were started with the first of them.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            cluster = distributed.LocalCluster(
+                n_workers=n_workers,
+                threads_per_worker=1,
+                memory_limit=0,
+                dashboard_address="127.0.0.1:0",
+                local_directory=folder,
+                silence_logs=logging.CRITICAL,
+            )
+        except (OSError, RuntimeError, TimeoutError) as error:
+            raise StageError(
+                f"the local dask cluster cannot be started ({type(error).__name__}): run without "
+                "--dask"
+            ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if importlib.util.find_spec("bokeh") is not None:
+            logger.info("dashboard: %s", cluster.dashboard_link)
+        try:
+            yield cluster
+        finally:
+            with suppress(TimeoutError, OSError):
+                cluster.close(timeout=_CLOSE_S)
+
+
+def _room(client: Any, jobs: int | None) -> Iterator[int]:
+    """Yield how many studies may be under way: two a worker process, so that none waits."""
+    n_workers, last_look, last_seen, last_told = 0, 0.0, time.monotonic(), 0.0
+    while True:
+        now = time.monotonic()
+        if now - last_look > _LOOK_S:
+            last_look = now
+            n_workers = _count_workers(client)
+        if n_workers:
+            last_seen = now
+        elif now - last_seen > _NO_WORKER_S:
+            raise StageError(
+                "no worker has been connected to the dask scheduler for ten minutes: start "
+                "workers, and run again; finished studies are kept"
+            )
+        elif now - last_told > _TELL_S and now - last_seen > _LOOK_S:
+            last_told = now
+            logger.warning("no worker is connected to the dask scheduler: waiting for one")
+        yield max(1, jobs or 0, 0 if jobs else 2 * n_workers)
+
+
+def _count_workers(client: Any) -> int:
+    try:
+        return len(client.sync(client.scheduler.ncores, callback_timeout=_ANSWER_S))
+    except (OSError, TimeoutError, AttributeError) as error:
+        # A client that has given up has no scheduler.
+        raise _scheduler_gone() from error
+
+
+def _scheduler_gone() -> StageError:
+    return StageError(
+        "the dask scheduler does not answer any more: start it, and run again; finished studies "
+        "are kept"
+    )
+
+
+def _sender(
+    client: Any, worker: Worker, tasks: Sequence[Task], notes: Path | None
+) -> Callable[[int], Any]:
+    """Return what submits the task of a number and returns its future."""
+    import cloudpickle
+
+    function = _portable(cloudpickle.dumps(worker))
+    # Another run on the same scheduler may have the same studies.
+    run = uuid.uuid4().hex
+    numbers = iter(range(sys.maxsize))
+
+    def send(index: int) -> Any:
+        task = tasks[index]
+        note = None if notes is None else notes / f"{task.hash}.begun.tmp"
+        return client.submit(
+            function,
+            cloudpickle.dumps(task),
+            note,
+            key=f"{task.hash}-{run}-{next(numbers)}",
+            pure=False,
+            retries=0,
+        )
+
+    return send
+
+
+def _answer(future: Any) -> Answer | None:
+    """Return what a worker sent back; None where the scheduler has lost too many workers to it.
+
+    Raises
+    ------
+    TimeoutError
+        The answer is not there yet.
+    """
+    import distributed
+
+    try:
+        answer: Answer | str = future.result(timeout=_POLL_S)
+    except distributed.KilledWorker:
+        return None
+    except TimeoutError:
+        raise
+    except (distributed.CancelledError, OSError) as error:
+        raise _scheduler_gone() from error
+    except Exception as error:
+        raise StageError(
+            f"the dask workers cannot load the work ({type(error).__name__}): give them the Python "
+            "and the packages of this machine"
+        ) from error
+    if isinstance(answer, str):
+        raise StageError(answer)
+    return answer
+
+
+def _portable(worker: bytes) -> Callable[[bytes, Path | None], Answer | str]:
+    """Return a function that any Python can load, and that never raises.
+
+    Dask logs the arguments of a function that raises: they hold the raw project's paths.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    expected = environment()
+
+    def attempt_there(task: bytes, note: Path | None) -> Answer | str:
+        import sys
+
+        if root not in sys.path:
+            sys.path.append(root)
+        try:
+            from common.run.dask import attempt_on_worker
+        except Exception as error:
+            return (
+                f"a dask worker cannot load this software ({type(error).__name__}): workers need "
+                "the file system and the packages of this machine"
+            )
+        return attempt_on_worker(worker, task, note, expected)
+
+    return attempt_there

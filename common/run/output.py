@@ -1,0 +1,129 @@
+"""OUTPUT, its parts, and the files beside it: each is there complete or not at all.
+
+While a run is under way, ``OUTPUT.parts/`` holds finished parts, in the layout of the output.
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from common.run.atomic import (
+    behind_links,
+    clear_write_errors,
+    locked,
+    remove_listed,
+    sync,
+    temporary_beside,
+    writing,
+)
+from common.run.pool import call_apart
+
+Assemble = Callable[[Path, Mapping[str, Path]], None]
+"""Writes the file at the given path from a mapping of hash to a file that holds the study.
+Picklable: it is called in a worker process."""
+
+
+def parts_folder(output: Path) -> Path:
+    """Return the folder that holds finished parts while a run is under way."""
+    real = behind_links(output)
+    return real.with_name(real.name + ".parts")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, and those above it, where they are not there."""
+    with clear_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing_part(part: Path, beside: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yield a temporary path; what is written there becomes the finished part, or nothing does.
+
+    Old files `beside` OUTPUT go first: those there are when the part is there belong to it.
+    """
+    for path in beside:
+        path.unlink(missing_ok=True)
+    here = f"{socket.gethostname()}.{os.getpid()}"
+    with writing(part, part.with_name(f"{part.name}.{here}.tmp")) as temporary:
+        yield temporary
+
+
+@contextmanager
+def writing_beside(path: Path) -> Iterator[Path]:
+    """Yield a hidden path of the same suffix; what is written there then takes the file's place."""
+    with writing(behind_links(path), temporary_beside(path)) as temporary:
+        yield temporary
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Replace a text file at once; one that holds the text already is left as it is."""
+    content = text.encode()
+    with suppress(OSError):
+        if path.read_bytes() == content:
+            temporary_beside(path).unlink(missing_ok=True)
+            return
+    with writing_beside(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def replace_output(
+    output: Path,
+    assemble: Assemble,
+    sources: Mapping[str, Path],
+    before_replacing: Callable[[Path], None] = lambda path: None,
+) -> None:
+    """Have a worker process write the new output from `sources`, then put it in OUTPUT's place.
+
+    A failure to write, or a crash of a library on a damaged source, leaves the old output as it
+    was. `before_replacing` is called with the path of the complete new output.
+    """
+    parts = parts_folder(output)
+    with clear_write_errors(output):
+        parts.mkdir(exist_ok=True)
+        real = behind_links(output)
+        with writing(real, parts / f"assembled.tmp{output.suffix}") as temporary:
+            call_apart(_assemble, output, assemble, temporary, sources)
+            before_replacing(temporary)
+        # The new file is there; some file systems can't make sure of a folder.
+        with suppress(OSError):
+            sync(real.parent)
+
+
+def _assemble(
+    output: Path, assemble: Assemble, temporary: Path, sources: Mapping[str, Path]
+) -> None:
+    with clear_write_errors(output):
+        assemble(temporary, sources)
+
+
+# --- one run at a time -----------------------------------------------------------------------
+
+
+@contextmanager
+def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterator[None]:
+    """Hold the lock of an output, ``OUTPUT.lock``, while the body runs.
+
+    With `force` the parts of an interrupted run are thrown away first. At success no parts are
+    left. Without `lock` the caller sees to it that no other run writes the output.
+
+    Raises
+    ------
+    StageError
+        Another run holds it, or it cannot be created, or the file system has no locks.
+    """
+    parts = parts_folder(output)
+    with locked(behind_links(output)) if lock else nullcontext():
+        remove_listed(parts)
+        if force:
+            shutil.rmtree(parts, ignore_errors=True)
+        for litter in parts.glob("*.tmp*"):
+            litter.unlink(missing_ok=True)
+        try:
+            yield
+            shutil.rmtree(parts, ignore_errors=True)
+        finally:
+            with suppress(OSError):
+                parts.rmdir()

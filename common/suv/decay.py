@@ -1,0 +1,432 @@
+"""The moments of a PET series as seconds on one clock.
+
+Pure. Only differences and times of day mean anything: the origin is an arbitrary midnight.
+
+Radioactive decay: the moment PET values refer to, and how long after injection that is.
+
+Pure. The rules, as they are named in the provenance of a study:
+
+    12a  START: the decay reference the vendor states, on every slice (GE, Siemens)
+    12b  START: the start of the series, where it is not later than the earliest acquisition
+    12c  START, the start of the series rewritten by post-processing: back from each frame, to
+         acquisition - FrameReferenceTime (GE), acquisition + T_ave - FrameReferenceTime (others)
+    13   NONE: acquisition + T_ave of each slice
+    15   enhanced objects: DecayCorrectionDateTime; or of each frame FrameReferenceDateTime, else
+         FrameAcquisitionDateTime + T_ave
+
+T_ave is the time into a frame at which the activity equals its average over the frame.
+
+Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, vendor-neutral
+pseudo-code; conformance statements of the vendors.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, time, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import StudyError
+from common.suv.inputs import PetSeries, Remarks
+
+# --- timeline --------------------------------------------------------------------------------
+
+Array = NDArray[np.float64]
+
+DAY_S = 86_400.0
+
+SMALLEST_OFFSET_S = 900.0
+"""Step of UTC offsets [s]; clock times closer than that can't be of two zones."""
+
+_MIDNIGHT = datetime(2000, 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """Moments of a series [s] in the time zone of the injection; NaN where the header has none.
+
+    Attributes
+    ----------
+    acquisition_s, stated_reference_s : (n,) arrays
+        Acquisition and stated decay reference of each slice.
+    frame_reference_time_s, frame_duration_s : (n,) arrays
+        FrameReferenceTime and ActualFrameDuration of each slice: spans, not moments.
+    series_start_s : float
+        Start of the series.
+    injection_s : float
+        RadiopharmaceuticalStartDateTime.
+    injection_clock_s : float
+        RadiopharmaceuticalStartTime, from midnight.
+
+    """
+
+    acquisition_s: Array
+    stated_reference_s: Array
+    frame_reference_time_s: Array
+    frame_duration_s: Array
+    series_start_s: float
+    injection_s: float
+    injection_clock_s: float
+
+
+def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
+    """Put the moments of `series` on one clock.
+
+    Moments without UTC offset are taken at the offset of those that have one. Where none has, any
+    will do, as only differences count.
+
+    Raises
+    ------
+    StudyError
+        Some moments have no offset, and the others disagree about it; or the injection's clock
+        time, which has none, is not that of its date-time, which has one.
+    """
+    default = _offset_of_the_others(series, remarks)
+    injected = series.injection or series.injection_clock
+    zone = default if injected is None else _offset(injected, default)
+
+    def seconds(moments: Iterable[datetime | None]) -> Array:
+        return _numbers(
+            None
+            if each is None
+            else (each.replace(tzinfo=None) - _MIDNIGHT - _offset(each, default) + zone)
+            / timedelta(seconds=1)
+            for each in moments
+        )
+
+    series_start_s, injection_s = seconds([series.series_start, series.injection])
+    return Timeline(
+        acquisition_s=seconds(each.acquisition for each in series.slices),
+        stated_reference_s=seconds(each.decay_reference for each in series.slices),
+        frame_reference_time_s=_numbers(each.frame_reference_time_s for each in series.slices),
+        frame_duration_s=_numbers(each.frame_duration_s for each in series.slices),
+        series_start_s=float(series_start_s),
+        injection_s=float(injection_s),
+        injection_clock_s=_clock_s(series.injection_clock, default, zone),
+    )
+
+
+def on_the_clock(span_s: Array | float) -> Array:
+    """Round spans [s] to DICOM's microseconds, as they are compared with a limit."""
+    return np.asarray(np.round(span_s, 6))
+
+
+def _offset_of_the_others(series: PetSeries, remarks: Remarks) -> timedelta:
+    """UTC offset of the moments that have none."""
+    moments = [series.injection, series.injection_clock, series.series_start]
+    moments += [each.acquisition for each in series.slices]
+    moments += [each.decay_reference for each in series.slices]
+    offsets = {each.utcoffset() for each in moments if each is not None}
+    stated = sorted(each for each in offsets if each is not None)
+    if None not in offsets or not stated:
+        return timedelta()
+    if len(stated) > 1:
+        raise StudyError(
+            "date-times with different UTC offsets beside times with none "
+            "(TimezoneOffsetFromUTC (0008,0201) is missing): add it to the header"
+        )
+    if _injection_is_in_two_zones(series):
+        raise StudyError(
+            "RadiopharmaceuticalStartDateTime (0018,1078) and RadiopharmaceuticalStartTime "
+            "(0018,1072) are in different time zones, and that of the scan is unknown "
+            "(TimezoneOffsetFromUTC (0008,0201) is missing): add it to the header"
+        )
+    remarks.reinterpretations.append(
+        "times without UTC offset (TimezoneOffsetFromUTC (0008,0201) is missing) "
+        "are taken at the offset of the header's date-times"
+    )
+    return stated[0]
+
+
+def _injection_is_in_two_zones(series: PetSeries) -> bool:
+    """Tell whether the clock time, without offset, is not that of the date-time, with one."""
+    stated, clock = series.injection, series.injection_clock
+    if stated is None or clock is None or stated.tzinfo is None or clock.tzinfo is not None:
+        return False
+    later_s = (_of_day(stated.time()) - _of_day(clock)) / timedelta(seconds=1) % DAY_S
+    return min(later_s, DAY_S - later_s) >= SMALLEST_OFFSET_S
+
+
+def _offset(moment: datetime | time, default: timedelta) -> timedelta:
+    offset = moment.utcoffset()
+    return default if offset is None else offset
+
+
+def _clock_s(clock: time | None, default: timedelta, zone: timedelta) -> float:
+    if clock is None:
+        return float("nan")
+    since_midnight = _of_day(clock) - _offset(clock, default) + zone
+    return since_midnight / timedelta(seconds=1) % DAY_S
+
+
+def _of_day(clock: time) -> timedelta:
+    return datetime.combine(_MIDNIGHT, clock.replace(tzinfo=None)) - _MIDNIGHT
+
+
+def _numbers(values: Iterable[float | None]) -> Array:
+    return np.array([np.nan if each is None else each for each in values], dtype=np.float64)
+
+
+# --- decay -----------------------------------------------------------------------------------
+
+HOUR_S = 3_600.0
+
+LONGEST_CLOCK_HALF_LIFE_S = 41_400.0
+"""Half-life [s] from which on an uptake may exceed a day, so that a clock time says too little."""
+
+SERIES_TOLERANCE_S = 1.0
+"""How much later than the earliest acquisition a series may start, for rounding of its time."""
+
+DISAGREEMENT_S = 60.0
+"""Difference [s] between two statements of one moment that is worth a warning."""
+
+LONGEST_SCAN_S = 43_200.0
+"""Difference [s] in uptake between slices beyond which a date or time must be wrong."""
+
+_SERIES_TIME = "SeriesDate (0008,0021), SeriesTime (0008,0031)"
+_ACQUISITION_TIME = "AcquisitionDate (0008,0022), AcquisitionTime (0008,0032)"
+_FRAME_REFERENCE_TIME = "FrameReferenceTime (0054,1300)"
+_FRAME_DURATION = "ActualFrameDuration (0018,1242)"
+_START_DATETIME = "RadiopharmaceuticalStartDateTime (0018,1078)"
+_START_TIME = "RadiopharmaceuticalStartTime (0018,1072)"
+
+
+def average_rate_time_s(duration_s: Array, half_life_s: float) -> Array:
+    """T_ave: the time [s] into a frame at which the activity equals its average over the frame.
+
+    Parameters
+    ----------
+    duration_s : (n,) array
+        Frame durations [s]; the result is NaN where one is not positive.
+    half_life_s : float
+        Half-life [s].
+
+    """
+    decay_rate = np.log(2) / half_life_s
+    exponent = decay_rate * np.where(duration_s > 0, duration_s, np.nan)
+    return np.asarray(np.log(exponent / -np.expm1(-exponent)) / decay_rate)
+
+
+def decay_reference(
+    series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
+) -> tuple[str, Array]:
+    """Find the moment that the values of each slice refer to (DecayCorrection START or NONE).
+
+    Parameters
+    ----------
+    series : PetSeries
+        The series.
+    times : Timeline
+        Its moments.
+    half_life_s : float
+        Half-life [s].
+    remarks : Remarks
+        Gathers the warnings.
+
+    Returns
+    -------
+    rule : str
+        The rule that fired; see the module.
+    reference_s : (n,) array
+        On the clock of `times`.
+
+    Raises
+    ------
+    StudyError
+        The header does not determine the moment.
+    """
+    stated_everywhere = bool(np.isfinite(times.stated_reference_s).all())
+    if series.enhanced:
+        return "15", _enhanced_reference_s(series, times, half_life_s)
+    if series.decay_correction == "NONE":
+        return "13", _frame_average_s(times, half_life_s)
+    if stated_everywhere:
+        return "12a", times.stated_reference_s
+    if _series_starts_in_time(times):
+        _compare_with_frames(series, times, half_life_s, remarks)
+        return "12b", np.full(len(series.slices), times.series_start_s)
+    return "12c", back_from_frames_s(series, times, half_life_s)
+
+
+def back_from_frames_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
+    """Reckon the decay reference back from each frame, as rule 12c does.
+
+    Returns
+    -------
+    reference_s : (n,) array
+        On the clock of `times`.
+
+    Raises
+    ------
+    StudyError
+        A time or duration that this needs is missing.
+    """
+    if np.isnan(times.frame_reference_time_s).any():
+        raise StudyError(
+            f"the decay reference can't be reckoned back from the frames ({_FRAME_REFERENCE_TIME} "
+            "is missing): export the series from the scanner anew"
+        )
+    if series.manufacturer == "GE":
+        return _acquisition_s(times) - times.frame_reference_time_s
+    return _frame_average_s(times, half_life_s) - times.frame_reference_time_s
+
+
+def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: Remarks) -> Array:
+    """Time from injection to the decay reference of each slice (rule 14).
+
+    RadiopharmaceuticalStartDateTime counts where the reference lies between an hour before it and
+    two half-lives after it. Else its clock time does (without it, RadiopharmaceuticalStartTime),
+    on the day of the reference, or on the day before if it would come more than an hour later.
+    Slice by slice, so that an AcquisitionDate that missed midnight does no harm.
+
+    Parameters
+    ----------
+    times : Timeline
+        Moments of the series.
+    reference_s : (n,) array
+        As `decay_reference` returns them.
+    half_life_s : float
+        Half-life [s].
+    remarks : Remarks
+        Gathers reinterpretations and warnings.
+
+    Returns
+    -------
+    uptake_s : (n,) array
+        Seconds from injection.
+
+    Raises
+    ------
+    StudyError
+        No time of injection, or only a clock time though an uptake may exceed a day; uptakes that
+        differ by more than half a day.
+    """
+    _compare_injection_times(times, remarks)
+    stated_s = found_s = reference_s - times.injection_s
+    if not _are_uptakes(stated_s, half_life_s):
+        # Slices whose stated uptake does fit have the same by the clock: it is below 23 h.
+        found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
+        _remark_other_day(stated_s, found_s, remarks)
+    if np.ptp(found_s) > LONGEST_SCAN_S:
+        raise StudyError(
+            "the slices lie more than half a day apart, or on both sides of the injection "
+            f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
+        )
+    if on_the_clock(found_s).min() < 0:
+        remarks.warnings.append("injection is later than the decay reference")
+    if on_the_clock(found_s).max() >= 2 * half_life_s:
+        remarks.warnings.append("the uptake lasted longer than two half-lives")
+    return found_s
+
+
+def _are_uptakes(stated_s: Array, half_life_s: float) -> bool:
+    stated_s = on_the_clock(stated_s)
+    return bool(stated_s.min() >= -HOUR_S and stated_s.max() < 2 * half_life_s)
+
+
+def _series_starts_in_time(times: Timeline) -> bool:
+    if np.isnan(times.series_start_s):
+        raise StudyError(
+            f"the decay reference is unknown ({_SERIES_TIME} missing): "
+            "add them to the header as the scanner wrote them"
+        )
+    if np.isnan(times.acquisition_s).all():
+        raise StudyError(_no_acquisition_time())
+    late_s = times.series_start_s - np.nanmin(times.acquisition_s)
+    return bool(on_the_clock(late_s) <= SERIES_TOLERANCE_S)
+
+
+def _compare_with_frames(
+    series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
+) -> None:
+    try:
+        frames_s = back_from_frames_s(series, times, half_life_s)
+    except StudyError:
+        return
+    apart_s = float(np.abs(frames_s - times.series_start_s).max())
+    if apart_s > DISAGREEMENT_S:
+        remarks.warnings.append(
+            f"decay reference disagrees: {_SERIES_TIME} and {_FRAME_REFERENCE_TIME} are "
+            f"{_minutes(apart_s)} apart; the former is used"
+        )
+
+
+def _compare_injection_times(times: Timeline, remarks: Remarks) -> None:
+    later_s = (times.injection_s - times.injection_clock_s) % DAY_S
+    apart_s = min(later_s, DAY_S - later_s)
+    if apart_s > DISAGREEMENT_S:
+        remarks.warnings.append(
+            f"injection times disagree: {_START_DATETIME} and {_START_TIME} are "
+            f"{_minutes(apart_s)} apart; the former is used"
+        )
+
+
+def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) -> Array:
+    dated = not np.isnan(times.injection_s)
+    clock_s = times.injection_s % DAY_S if dated else times.injection_clock_s
+    if np.isnan(clock_s):
+        raise StudyError(
+            f"the time of injection is unknown ({_START_DATETIME} and {_START_TIME} missing): "
+            "add one of them to the header"
+        )
+    if half_life_s >= LONGEST_CLOCK_HALF_LIFE_S:
+        trouble = "does not fit the date of the scan" if dated else "is missing"
+        raise StudyError(
+            "the day of injection is unknown, and with this half-life the uptake may exceed a day "
+            f"({_START_DATETIME} {trouble}): correct it in the header"
+        )
+    found_s = reference_s % DAY_S - clock_s
+    return np.where(on_the_clock(found_s) < -HOUR_S, found_s + DAY_S, found_s)
+
+
+def _remark_other_day(stated_s: Array, found_s: Array, remarks: Remarks) -> None:
+    if not np.isnan(stated_s).all() and np.abs(found_s - stated_s).max() > 1e-3:
+        remarks.reinterpretations.append(
+            f"only the clock time of {_START_DATETIME} is used: "
+            "its date does not fit the date of the scan"
+        )
+
+
+def _enhanced_reference_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
+    found_s = times.stated_reference_s
+    if series.decay_correction == "NONE":
+        average_s = times.acquisition_s + average_rate_time_s(times.frame_duration_s, half_life_s)
+        found_s = np.where(np.isfinite(found_s), found_s, average_s)
+    if np.isfinite(found_s).all():
+        return found_s
+    missing = (
+        "FrameReferenceDateTime (0018,9151), or FrameAcquisitionDateTime (0018,9074) and "
+        "FrameAcquisitionDuration (0018,9220),"
+        if series.decay_correction == "NONE"
+        else "DecayCorrectionDateTime (0018,9701)"
+    )
+    raise StudyError(f"the decay reference is unknown ({missing} is missing): add it to the header")
+
+
+def _frame_average_s(times: Timeline, half_life_s: float) -> Array:
+    average_s = average_rate_time_s(times.frame_duration_s, half_life_s)
+    if np.isnan(average_s).any():
+        raise StudyError(
+            f"the mean time of the frames is unknown ({_FRAME_DURATION} is missing or not "
+            "positive): export the series from the scanner anew"
+        )
+    return _acquisition_s(times) + average_s
+
+
+def _acquisition_s(times: Timeline) -> Array:
+    if np.isnan(times.acquisition_s).any():
+        raise StudyError(_no_acquisition_time())
+    return times.acquisition_s
+
+
+def _no_acquisition_time() -> str:
+    return (
+        f"the time of acquisition is unknown ({_ACQUISITION_TIME} missing): "
+        "export the series from the scanner anew"
+    )
+
+
+def _minutes(span_s: float) -> str:
+    # A longer span could tell the date of the scan, where the other date is a known dummy.
+    return f"{span_s / 60:.1f} min" if span_s < DAY_S else "more than a day"

@@ -1,0 +1,515 @@
+"""What the rescaled values of a PET series are: SUV of some type, activity, or counts.
+
+Pure.
+
+How a series becomes SUV: its factors and how they came about, without identity. Pure.
+
+Standardised uptake values: a factor for each slice of a PET series, and its provenance.
+
+Pure. SUV = stored value * RescaleSlope * factor. The rules, as they are named in the provenance:
+
+    7    Units GML: SUV already; converted where another type is asked for
+    8    Units CM2ML: SUV by body surface area already; likewise
+    9    Units CNTS of Philips: (7053,1000) is the factor; else "9+", and (7053,1009) gives Bq/ml
+    11   DecayCorrection ADMIN: the values refer to the injection
+    12a, 12b, 12c, 13, 15
+         The values refer to another moment: see `common.decay`
+
+Where values are activity concentrations (Units BQML, and CNTS by (7053,1009)), the factor is body
+weight [g] over the dose [Bq] left at the moment that the values refer to.
+
+Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, vendor-neutral
+pseudo-code; conformance statements of the vendors.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.errors import StudyError
+from common.suv.alternatives import ALTERNATIVES, alternative_factors
+from common.suv.body import SUV_UNITS, body_quantity
+from common.suv.decay import Array, decay_reference, timeline, uptake_s
+from common.suv.inputs import PetSeries, PetSlice, Remarks, refuse_reinterpretations
+
+# --- pet units -------------------------------------------------------------------------------
+
+LARGEST_WITNESS_DIFFERENCE = 0.01
+"""Relative difference between a factor and the vendor's own that is worth a warning."""
+
+DECAY_CORRECTION = "DecayCorrection (0054,1102)"
+DECAY_CORRECTED = "DecayCorrected (0018,9758)"
+SUV_FACTOR = "SUV scale factor (7053,1000)"
+ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
+_UNITS = "Units (0054,1001)"
+_UNITS_OF_FRAMES = "MeasurementUnitsCodeSequence (0040,08EA)"
+_SUV_TYPE = "SUVType (0054,1006)"
+
+_TYPE_OF_GML = {
+    None: "bw",
+    "BW": "bw",
+    "LBMJANMA": "lbm-janma",
+    "LBMJAMES128": "lbm-james",
+    "IBW": "ibw",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """What rescaled values times `per_unit` are.
+
+    Attributes
+    ----------
+    rule : str
+        The rule that fired, see `common.suv`; empty for BQML.
+    suv_type : str or None
+        SUV of this type; None for activity concentration [Bq/ml].
+    per_unit : (n_slices,) array
+
+    """
+
+    rule: str
+    suv_type: str | None
+    per_unit: Array
+
+
+def scale_of_units(series: PetSeries) -> Scale:
+    """Find what the rescaled values are.
+
+    Raises
+    ------
+    StudyError
+        Nothing that can become SUV, or the header leaves open what.
+    """
+    in_units = np.array([each.real_world_slope for each in series.slices])
+    match series.units:
+        case "GML":
+            return Scale("7", _type_of_gml(series), in_units)
+        case "CM2ML":
+            return Scale("8", "bsa", in_units)
+        case "BQML":
+            _require_decay_correction(series)
+            return Scale("", None, in_units)
+        case "CNTS":
+            _require_decay_correction(series)
+            return _scale_of_counts(series)
+        case None:
+            raise StudyError(
+                f"the unit of the values is unknown ({_units(series)} is missing): add it to the "
+                "header, or name it by --pet-units"
+            )
+        case other:
+            raise StudyError(
+                f"such values can't become SUV ({_units(series)} {_state(other)}): "
+                "export the series as BQML"
+            )
+
+
+def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> float | None:
+    """Hold `factors` to SUVbw, (n_slices,), against those that Philips states beside BQML.
+
+    Returns
+    -------
+    vendor_factor : float or None
+        Median of the stated factors; None where there are none.
+    """
+    if series.units != "BQML":
+        return None
+    suv = _on_every_slice(each.philips_suv_factor for each in series.slices)
+    activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
+    if suv is None or activity is None:
+        return None
+    difference = float(np.abs(factors * activity / suv - 1).max())
+    if difference > LARGEST_WITNESS_DIFFERENCE:
+        remarks.warnings.append(
+            f"vendor's factor disagrees: {SUV_FACTOR} over {ACTIVITY_FACTOR} differs by up to "
+            f"{difference:.1%}; it is not used"
+        )
+    return float(np.median(suv / activity))
+
+
+def _type_of_gml(series: PetSeries) -> str:
+    if series.suv_type in _TYPE_OF_GML:
+        return _TYPE_OF_GML[series.suv_type]
+    where = _UNITS_OF_FRAMES if series.enhanced else _SUV_TYPE
+    why = ", which leaves the formula open" if series.suv_type == "LBM" else ""
+    raise StudyError(
+        f"the type of SUV is unknown ({where} {_state(series.suv_type)}{why}): export it as BQML"
+    )
+
+
+def _require_decay_correction(series: PetSeries) -> None:
+    if series.decay_correction not in ("START", "ADMIN", "NONE"):
+        where, codes = (
+            (DECAY_CORRECTED, "YES or NO")
+            if series.enhanced
+            else (DECAY_CORRECTION, "START, ADMIN or NONE")
+        )
+        raise StudyError(
+            f"the decay correction is unknown ({where} {_state(series.decay_correction)}): "
+            f"set it to {codes} in the header"
+        )
+
+
+def _scale_of_counts(series: PetSeries) -> Scale:
+    suv = _on_every_slice(each.philips_suv_factor for each in series.slices)
+    if suv is not None and series.decay_correction != "NONE":
+        return Scale("9", "bw", suv)
+    activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
+    if activity is not None:
+        return Scale("9", None, activity)
+    raise StudyError(
+        f"counts without scale ({_units(series)} is CNTS, but Philips' {SUV_FACTOR} and "
+        f"{ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
+        f"{series.decay_correction}): export with private tags, or as BQML"
+    )
+
+
+def _units(series: PetSeries) -> str:
+    return _UNITS_OF_FRAMES if series.enhanced else _UNITS
+
+
+def _state(code: str | None) -> str:
+    if code is None:
+        return "is missing"
+    return "is none that DICOM defines" if code == "UNKNOWN" else f"is {code}"
+
+
+def _on_every_slice(values: Iterable[float | None]) -> Array | None:
+    """Values as an array, None unless every slice has one other than 0."""
+    array = np.array([each or 0.0 for each in values])
+    return array if array.all() else None
+
+
+# --- suv provenance --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class SuvConversion:
+    """How a series becomes SUV.
+
+    Attributes
+    ----------
+    factors : (n_slices,) float64 array
+        SUV per rescaled value.
+    provenance : dict
+        How they came about; JSON-serialisable, without identity:
+
+        ``suv_type``, ``suv_units``
+            Type and unit of the SUV.
+        ``units``, ``header_suv_type``, ``decay_correction``, ``manufacturer``
+            What the header says.
+        ``rule``
+            What fired; see the modules `common.suv` and `common.decay`.
+        ``injection_from``
+            The header's "date-time" of injection; or "clock time" where it has no more, which then
+            is one within the day before the decay reference; or None where none is needed.
+        ``minutes_to_reference``
+            [least, largest] from injection to the moment that the values refer to, or None.
+        ``factor_range``
+            [least, largest] of `factors`.
+        ``weight_kg``
+            Body weight, or None.
+        ``vendor_factor``
+            Median factor to SUVbw that Philips states beside Units BQML, or None.
+        ``reinterpretations``, ``warnings``
+            Lists of sentences.
+        ``alternatives``
+            Median factors by other rules, or None; see `common.suv_alternatives`.
+
+    """
+
+    factors: Array
+    provenance: dict[str, Any]
+
+
+def provenance(
+    suv_type: str,
+    rule: str,
+    factors: Array,
+    weight_kg: float | None,
+    remarks: Remarks,
+    **found: Any,
+) -> dict[str, Any]:
+    """Return the provenance of a conversion; `found` are more of the keys in `SuvConversion`."""
+    return {
+        "suv_type": suv_type,
+        "suv_units": SUV_UNITS[suv_type],
+        "units": None,
+        "header_suv_type": None,
+        "decay_correction": None,
+        "manufacturer": None,
+        "rule": rule,
+        "injection_from": None,
+        "minutes_to_reference": None,
+        "factor_range": value_range(factors),
+        "weight_kg": weight_kg,
+        "vendor_factor": None,
+        "reinterpretations": remarks.reinterpretations,
+        "warnings": remarks.warnings,
+        "alternatives": dict.fromkeys(ALTERNATIVES),
+        **found,
+    }
+
+
+def value_range(values: Array) -> list[float]:
+    """Return [least, largest]."""
+    return [rounded(float(values.min())), rounded(float(values.max()))]
+
+
+def rounded(value: float) -> float:
+    """Return a value to 12 digits: the same whatever the last bit of a machine's exponential."""
+    return float(f"{value:.12g}")
+
+
+# --- suv -------------------------------------------------------------------------------------
+
+__all__ = [
+    "SUV_UNITS",
+    "PetSeries",
+    "PetSlice",
+    "SuvConversion",
+    "already_suv",
+    "spread_factors",
+    "suv_factors",
+]
+
+LEAST_WEIGHT_IN_GRAMS = 1000.0
+"""PatientWeight from which on it must be in grams."""
+
+LEAST_DOSE_IN_BQ = 10_000.0
+"""RadionuclideTotalDose below which it must be in MBq."""
+
+SAME_HALF_LIFE = 0.01
+"""Relative difference of a half-life from that of the nuclide that is worth a warning."""
+
+_WEIGHT = "PatientWeight (0010,1030)"
+_DOSE = "RadionuclideTotalDose (0018,1074)"
+_HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
+_CORRECTED_IMAGE = "CorrectedImage (0028,0051)"
+_ATTENUATION_CORRECTED = "AttenuationCorrected (0018,9759)"
+
+
+def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -> SuvConversion:
+    """Find the factor from rescaled value to SUV of each slice.
+
+    Parameters
+    ----------
+    series : PetSeries
+        What the headers say.
+    suv_type : str
+        The type asked for: "bw", "lbm-janma", "lbm-james" or "ibw" [g/ml], or "bsa" [cm2/ml].
+    strict : bool
+        Refuse a header that needs a reinterpretation.
+
+    Raises
+    ------
+    StudyError
+        The header does not determine the SUV.
+    """
+    _require_suv_type(suv_type)
+    remarks = Remarks([*series.reinterpretations])
+    _require_corrections(series, remarks)
+    scale = scale_of_units(series)
+    weight_kg = _weight_kg(series, remarks)
+    if scale.suv_type is None:
+        rule, uptake, dose_bq = _dose_at_reference(series, remarks)
+        with np.errstate(over="ignore", divide="ignore"):
+            to_suvbw = scale.per_unit * _quantity("bw", series, weight_kg) / dose_bq
+        vendor_factor = compare_with_vendor(series, to_suvbw, remarks)
+        factors = to_suvbw * _ratio(suv_type, "bw", series, weight_kg)
+    else:
+        rule, uptake, vendor_factor = "", None, None
+        factors = scale.per_unit * _ratio(suv_type, scale.suv_type, series, weight_kg)
+    _require_positive(factors)
+    if strict:
+        refuse_reinterpretations(remarks)
+    return SuvConversion(
+        factors,
+        provenance(
+            suv_type,
+            "+".join(filter(None, (scale.rule, rule))),
+            factors,
+            weight_kg,
+            remarks,
+            units=series.units,
+            header_suv_type=series.suv_type,
+            decay_correction=series.decay_correction,
+            manufacturer=series.manufacturer,
+            injection_from=None if uptake is None else _injection_from(series),
+            minutes_to_reference=None if uptake is None else value_range(uptake / 60),
+            vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
+            alternatives=_alternatives(suv_type, series, weight_kg),
+        ),
+    )
+
+
+def already_suv(
+    n_slices: int, suv_type: str = "bw", series: PetSeries | None = None, strict: bool = False
+) -> SuvConversion:
+    """Take values as SUV of `suv_type` (`--pet-units suv`): all factors are 1.
+
+    Parameters
+    ----------
+    n_slices : int
+        Number of slices.
+    suv_type : str
+        Type of SUV that the values are, as `suv_factors` takes it.
+    series : PetSeries, optional
+        Only its weight counts, for the provenance.
+    strict : bool
+        Refuse a weight that needs a reinterpretation.
+
+    Raises
+    ------
+    StudyError
+        Strict, and the weight is in grams.
+    """
+    _require_suv_type(suv_type)
+    remarks = Remarks()
+    factors = np.ones(n_slices)
+    weight_kg = None if series is None else _weight_kg(series, remarks)
+    if strict:
+        refuse_reinterpretations(remarks)
+    return SuvConversion(factors, provenance(suv_type, "given as SUV", factors, weight_kg, remarks))
+
+
+def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
+    """Factors of a volume's `n_slices`, where one header may stand for all of them.
+
+    Raises
+    ------
+    StudyError
+        Neither one header nor one for each slice; or one, but without decay correction each slice
+        refers to a moment of its own.
+    """
+    n_headers = len(conversion.factors)
+    if n_headers == n_slices:
+        return conversion.factors
+    if n_headers != 1:
+        raise StudyError(
+            f"{n_headers} PET headers for {n_slices} slices: give one header, or one for each slice"
+        )
+    if conversion.provenance["rule"].endswith("13"):
+        raise StudyError(
+            f"one header can't tell when each slice was acquired ({DECAY_CORRECTION} is NONE): "
+            "give the header of every slice"
+        )
+    return np.full(n_slices, conversion.factors[0])
+
+
+def _require_suv_type(suv_type: str) -> None:
+    if suv_type not in SUV_UNITS:
+        raise ValueError(f"no such type of SUV: {suv_type}")
+
+
+def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
+    if "ATTN" not in series.corrected_image:
+        state = (
+            f"{_ATTENUATION_CORRECTED} is not YES"
+            if series.enhanced
+            else f"{_CORRECTED_IMAGE} lacks ATTN"
+        )
+        raise StudyError(
+            f"not corrected for attenuation ({state}): give the attenuation-corrected series"
+        )
+    decay_corrected = "DECY" in series.corrected_image
+    if not decay_corrected and series.decay_correction != "NONE":
+        state = (
+            f"{DECAY_CORRECTED} is neither YES nor NO"
+            if series.enhanced
+            else f"{_CORRECTED_IMAGE} lacks DECY, but {DECAY_CORRECTION} is not NONE"
+        )
+        raise StudyError(
+            f"it is unclear whether decay was corrected for ({state}): correct the header"
+        )
+    if decay_corrected and series.decay_correction == "NONE":
+        remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {DECAY_CORRECTION} is NONE")
+
+
+def _weight_kg(series: PetSeries, remarks: Remarks) -> float | None:
+    """Body weight [kg], None where there is none."""
+    weight = series.weight_kg
+    if weight is None or weight <= 0:
+        return None
+    if weight < LEAST_WEIGHT_IN_GRAMS:
+        return weight
+    remarks.reinterpretations.append(f"{_WEIGHT} is 1000 or more: it is taken as grams")
+    return weight / 1000
+
+
+def _quantity(suv_type: str, series: PetSeries, weight_kg: float | None) -> float:
+    if weight_kg is None:
+        state = "is missing" if series.weight_kg is None else f"is {series.weight_kg:g}"
+        raise StudyError(f"no body weight ({_WEIGHT} {state}): set it in the header [kg]")
+    return body_quantity(suv_type, weight_kg, series.height_m, series.sex)
+
+
+def _ratio(to_type: str, from_type: str, series: PetSeries, weight_kg: float | None) -> float:
+    """SUV of `to_type` per SUV of `from_type`."""
+    if to_type == from_type:
+        return 1.0
+    return _quantity(to_type, series, weight_kg) / _quantity(from_type, series, weight_kg)
+
+
+def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[str, Array, Array]:
+    """Rule, time from injection [s] and dose left then [Bq] of each slice."""
+    dose_bq, half_life_s = _dose_bq(series, remarks), _half_life_s(series, remarks)
+    if series.decay_correction == "ADMIN":
+        at_injection = np.zeros(len(series.slices))
+        return "11", at_injection, at_injection + dose_bq
+    times = timeline(series, remarks)
+    rule, reference_s = decay_reference(series, times, half_life_s, remarks)
+    uptake = uptake_s(times, reference_s, half_life_s, remarks)
+    return rule, uptake, dose_bq * np.exp2(-uptake / half_life_s)
+
+
+def _injection_from(series: PetSeries) -> str | None:
+    if series.decay_correction == "ADMIN":
+        return None
+    return "clock time" if series.injection is None else "date-time"
+
+
+def _dose_bq(series: PetSeries, remarks: Remarks) -> float:
+    dose = series.dose_bq
+    if dose is None or dose <= 0:
+        state = "is missing" if dose is None else f"is {dose:g}"
+        raise StudyError(f"no injected dose ({_DOSE} {state}): set it in the header [Bq]")
+    if dose >= LEAST_DOSE_IN_BQ:
+        return dose
+    remarks.reinterpretations.append(f"{_DOSE} is below 10000: it is taken as MBq")
+    return dose * 1e6
+
+
+def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
+    half_life_s = series.half_life_s
+    if half_life_s is None or half_life_s <= 0:
+        state = "is missing" if half_life_s is None else f"is {half_life_s:g}"
+        raise StudyError(f"no half-life ({_HALF_LIFE} {state}): set it in the header [s]")
+    of_nuclide_s = series.nuclide_half_life_s
+    if of_nuclide_s and abs(half_life_s / of_nuclide_s - 1) > SAME_HALF_LIFE:
+        remarks.warnings.append(
+            f"half-life disagrees: {_HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
+            f"RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; the former is used"
+        )
+    return half_life_s
+
+
+def _require_positive(factors: Array) -> None:
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise StudyError(
+            f"the factor to SUV is not a positive number ({_DOSE}, {_HALF_LIFE}, times of "
+            f"injection and scan, {SUV_FACTOR} or {ACTIVITY_FACTOR}): correct the header"
+        )
+
+
+def _alternatives(
+    suv_type: str, series: PetSeries, weight_kg: float | None
+) -> dict[str, float | None]:
+    try:
+        per_suvbw = _ratio(suv_type, "bw", series, weight_kg)
+    except StudyError:
+        per_suvbw = None
+    return alternative_factors(series, per_suvbw)

@@ -1,0 +1,621 @@
+"""RTSTRUCT and SEG against the arrays put in, and against IBSI's rasterisation of real ones."""
+
+import contextlib
+import copy
+import io
+import re
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from mask_builders import (
+    FRAME_UID,
+    IMAGE_UID,
+    LPS_TO_RAS,
+    SERIES_UID,
+    axial_affine,
+    build_rtstruct,
+    build_seg,
+    oblique_affine,
+    reorder_frames,
+    written,
+)
+from pydicom.data import get_testdata_file
+from pydicom.uid import JPEG2000Lossless, RLELossless
+
+from common.dicom.masks import (
+    contoured_images,
+    frame_of_reference,
+    referenced_images,
+    referenced_series,
+)
+from common.dicom.rtstruct import read_rtstruct
+from common.dicom.seg import read_seg
+from common.errors import StudyError
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+SHAPE = (11, 9, 6)
+AXIAL = axial_affine((2.0, 2.5, 3.0))
+
+
+def spheres(shape, *centres_and_radii):
+    """Return [x, y, z, segment] of balls in voxels."""
+    grid = np.moveaxis(np.indices(shape), 0, -1)
+    balls = [
+        ((grid - centre) ** 2).sum(axis=-1) < radius**2 for centre, radius in centres_and_radii
+    ]
+    return np.stack(balls, axis=-1).astype(np.uint8)
+
+
+TWO = spheres(SHAPE, ((3, 4, 2), 1.7), ((8, 5, 3), 2.1))
+OVERLAPPING = spheres(SHAPE, ((4, 4, 2), 2.6), ((6, 4, 3), 2.6), ((9, 7, 2), 1.5))
+
+
+def lowest_label(segments):
+    numbers = np.arange(1, segments.shape[-1] + 1)
+    return np.where(segments > 0, numbers, 99).min(axis=-1) * (segments > 0).any(axis=-1)
+
+
+def assert_mask_is(mask, labels, affine):
+    """Compare where both are: the mask may leave out empty slices at the ends."""
+    filled = np.flatnonzero(labels.any(axis=(0, 1)))
+    offset = np.linalg.solve(affine, mask.affine[:, 3])[:3]
+    np.testing.assert_allclose(offset[:2], 0, atol=1e-4)
+    k = round(offset[2])
+    np.testing.assert_allclose(offset[2], k, atol=1e-4)
+    assert k <= filled[0]
+    assert k + mask.labels.shape[2] > filled[-1]
+    np.testing.assert_array_equal(mask.labels, labels[:, :, k : k + mask.labels.shape[2]])
+    np.testing.assert_allclose(mask.affine[:3, :3], affine[:3, :3], atol=1e-4)
+
+
+# --- SEG
+
+
+def test_a_structure_set_that_ends_before_its_contours_is_refused():
+    dataset = build_rtstruct({"A": []})
+    del dataset.ROIContourSequence
+    with pytest.raises(StudyError, match=r"ROIContourSequence \(3006,0039\) is missing"):
+        read_rtstruct(dataset, SHAPE, AXIAL)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("affine", [AXIAL, oblique_affine((1.9, 2.3, 4.1))])
+def test_segments_come_back_as_their_numbers_on_their_own_grid(kind, sparse, affine):
+    seg = build_seg(TWO, affine, ["liver", "lesion"], kind, omit_empty_frames=sparse)
+    mask = read_seg(seg)
+    assert_mask_is(mask, lowest_label(TWO), affine)
+    assert (mask.labels.dtype, mask.affine.dtype) == (np.uint8, np.float64)
+    assert mask.labels.shape[2] == (5 if sparse else 6)
+    assert mask.warnings == ()
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_the_order_of_frames_does_not_matter(kind):
+    seg = build_seg(TWO, AXIAL, ["a", "b"], kind)
+    order = np.random.default_rng(1).permutation(int(seg.NumberOfFrames))
+    mask = read_seg(reorder_frames(seg, order))
+    np.testing.assert_array_equal(mask.labels, read_seg(seg).labels)
+    assert_mask_is(mask, lowest_label(TWO), AXIAL)
+
+
+@pytest.mark.parametrize("flip", [(0,), (1,), (2,), (0, 1, 2)])
+def test_slices_ascend_along_the_normal_whatever_the_axes(flip):
+    """A flip of one axis of the phantom makes its affine left-handed, which no frame can be."""
+    turn = np.eye(4)
+    for axis in flip:
+        turn[axis, axis], turn[axis, 3] = -1, SHAPE[axis] - 1
+    mask = read_seg(
+        build_seg(np.flip(TWO, flip), AXIAL @ turn, ["a", "b"], omit_empty_frames=False)
+    )
+    lps = (LPS_TO_RAS @ mask.affine)[:3, :3]
+    assert np.dot(np.cross(lps[:, 0], lps[:, 1]), lps[:, 2]) > 0
+    to_phantom = np.linalg.inv(AXIAL) @ mask.affine
+    drawn = np.argwhere(mask.labels)
+    moved = np.rint(drawn @ to_phantom[:3, :3].T + to_phantom[:3, 3]).astype(int)
+    assert len(drawn) == np.count_nonzero(lowest_label(TWO))
+    np.testing.assert_array_equal(mask.labels[tuple(drawn.T)], lowest_label(TWO)[tuple(moved.T)])
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL"])
+def test_the_lowest_number_wins_where_segments_overlap(kind):
+    seg = build_seg(OVERLAPPING, AXIAL, ["a", "b", "c"], kind)
+    n_overlapping = int((OVERLAPPING.sum(axis=-1) > 1).sum())
+    warning = f"segments overlap in {n_overlapping} voxels: they keep the lowest segment number"
+    n_frames = int(seg.NumberOfFrames)
+    for order in (range(n_frames), range(n_frames - 1, -1, -1)):
+        mask = read_seg(reorder_frames(copy.deepcopy(seg), list(order)))
+        assert_mask_is(mask, lowest_label(OVERLAPPING), AXIAL)
+        assert mask.warnings == (warning,)
+
+
+def test_fractions_count_from_one_half():
+    fractions = np.linspace(0, 1, np.prod(SHAPE)).reshape(SHAPE)
+    for maximum in (255, 100, 1):
+        seg = build_seg(
+            fractions[..., np.newaxis], AXIAL, ["a"], "FRACTIONAL", max_fractional_value=maximum
+        )
+        stored = np.around(fractions * maximum)
+        assert_mask_is(read_seg(seg), stored >= maximum / 2, AXIAL)
+
+
+def test_segments_are_chosen_by_label():
+    seg = build_seg(OVERLAPPING, AXIAL, ["Liver", "Lesion 1", "LESION 2"])
+    mask = read_seg(seg, re.compile("lesion"))
+    assert_mask_is(mask, lowest_label(OVERLAPPING * [0, 1, 1]), AXIAL)
+    assert mask.warnings == ()
+    assert set(np.unique(read_seg(seg, re.compile("^lesion.2$")).labels)) == {0, 3}
+    with pytest.raises(StudyError) as refused:
+        read_seg(seg, re.compile("tumour"))
+    assert str(refused.value) == (
+        "none of 3 names matches (SegmentLabel (0062,0005)): give a --roi that does"
+    )
+
+
+def test_absent_planes_are_empty_slices():
+    lesions = spheres((8, 8, 30), ((3, 3, 3), 1.5), ((4, 4, 9), 1.2), ((5, 5, 24), 2.2))
+    lesions = lesions.any(axis=-1).astype(np.uint8)
+    seg = build_seg(lesions, AXIAL, ["lesion"])
+    assert seg.NumberOfFrames < 12
+    mask = read_seg(seg)
+    assert mask.labels.shape == (8, 8, 25)
+    assert_mask_is(mask, lesions, AXIAL)
+
+
+def test_one_plane_takes_its_declared_spacing():
+    seg = build_seg(TWO[:, :, 2:3, :1], AXIAL, ["lesion"])
+    mask = read_seg(seg)
+    assert_mask_is(mask, TWO[:, :, 2:3, 0], AXIAL)
+    measures = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    del measures.SpacingBetweenSlices
+    measures.SliceThickness = 4
+    assert read_seg(seg).affine[2, 2] == pytest.approx(4)
+    del measures.SliceThickness
+    with pytest.raises(StudyError, match=r"one plane and no SpacingBetweenSlices \(0018,0088\)"):
+        read_seg(seg)
+
+
+def measures_of(seg):
+    return seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+
+
+def test_the_planes_tell_the_spacing_where_the_header_does_not():
+    dense = np.ones((4, 4, 5), dtype=np.uint8)
+    seg = build_seg(dense, AXIAL, ["a"])
+    del measures_of(seg).SpacingBetweenSlices
+    mask = read_seg(seg)
+    assert_mask_is(mask, dense, AXIAL)
+    assert "absent or wrong: spacing of 3.000 mm from the planes" in mask.warnings[0]
+    measures_of(seg).SpacingBetweenSlices = 2
+    assert_mask_is(read_seg(seg), dense, AXIAL)
+    measures_of(seg).SpacingBetweenSlices = -3
+    assert read_seg(seg).warnings == ()
+    measures_of(seg).SpacingBetweenSlices = 1.5
+    mask = read_seg(seg)
+    assert mask.labels.shape == (4, 4, 9)
+    assert "no two planes are neighbours" in mask.warnings[0]
+
+
+def moved_frame(seg, index, shift_mm):
+    position = seg.PerFrameFunctionalGroupsSequence[index].PlanePositionSequence[0]
+    moved = np.array(position.ImagePositionPatient, dtype=float) + shift_mm
+    position.ImagePositionPatient = [f"{value:.4f}" for value in moved]
+
+
+@pytest.mark.parametrize(
+    ("shift_mm", "accepted"),
+    [((0, 0, 0.25), True), ((0, 0, 0.8), False), ((0.2, 0, 0), True), ((0.9, 0, 0), False)],
+)
+def test_planes_may_be_off_by_a_tenth_of_the_spacing(shift_mm, accepted):
+    dense = np.ones((4, 4, 8), dtype=np.uint8)
+    seg = build_seg(dense, AXIAL, ["a"])
+    moved_frame(seg, 3, shift_mm)
+    if accepted:
+        assert_mask_is(read_seg(seg), dense, AXIAL)
+    else:
+        with pytest.raises(StudyError, match=r"ImagePositionPatient \(0020,0032\)"):
+            read_seg(seg)
+
+
+def test_gantry_tilt_stays_in_the_affine():
+    dense = np.ones((4, 4, 8), dtype=np.uint8)
+    seg = build_seg(dense, AXIAL, ["a"])
+    for index, group in enumerate(seg.PerFrameFunctionalGroupsSequence):
+        height_mm = group.PlanePositionSequence[0].ImagePositionPatient[2] - AXIAL[2, 3]
+        moved_frame(seg, index, (0, 0.7 / 3.0 * height_mm, 0))
+    tilted = AXIAL.copy()
+    tilted[1, 2] -= 0.7
+    assert_mask_is(read_seg(seg), dense, tilted)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encoder"), [(RLELossless, "pydicom"), (JPEG2000Lossless, "pylibjpeg")]
+)
+def test_compressed_segmentations(syntax, encoder):
+    large = TWO.repeat(8, axis=0).repeat(8, axis=1)
+    seg = build_seg(large, AXIAL, ["a", "b"], "FRACTIONAL")
+    seg.compress(syntax, encoding_plugin=encoder, generate_instance_uid=False)
+    assert_mask_is(read_seg(written(seg)), lowest_label(large), AXIAL)
+
+
+def test_label_maps_beyond_255_and_labels_without_description():
+    labels = np.zeros(SHAPE, dtype=np.uint16)
+    labels[2:4, 2:4, 1], labels[5:7, 2:4, 4] = 7, 300
+    seg = build_seg(labels, AXIAL, [f"segment {n}" for n in range(1, 301)], "LABELMAP")
+    mask = read_seg(seg)
+    assert mask.labels.dtype == np.uint16
+    assert_mask_is(mask, labels, AXIAL)
+    assert_mask_is(read_seg(seg, re.compile("segment 7$")), labels * (labels == 7), AXIAL)
+    seg.SegmentSequence = seg.SegmentSequence[:299]
+    with pytest.raises(StudyError, match="labels that no segment describes"):
+        read_seg(seg)
+
+
+def test_small_violations_of_the_standard_are_read_all_the_same(tmp_path):
+    lesion = TWO[..., :1]
+    seg = build_seg(lesion, AXIAL, ["a"])
+    shared, groups = seg.SharedFunctionalGroupsSequence[0], seg.PerFrameFunctionalGroupsSequence
+    for group in groups:  # one segment, told nowhere; shared geometry repeated in each frame
+        if "SegmentIdentificationSequence" in group:
+            del group.SegmentIdentificationSequence
+        group.PlaneOrientationSequence = shared.PlaneOrientationSequence
+        group.PixelMeasuresSequence = shared.PixelMeasuresSequence
+    for keyword in ("PlaneOrientationSequence", "PixelMeasuresSequence"):
+        delattr(shared, keyword)
+    if "SegmentIdentificationSequence" in shared:
+        del shared.SegmentIdentificationSequence
+    for keyword in (
+        "SegmentationType",
+        "DimensionIndexSequence",
+        "ReferencedSeriesSequence",
+        "ContentLabel",
+        "DimensionOrganizationSequence",
+    ):
+        if keyword in seg:
+            delattr(seg, keyword)
+    pydicom.dcmwrite(tmp_path / "seg.dcm", seg)
+    assert_mask_is(read_seg(tmp_path / "seg.dcm"), lesion[..., 0], AXIAL)
+
+
+def test_a_segmentation_by_dcmqi():
+    """The sample in pydicom's own tests keeps 1 frame of 3 but describes all of them."""
+    seg = pydicom.dcmread(get_testdata_file("liver_1frame.dcm", download=False))
+    seg.PerFrameFunctionalGroupsSequence = seg.PerFrameFunctionalGroupsSequence[:1]
+    mask = read_seg(seg)
+    frame = seg.PerFrameFunctionalGroupsSequence[0]
+    (number,) = np.unique(mask.labels[mask.labels > 0])
+    assert number == frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+    np.testing.assert_array_equal(mask.labels[:, :, 0].T > 0, seg.pixel_array)
+    np.testing.assert_allclose(
+        (LPS_TO_RAS @ mask.affine)[:3, 3], frame.PlanePositionSequence[0].ImagePositionPatient
+    )
+    measures = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    spacing = [*measures.PixelSpacing[::-1], measures.SpacingBetweenSlices]
+    np.testing.assert_allclose(np.linalg.norm(mask.affine[:3, :3], axis=0), spacing)
+
+
+def remove(keyword):
+    return lambda seg: delattr(seg, keyword)
+
+
+def put(keyword, value):
+    return lambda seg: setattr(seg, keyword, value)
+
+
+def of_shared(keyword, change):
+    return lambda seg: change(getattr(seg.SharedFunctionalGroupsSequence[0], keyword)[0])
+
+
+def of_frame(keyword, change):
+    return lambda seg: change(getattr(seg.PerFrameFunctionalGroupsSequence[1], keyword)[0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("SegmentSequence"), "SegmentSequence (0062,0002) is absent"),
+        (lambda s: s.SegmentSequence.append(s.SegmentSequence[0]), "uses a number twice"),
+        (remove("PerFrameFunctionalGroupsSequence"), "describes 1"),
+        (remove("SharedFunctionalGroupsSequence"), "without PixelMeasuresSequence (0028,9110)"),
+        (lambda s: s.PerFrameFunctionalGroupsSequence.pop(), "frames (NumberOfFrames"),
+        (lambda s: delattr(s.PerFrameFunctionalGroupsSequence[1], "PlanePositionSequence"),
+         "without PlanePositionSequence (0020,9113)"),
+        (of_frame("PlanePositionSequence", put("ImagePositionPatient", [1, 2])),
+         "ImagePositionPatient (0020,0032) is not 3 plausible"),
+        (of_frame("PlanePositionSequence", put("ImagePositionPatient", [0, 0, 1e9])),
+         "ImagePositionPatient (0020,0032) is not 3 plausible"),
+        (of_frame("PlanePositionSequence", put("ImagePositionPatient", [0, 0, 1e4])),
+         "ImagePositionPatient (0020,0032) is not 3 plausible"),
+        (lambda s: (setattr(s, "Rows", 65535), setattr(s, "Columns", 65535)),
+         "the SEG spans (65535, 65535, 5) voxels"),
+        (of_frame("SegmentIdentificationSequence", put("ReferencedSegmentNumber", 9)),
+         "ReferencedSegmentNumber (0062,000B)"),
+        (of_shared("PixelMeasuresSequence", put("PixelSpacing", [0, 0])), "PixelSpacing"),
+        (of_shared("PlaneOrientationSequence", put("ImageOrientationPatient", [1, 0, 0, 1, 0, 0])),
+         "not perpendicular"),
+        (put("SegmentationType", "OTHER"), "SegmentationType (0062,0001) is none of"),
+        (remove("MaximumFractionalValue"), "MaximumFractionalValue (0062,000E)"),
+        (remove("Rows"), "Rows (0028,0010)"),
+        (remove("PixelData"), "pixel data can't be read"),
+        (lambda s: setattr(s, "PixelData", s.PixelData[:20]), "pixel data can't be read"),
+        (put("NumberOfFrames", 10**6), "1000000 frames"),
+    ],
+)  # fmt: skip
+def test_damaged_segmentations_are_refused(damage, message):
+    seg = build_seg(TWO, AXIAL, ["a", "b"], "FRACTIONAL")
+    damage(seg)
+    with pytest.raises(StudyError) as refused:
+        read_seg(seg)
+    assert message in str(refused.value)
+
+
+def test_mixed_orientations_are_refused():
+    seg = build_seg(TWO, AXIAL, ["a", "b"])
+    orientation = copy.deepcopy(seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence)
+    orientation[0].ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+    seg.PerFrameFunctionalGroupsSequence[2].PlaneOrientationSequence = orientation
+    with pytest.raises(StudyError, match=r"differ in ImageOrientationPatient \(0020,0037\)"):
+        read_seg(seg)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_altered_structure_sets_end_in_a_mask_or_a_refusal():
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, build_rtstruct({"a": [square(0.5, 4.5, 0.5, 4.5, 1)]}))
+    random = np.random.default_rng(6)
+    for _ in range(150):
+        damaged = bytearray(file.getvalue())
+        for position in random.integers(600, len(damaged), size=5):
+            damaged[position] = random.integers(256)
+        with contextlib.suppress(StudyError):
+            rtstruct = pydicom.dcmread(io.BytesIO(damaged))
+            assert read_rtstruct(rtstruct, SHAPE, AXIAL).labels.shape == SHAPE
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_files_cut_short_or_altered_end_in_a_mask_or_a_refusal(tmp_path):
+    path = tmp_path / "seg.dcm"
+    pydicom.dcmwrite(path, build_seg(TWO, AXIAL, ["a", "b"]))
+    whole = path.read_bytes()
+    random = np.random.default_rng(5)
+    for _ in range(150):
+        damaged = bytearray(
+            whole[: random.integers(len(whole))] if random.random() < 0.3 else whole
+        )
+        for position in random.integers(len(damaged), size=5) if len(damaged) else ():
+            damaged[position] = random.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(StudyError):
+            assert read_seg(path).labels.ndim == 3
+    with pytest.raises(StudyError, match="SEG can't be read"):
+        read_seg(tmp_path / "absent.dcm")
+
+
+# --- RTSTRUCT
+
+
+def square(x0, x1, y0, y1, k, affine=AXIAL):
+    corners = np.array([(x0, y0, k), (x1, y0, k), (x1, y1, k), (x0, y1, k)], dtype=float)
+    return corners @ affine[:3, :3].T + affine[:3, 3]
+
+
+@pytest.mark.parametrize("affine", [AXIAL, oblique_affine((1.9, 2.3, 4.1))])
+def test_regions_are_united_and_chosen_by_name(affine):
+    regions = {
+        "GTV 1": [square(0.5, 4.5, 0.5, 4.5, 1, affine), square(1.5, 3.5, 1.5, 3.5, 1, affine)],
+        "gtv 2": [square(1.5, 7.5, 0.5, 3.5, 1, affine), square(1.5, 7.5, 0.5, 3.5, 2, affine)],
+        "Lung": [square(0.5, 8.5, 5.5, 7.5, 4, affine)],
+    }
+    first, second, lung = np.zeros((3, *SHAPE), dtype=np.uint8)
+    first[1:5, 1:5, 1], first[2:4, 2:4, 1] = 1, 0
+    second[2:8, 1:4, 1:3] = 1
+    lung[1:9, 6:8, 4] = 1
+    rtstruct = build_rtstruct(regions)
+    mask = read_rtstruct(rtstruct, SHAPE, affine)
+    np.testing.assert_array_equal(mask.labels, first | second | lung)
+    np.testing.assert_array_equal(mask.affine, affine)
+    assert (mask.labels.dtype, mask.warnings) == (np.uint8, ())
+    mask = read_rtstruct(rtstruct, SHAPE, affine, re.compile("gtv"))
+    np.testing.assert_array_equal(mask.labels, first | second)
+    mask = read_rtstruct(rtstruct, SHAPE, affine, re.compile("^GTV.2"))
+    np.testing.assert_array_equal(mask.labels, second)
+    with pytest.raises(StudyError) as refused:
+        read_rtstruct(rtstruct, SHAPE, affine, re.compile("PTV"))
+    assert str(refused.value) == (
+        "none of 3 names matches (ROIName (3006,0026)): give a --roi that does"
+    )
+
+
+def test_accents_in_names_may_be_spelled_differently():
+    regions = {"L\u00e4sion": [square(0.5, 4.5, 0.5, 4.5, 1)], "Lung": []}
+    rtstruct = build_rtstruct(regions)
+    rtstruct.StructureSetROISequence[0].ROIName = "La\u0308sion"
+    for spelling in ("l\u00e4sion", "La\u0308sion"):
+        for dataset in (rtstruct, build_rtstruct(regions)):
+            mask = read_rtstruct(dataset, SHAPE, AXIAL, re.compile(spelling))
+            assert mask.labels.sum() == 16
+
+
+def test_a_region_of_number_zero_is_no_background():
+    # It was left out, or refused by a message that no name matches.
+    rtstruct = build_rtstruct({"a": [square(0.5, 4.5, 0.5, 4.5, 1)]})
+    rtstruct.StructureSetROISequence[0].ROINumber = 0
+    rtstruct.ROIContourSequence[0].ReferencedROINumber = 0
+    assert read_rtstruct(rtstruct, SHAPE, AXIAL).labels.sum() == 16
+
+
+def test_what_a_region_leaves_out_is_told_by_its_number():
+    rtstruct = build_rtstruct(
+        {"a": [square(0.5, 4.5, 0.5, 4.5, 1)], "b": [square(0.5, 4.5, 0.5, 4.5, k) for k in (2, 3)],
+         "c": []}
+    )  # fmt: skip
+    drawn = rtstruct.ROIContourSequence
+    drawn[1].ContourSequence[0].ContourGeometricType = "OPEN_PLANAR"
+    rtstruct.RTROIObservationsSequence[0].RTROIInterpretedType = "EXTERNAL"
+    del rtstruct.ROIContourSequence[2].ContourSequence
+    mask = read_rtstruct(rtstruct, SHAPE, AXIAL)
+    assert mask.labels.sum(axis=(0, 1)).tolist() == [0, 16, 0, 16, 0, 0]
+    assert mask.warnings == (
+        "region 1: it is the outline of the body (RTROIInterpretedType (3006,00A4) EXTERNAL): "
+        "choose the tumours with --roi",
+        "region 2: 1 contour(s) are points or open lines: ignored",
+        "region 3: no contours",
+    )
+
+
+def test_regions_of_points_stand_beside_tumours_but_not_alone():
+    rtstruct = build_rtstruct({"tumour": [square(0.5, 4.5, 0.5, 4.5, 1)], "isocentre": [[0, 0, 0]]})
+    rtstruct.ROIContourSequence[1].ContourSequence[0].ContourGeometricType = "POINT"
+    mask = read_rtstruct(rtstruct, SHAPE, AXIAL)
+    assert mask.labels.sum() == 16
+    assert mask.warnings == ("region 2: 1 contour(s) are points or open lines: ignored",)
+    with pytest.raises(StudyError, match=r"only points or open lines \(ContourGeometricType"):
+        read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("iso"))
+
+
+def test_numbers_may_be_padded_and_already_parsed():
+    square_mm = square(0.5, 4.5, 0.5, 4.5, 1)
+    parsed = build_rtstruct({"a": [square_mm]})
+    for contour in parsed.ROIContourSequence[0].ContourSequence:
+        assert len(contour.ContourData) == 12
+    padded = build_rtstruct({"a": [square_mm]}, decimals=2)
+    padded.ROIContourSequence[0].ContourSequence[0].ContourData = [
+        f" {value:+.3e} " for value in (square_mm * [-1, -1, 1]).ravel()
+    ]
+    for rtstruct in (parsed, written(padded)):
+        assert read_rtstruct(rtstruct, SHAPE, AXIAL).labels.sum() == 16
+
+
+def raw_contour(value):
+    def change(rtstruct):
+        contour = rtstruct.ROIContourSequence[0].ContourSequence[0]
+        contour.get_item("ContourData")
+        contour["ContourData"] = contour.get_item("ContourData")._replace(value=value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("StructureSetROISequence"), "StructureSetROISequence (3006,0020) is absent"),
+        (lambda r: delattr(r.ROIContourSequence[0], "ReferencedROINumber"),
+         "ReferencedROINumber (3006,0084)"),
+        (lambda r: delattr(r.ROIContourSequence[0].ContourSequence[0], "ContourData"),
+         "ContourData (3006,0050)"),
+        (raw_contour(rb"1\2\3\4"), "ContourData (3006,0050) is not a list of points"),
+        (raw_contour(rb"1\2\three\4\5\6"), "ContourData (3006,0050) is not a list of points"),
+        (raw_contour(b"1,5\\2\\3"), "ContourData (3006,0050) is not a list of points"),
+        (raw_contour(rb"1\2\3\4\5\6"), "has 2 points, NumberOfContourPoints (3006,0046) says 4"),
+        (raw_contour(rb"1\2\3\4\5\6\1\1\1\nan\1\1"), "not triplets of plausible numbers"),
+        (raw_contour(b""), "ContourData (3006,0050)"),
+        (lambda r: setattr(r.ROIContourSequence[0].ContourSequence[0], "ContourGeometricType",
+                           "POINT"), "ContourGeometricType (3006,0042)"),
+        (raw_contour(rb"0\0\900\1\0\900\1\1\900\0\1\900"), "1 are outside the image"),
+    ],
+)  # fmt: skip
+def test_damaged_structure_sets_are_refused(damage, message):
+    rtstruct = build_rtstruct({"a": [square(0.5, 4.5, 0.5, 4.5, 1)]})
+    damage(rtstruct)
+    with pytest.raises(StudyError) as refused:
+        read_rtstruct(rtstruct, SHAPE, AXIAL)
+    assert message in str(refused.value)
+
+
+def test_what_a_structure_set_was_drawn_on():
+    rtstruct = build_rtstruct({"a": [square(0.5, 4.5, 0.5, 4.5, 1)], "b": []})
+    assert referenced_series(rtstruct) == (SERIES_UID,)
+    assert referenced_images(rtstruct) == (IMAGE_UID,)
+    assert frame_of_reference(rtstruct) == FRAME_UID
+    by_image = build_rtstruct({"a": []}, series_uid=None)
+    assert referenced_series(by_image) == ()
+    image = pydicom.Dataset()
+    image.ReferencedSOPInstanceUID = "1.2.9"
+    contour = pydicom.Dataset()
+    contour.ContourImageSequence = [image]
+    by_image.ROIContourSequence[0].ContourSequence = [contour]
+    assert referenced_images(by_image) == (IMAGE_UID,)
+    assert contoured_images(by_image) == ("1.2.9",)
+    rtstruct.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.8"
+    with pytest.raises(StudyError, match="2 frames of reference"):
+        frame_of_reference(rtstruct)
+
+
+def test_what_a_segmentation_and_an_empty_object_were_drawn_on():
+    seg = build_seg(TWO, AXIAL, ["a", "b"])
+    assert frame_of_reference(seg) == FRAME_UID
+    seg.ReferencedSeriesSequence = [pydicom.Dataset()]
+    seg.ReferencedSeriesSequence[0].SeriesInstanceUID = SERIES_UID
+    assert referenced_series(seg) == (SERIES_UID,)
+    empty = pydicom.Dataset()
+    assert (referenced_series(empty), referenced_images(empty)) == ((), ())
+    assert frame_of_reference(empty) is None
+
+
+# --- real structure sets
+
+
+def series_grid(folder):
+    """Return shape and affine of a real axial series from its headers."""
+    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in sorted(folder.iterdir())]
+    headers.sort(key=lambda header: header.ImagePositionPatient[2])
+    first, last = headers[0], headers[-1]
+    assert np.allclose(first.ImageOrientationPatient, [1, 0, 0, 0, 1, 0])
+    origin, end = (np.array(each.ImagePositionPatient, dtype=float) for each in (first, last))
+    affine = np.diag([first.PixelSpacing[1], first.PixelSpacing[0], 1.0, 1.0])
+    affine[:3, 2] = (end - origin) / (len(headers) - 1)
+    affine[:3, 3] = origin
+    return (first.Columns, first.Rows, len(headers)), LPS_TO_RAS @ affine
+
+
+def canonical(data, affine):
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(data.astype(np.uint8), affine))
+    return np.asarray(image.dataobj), image.affine
+
+
+def real(path):
+    if not (DATA / path).exists():
+        pytest.skip(f"real data {path} are not at hand")
+    return DATA / path
+
+
+@pytest.mark.parametrize(
+    ("study", "n_voxels"),
+    [
+        ("STS_002/20060128_PETCT", 555),
+        ("STS_025/20001004_PETCT", 606),
+        ("STS_042/20040519_PETCT", 356),
+    ],
+)
+def test_sarcomas_equal_the_rasterisation_of_ibsi_in_every_voxel(study, n_voxels):
+    raw = real(f"sts_dicom/{study}")
+    reference = nibabel.load(real(f"sts_nifti/{study}") / "MASK.nii.gz")
+    rtstruct = pydicom.dcmread(raw / "MASK" / "RS.dcm")
+    pet = pydicom.dcmread(next((raw / "PET").iterdir()), stop_before_pixels=True)
+    assert referenced_series(rtstruct) == (pet.SeriesInstanceUID,)
+    assert frame_of_reference(rtstruct) == pet.FrameOfReferenceUID
+    mask = read_rtstruct(rtstruct, *series_grid(raw / "PET"))
+    labels, affine = canonical(mask.labels, mask.affine)
+    expected, expected_affine = canonical(np.asarray(reference.dataobj) > 0, reference.affine)
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_allclose(affine, expected_affine, atol=1e-4)
+    assert labels.sum() == n_voxels
+
+
+def test_reference_object_lies_within_its_phantom():
+    """The contour is a viewer's isocontour, the mask the whole phantom: a rim and 2 slices more."""
+    folder = real("suv_dro/DRO_0_0")
+    rtstruct = pydicom.dcmread(folder / "RS" / "RS_dro_0_0.dcm")
+    mask = read_rtstruct(rtstruct, *series_grid(folder / "PT"))
+    labels, _ = canonical(mask.labels, mask.affine)
+    reference = nibabel.load(folder / "mask" / "DRO_mask.nii.gz")
+    phantom, _ = canonical(np.asarray(reference.dataobj) > 0, reference.affine)
+    assert not (labels > phantom).any()
+    drawn = np.flatnonzero(labels.any(axis=(0, 1)))
+    assert (drawn[0], drawn[-1]) == (2, 17)
+    rim = (phantom > labels)[:, :, 2:18].sum(axis=(0, 1))
+    outline_px = 2 * np.pi * np.sqrt(phantom[:, :, 5].sum() / np.pi)
+    assert (rim < 1.3 * outline_px).all()

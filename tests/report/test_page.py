@@ -1,0 +1,483 @@
+"""The quality-control page: what it says, what it shows, how it behaves in a real browser."""
+
+import base64
+import errno
+import io
+import os
+import re
+import shutil
+
+import numpy as np
+import project_zips
+import pytest
+from PIL import Image
+
+import preprocessing
+from common import quality_warnings
+from common.geometry import Grid
+from common.report import page as page_module
+from common.report import pictures
+
+SHAPE = (24, 20, 30)
+ATTRIBUTES = {
+    "project": "liver <b>trial</b>",
+    "affine": np.diag([-2.0, 2.0, 3.0, 1.0]),
+    "suv_range": [0.0, 40.0],
+    "ct_range": [-1000.0, 1000.0],
+    "iso_threshold": 41.0,
+}
+BQML = {
+    "suv_type": "bw",
+    "suv_units": "g/ml",
+    "units": "BQML",
+    "decay_correction": "START",
+    "rule": "12b",
+    "minutes_to_reference": [62.0, 62.0],
+    "factor_range": [4e-4, 4e-4],
+    "weight_kg": 75.0,
+    "reinterpretations": [],
+    "alternatives": {"autopet": 4.1e-4, "qiba": 4e-4, "frame_based": 3.5e-4},
+}
+
+
+def a_card(key="0123456789", warnings=(), suv_max=8.0, tmtv_ml=12.0, mask=None):
+    """A card of a study with one lesion at (18, 5, 25), left, behind and high up."""
+    if mask is None:
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[17:20, 4:7, 24:27] = 1
+    image = np.zeros((2, *SHAPE), np.float16)
+    image[0][mask > 0] = suv_max / 40
+    image[1] = 0.5
+    lesion = {
+        "label": 1,
+        "mtv_ml": tmtv_ml,
+        "iso_mtv_ml": tmtv_ml,
+        "suv_max": suv_max,
+        "suv_mean": 5.0,
+        "suv_peak": 6.0,
+        "tlg_g": 60.0,
+    }
+    study = {"lesion_count": 1, "tmtv_ml": tmtv_ml, "dmax_mm": 0.0, "dose_fraction": 0.5}
+    measures = {"lesions": [lesion] if mask.any() else [], "study": study}
+    return page_module.study_card(
+        key, image, mask[None], mask[None], ATTRIBUTES, measures, BQML, warnings
+    )
+
+
+def a_page(cards):
+    stream = io.BytesIO()
+    page_module.write_page(stream, "demo", "0f3a", [card.encode() for card in cards])
+    return stream.getvalue().decode()
+
+
+# --- sentences -------------------------------------------------------------------------------
+
+
+def test_the_sentence_says_units_decay_time_factor_and_weight():
+    assert page_module.suv_sentence(BQML) == (
+        "SUV (bw, g/ml), from Units BQML, DecayCorrection START, decay referred to the start of "
+        "the series, 62 min after injection, factor 0.0004, body weight 75 kg (rule 12b)."
+    )
+
+
+def test_the_sentence_tells_reinterpretations():
+    sentence = page_module.suv_sentence({**BQML, "reinterpretations": ["weight taken as grams"]})
+    assert sentence.endswith("Reinterpreted: weight taken as grams.")
+
+
+def test_without_provenance_the_sentence_says_so():
+    assert "not known" in page_module.suv_sentence({})
+
+
+def test_alternatives_are_told_as_differences_in_percent():
+    assert page_module.alternatives_sentence(BQML) == (
+        "Other rules would give: first file's AcquisitionTime (autoPET script) +2.5 %, "
+        "QIBA +0.0 %, frame times -12.5 %"
+    )
+
+
+def test_values_that_are_suv_already_have_no_alternatives():
+    assert page_module.alternatives_sentence({**BQML, "units": "GML"}) == ""
+
+
+# --- markup ----------------------------------------------------------------------------------
+
+
+def test_text_from_files_is_escaped():
+    card = a_card(warnings=["<script>alert(1)</script>"])
+    assert "<b>trial" not in card
+    assert "<script>" not in card
+
+
+def test_a_study_without_lesion_has_no_slice_through_one():
+    card = a_card(mask=np.zeros(SHAPE, np.uint8))
+    assert card.count("<img") == 2
+    assert "No lesion." in card
+    assert "<table>" not in card
+
+
+def test_a_thousand_noisy_studies_stay_below_150_mb():
+    random = np.random.default_rng(0)
+    image = random.gamma(20, 1 / 400, (2, 200, 200, 326)).astype(np.float16)
+    mask = np.zeros((1, 200, 200, 326), np.uint8)
+    mask[0, 90:110, 90:110, 100:110] = 1
+    attributes = {**ATTRIBUTES, "affine": np.diag([-2.0, 2.0, 3.0, 1.0])}
+    study = {"lesion_count": 0, "tmtv_ml": 0.0, "dmax_mm": 0.0, "dose_fraction": None}
+    measures = {"lesions": [], "study": study}
+    card = page_module.study_card("aaaaaaa001", image, mask, mask, attributes, measures, {}, [])
+    assert len(card) < 150_000
+
+
+def test_the_page_fetches_nothing():
+    page = a_page([a_card()])
+    assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("view", "shape", "column", "row"),
+    [
+        (0, (45, 24), 18, (29 - 25) * 1.5),  # coronal: left on the right, head up
+        (1, (45, 20), 19 - 5, (29 - 25) * 1.5),  # sagittal: back on the right
+        (2, (20, 24), 18, 19 - 5),  # axial: left on the right, front up
+    ],
+)
+def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, column, row):
+    pixels = picture(a_card(), view)
+    rows, columns = np.nonzero(np.ptp(pixels, axis=2) > 60)
+    assert pixels.shape[:2] == tuple(pictures.PICTURE_SCALE * n for n in shape)
+    assert rows.mean() / pictures.PICTURE_SCALE == pytest.approx(row, abs=2)
+    assert columns.mean() / pictures.PICTURE_SCALE == pytest.approx(column, abs=1)
+
+
+def picture(card, view):
+    source = card.split('data-src="data:image/webp;base64,')[view + 1].split('"')[0]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"), int)
+
+
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_both_outlines_are_seen_where_mask_and_isocontour_are_the_same(view):
+    red, green, blue = np.moveaxis(picture(a_card(), view), 2, 0)
+    assert np.count_nonzero((green > red + 60) & (green > blue + 60)) > 20
+    assert np.count_nonzero((red > green + 60) & (blue > green + 30)) > 20
+
+
+def test_every_picture_says_which_side_is_which():
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", a_card())
+    assert [re.findall("<span>(.)</span>", caption) for caption in captions] == [
+        ["R", "L"],
+        ["A", "P"],
+        ["R", "L"],
+    ]
+    alternatives = re.findall(r'alt="(.*?)"', a_card())
+    assert all("left" in text for text in alternatives)
+
+
+def test_every_warning_of_resampling_and_plausibility_is_of_a_kind_to_filter_by():
+    lesions = Grid((9, 9, 9), np.eye(4))
+    ids = np.zeros(lesions.shape, np.uint8)
+    ids[1, 1, 1], ids[8, 8, 8] = 1, 2
+    merged = np.zeros((2, 2, 2), np.uint8)
+    merged[0, 0, 0], merged[0, 0, 1] = 1, 2
+    small = Grid((2, 2, 2), np.diag([3.0, 3, 3, 1]))
+    suv = np.full(lesions.shape, 50, np.float32)
+    kinds = {
+        "tumour outside the grid": quality_warnings.lesion_losses(ids, lesions, merged, small),
+        "vanished lesions": quality_warnings.lesion_losses(ids, lesions, merged * 0, lesions),
+        "merged lesions": quality_warnings.lesion_losses(ids, lesions, merged, small),
+        "clipped uptake": quality_warnings.clipped_uptake(suv, ids, 40, lesions),
+        "PET not covered by CT": quality_warnings.uncovered_uptake(suv, lesions, small),
+        "dose fraction": quality_warnings.dose_out_of_range(2.0, 70.0, suv, suv, lesions),
+        "mask far from uptake": quality_warnings.mask_far_from_uptake(suv * 0, ids, lesions),
+    }
+    for kind, warnings in kinds.items():
+        assert kind in page_module.kinds_of(warnings)
+        assert "other warnings" not in page_module.kinds_of(warnings)
+    assert page_module.kinds_of(["decay reference disagrees: 90 s"])[1:] == [
+        "decay reference disagrees"
+    ]
+    assert page_module.kinds_of(["a new one"]) == ["with warnings", "other warnings"]
+    assert page_module.kinds_of([]) == ["without warnings"]
+
+
+def test_the_table_says_where_the_isocontour_is():
+    assert "isocontour 41\u00a0% [ml]" in a_card()
+
+
+def test_a_distance_is_told_of_two_lesions_alone():
+    assert "Dmax" not in a_card()
+
+
+def test_the_page_tells_what_it_was_made_from(tmp_path):
+    path = tmp_path / "report.html"
+    assert page_module.mark_of(path) is None
+    path.write_text(a_page([]))
+    assert page_module.mark_of(path) == "0f3a"
+
+
+def test_the_script_shows_every_study_the_incomplete_one_too_and_rewrites_only_what_changed(
+    tmp_path,
+):
+    images = project_zips.study_images()
+    incomplete = {role: image for role, image in images.items() if role != "mask"}
+    studies = {"aaaaaaa001": images, "bbbbbbb002": incomplete}
+    archive = project_zips.write_zip(tmp_path / "p.zip", studies)
+    page = tmp_path / "page.html"
+    command = [str(archive), "-o", str(tmp_path / "p_3d.h5"), "--report", str(page)]
+    assert preprocessing.main(command) == 0
+    text = page.read_text()
+    assert re.findall(r'<article id="(\w+)"', text) == ["bbbbbbb002", "aaaaaaa001"]
+    assert "no mask" in text
+    assert text.count("<img data-src") == 3
+    written = page.stat().st_mtime_ns
+    assert preprocessing.main(command) == 0
+    assert page.stat().st_mtime_ns == written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.zip", "p_3d.h5", "page.html"]
+
+
+def crash(*arguments):
+    raise ZeroDivisionError
+
+
+def test_a_study_that_cannot_be_shown_is_told_and_the_next_run_shows_it(tmp_path, capfd):
+    archive = project_zips.write_zip(
+        tmp_path / "p.zip", {"aaaaaaa001": project_zips.study_images()}
+    )
+    page = tmp_path / "page.html"
+    command = [str(archive), "-o", str(tmp_path / "p_3d.h5"), "--report", str(page), "-j", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "study_card", crash)
+        assert preprocessing.main(command) == 0
+    assert (
+        "warning: aaaaaaa001: is not shown in the report: unexpected Zero" in capfd.readouterr().err
+    )
+    assert "<img data-src" not in page.read_text()
+    assert preprocessing.main(command) == 0
+    assert page.read_text().count("<img data-src") == 3
+
+
+def test_half_a_card_of_a_killed_worker_is_not_in_the_page(tmp_path, monkeypatch, capfd):
+    def killed(card):
+        card.path.write_text('<article id="half"')
+        os.abort()
+
+    archive = project_zips.write_zip(
+        tmp_path / "p.zip", {"aaaaaaa001": project_zips.study_images()}
+    )
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(page_module, "render_card", killed)
+    command = [str(archive), "-o", str(tmp_path / "p_3d.h5"), "--report", str(page), "-j", "1"]
+    assert preprocessing.main(command) == 0
+    assert "aaaaaaa001: is not shown in the report: the worker" in capfd.readouterr().err
+    assert re.findall(r'<article id="(\w+)"', page.read_text()) == ["aaaaaaa001"]
+
+
+def test_a_page_that_cannot_be_written_leaves_the_output_as_it_was(tmp_path, capfd, monkeypatch):
+    archive = project_zips.write_zip(
+        tmp_path / "p.zip", {"aaaaaaa001": project_zips.study_images()}
+    )
+    output = tmp_path / "p_3d.h5"
+    command = [str(archive), "-o", str(output), "--report", str(tmp_path / "page.html"), "-j", "1"]
+    assert preprocessing.main(command) == 0
+    old = output.read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(page_module, "write_page", full)
+    assert preprocessing.main([*command, "--iso-threshold", "50"]) == 1
+    assert "error: page.html cannot be written: the disk is full" in capfd.readouterr().err
+    assert output.read_bytes() == old
+    assert not list(tmp_path.glob(".*"))
+
+
+# --- in a browser ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if not (driver and chromium):
+        pytest.skip("chromium and its driver are not installed")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--window-size=1280,900",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = selenium.Chrome(options, selenium.ChromeService(driver))
+    yield session
+    session.quit()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    cards = [
+        a_card("aaaaaaa001", suv_max=4.0, tmtv_ml=30.0),
+        a_card("bbbbbbb002", warnings=["1 lesion(s) vanish by resampling"], suv_max=9, tmtv_ml=2.0),
+        a_card("ccccccc003", suv_max=7.0, tmtv_ml=11.0),
+        page_module.failed_card("ddddddd004", "failed", "no body weight"),
+    ]
+    path = tmp_path / "report.html"
+    path.write_text(a_page(cards))
+    browser.get(path.as_uri())
+    return browser
+
+
+def shown(page):
+    script = "return [...document.querySelectorAll('article:not([hidden])')].map(a => a.id)"
+    return page.execute_script(script)
+
+
+def choose(page, name, value):
+    page.execute_script(
+        "const s = document.getElementById(arguments[0]); s.value = arguments[1];"
+        "s.dispatchEvent(new Event('input'));",
+        name,
+        value,
+    )
+
+
+def test_the_page_opens_with_all_cards_and_no_console_error(page):
+    assert len(shown(page)) == 4
+    assert page.find_element("css selector", ".count").text == "4 of 4 studies"
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_nothing_can_be_fetched_even_if_text_became_markup(page):
+    script = """
+        const done = arguments[0], i = new Image();
+        addEventListener("securitypolicyviolation", e => done(e.effectiveDirective));
+        i.onload = i.onerror = () => done("asked for");
+        i.src = "file:///x.png";"""
+    assert page.execute_async_script(script) == "img-src"
+
+
+def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
+    loaded = page.execute_async_script(
+        "const done = arguments[0]; setTimeout(() => done([...document.images]"
+        ".map(i => [i.complete && i.naturalWidth > 0, i.alt.length > 10])), 500)"
+    )
+    assert loaded == [[True, True]] * 9
+
+
+def test_of_a_thousand_studies_the_pictures_near_the_view_alone_are_loaded(browser, tmp_path):
+    path = tmp_path / "many.html"
+    card = a_card("KEY")
+    path.write_text(a_page([card.replace("KEY", f"{n:010x}") for n in range(1000)]))
+    browser.get(path.as_uri())
+    assert browser.find_element("css selector", ".count").text == "1000 of 1000 studies"
+    script = (
+        "const done = arguments[0], n = () => document.querySelectorAll('img[src]').length;"
+        "setTimeout(() => done(n()), 500)"
+    )
+    assert 3 <= browser.execute_async_script(script) < 100
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("with warnings", ["bbbbbbb002"]),
+        ("without warnings", ["aaaaaaa001", "ccccccc003"]),
+        ("vanished lesions", ["bbbbbbb002"]),
+        ("failed", ["ddddddd004"]),
+    ],
+)
+def test_the_filter_shows_what_it_says(page, choice, expected):
+    choose(page, "show", choice)
+    assert shown(page) == expected
+
+
+@pytest.mark.parametrize(
+    ("order", "first"),
+    [("volume", "aaaaaaa001"), ("suvmax", "bbbbbbb002"), ("warnings", "ddddddd004")],
+)
+def test_sorting_puts_the_largest_first(page, order, first):
+    choose(page, "sort", order)
+    assert shown(page)[0] == first
+
+
+def test_failed_studies_come_first_however_often_one_sorts(page):
+    choose(page, "sort", "volume")
+    choose(page, "sort", "hash")
+    assert shown(page) == ["ddddddd004", "aaaaaaa001", "bbbbbbb002", "ccccccc003"]
+
+
+def test_volume_and_project_filter(page):
+    choose(page, "volume", "11")
+    assert shown(page) == ["aaaaaaa001", "ccccccc003"]
+    choose(page, "volume", "")
+    choose(page, "project", ATTRIBUTES["project"])
+    assert shown(page) == ["aaaaaaa001", "bbbbbbb002", "ccccccc003"]
+
+
+def test_nothing_hangs_out_of_a_phone_and_no_table_out_of_a_screen(page):
+    def widths(width):
+        page.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        script = (
+            "const t = document.querySelector('.scroll'), r = document.documentElement;"
+            "return [r.scrollWidth - innerWidth, t.scrollWidth - t.clientWidth]"
+        )
+        return page.execute_script(script)
+
+    assert widths(390)[0] <= 0
+    assert max(widths(1280)) <= 0
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_and_controls_stand_out_from_what_is_behind_them(page, theme):
+    page.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+    script = """
+        const solid = e => { for (; e; e = e.parentElement) {
+            const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(c)) return c; } };
+        return [...document.querySelectorAll("h1, h2, h2 span, td, th, p, li, label, figcaption, "
+            + "select, input, button, footer, .count")].map(e => [e.tagName,
+            getComputedStyle(e).color, solid(e), getComputedStyle(e).borderTopColor,
+            solid(e.parentElement)])"""
+    for tag, ink, ground, border, around in page.execute_script(script):
+        assert contrast(ink, ground) >= 4.5, tag
+        if tag in ("SELECT", "INPUT", "BUTTON"):
+            assert contrast(border, around) >= 3, tag
+
+
+def contrast(one, other):
+    """Contrast ratio of two CSS colours (WCAG 2.2)."""
+    luminances = []
+    for colour in (one, other):
+        values = np.array([int(n) for n in re.findall(r"\d+", colour)[:3]]) / 255
+        linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        luminances.append(float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05)
+    return max(luminances) / min(luminances)
+
+
+def test_finding_by_hash_counts_what_is_left(page):
+    choose(page, "find", "ccc")
+    assert shown(page) == ["ccccccc003"]
+    assert page.find_element("css selector", ".count").text == "1 of 4 studies"
+
+
+def test_keys_step_through_the_cards(page):
+    body = page.find_element("tag name", "body")
+    body.send_keys("j")
+    body.send_keys("j")
+    page.switch_to.active_element.send_keys("k")
+    assert page.switch_to.active_element.get_attribute("id") == "aaaaaaa001"
+
+
+def test_the_theme_button_changes_the_background(page):
+    def background():
+        return page.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    before = background()
+    page.find_element("id", "theme").click()
+    assert background() != before
