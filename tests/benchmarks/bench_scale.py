@@ -34,9 +34,9 @@ SIDE, SLICES = 8, 325
 
 RUN = """
 import importlib, json, resource, sys, time
-from common import outputs
+from common.run import output
 script, arguments = sys.argv[1], sys.argv[2:]
-assembling_s, replace = 0.0, outputs.replace_output
+assembling_s, replace = 0.0, output.replace_output
 def cpu_s():
     found = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return [used.ru_utime + used.ru_stime for used in found]
@@ -45,7 +45,7 @@ def timed(*arguments):
     before = cpu_s()[1]
     replace(*arguments)
     assembling_s += cpu_s()[1] - before
-outputs.replace_output = timed
+output.replace_output = timed
 began = time.perf_counter()
 status = importlib.import_module(script).main(arguments)
 passed = time.perf_counter() - began

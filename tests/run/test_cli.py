@@ -61,8 +61,8 @@ def script(code: str, *arguments: str, **settings) -> subprocess.CompletedProces
 HEAD = """
 import sys, logging, os
 from pathlib import Path
-from common import cli
 from common.errors import StageError
+from common.run import cli
 from common.run.worker import Outcome
 parser = cli.parser("Does it.", "  python script.py")
 parser.add_argument("-o", "--output", type=Path, default=Path("out.h5"))

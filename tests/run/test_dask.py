@@ -68,7 +68,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         },
     }
     # Not the folder of the scripts: workers find it by what they are sent.
-    with running(commands, folder, logs, PYTHONPATH=str(ROOT / "tests")):
+    with running(commands, folder, logs, PYTHONPATH=str(ROOT / "tests/builders")):
         wait_for(address.exists)
         yield Cluster(str(address), logs)
 
@@ -376,8 +376,8 @@ def test_no_scheduler_is_one_clear_line_in_bounded_time(
     command = [str(project_zip), "-o", "out.h5", "--dask", address]
     # A process of its own: the interpreter's end is part of it.
     quickly = (
-        "import sys; from common import dask_cluster; import preprocessing; "
-        "dask_cluster._CONNECT_S = 1; sys.exit(preprocessing.main(sys.argv[1:]))"
+        "import sys; from common.run import dask; import preprocessing; "
+        "dask._CONNECT_S = 1; sys.exit(preprocessing.main(sys.argv[1:]))"
     )
     began = time.monotonic()
     done = subprocess.run(

@@ -233,9 +233,9 @@ def test_workers_end_at_once_when_their_parent_is_killed(tmp_path):
     """Also those in C code that never lets another thread run."""
     code = (
         "import sys; sys.path[:0] = [{root!r}, {tests!r}]\n"
-        "import test_parallel as t\n"
+        "import test_pool as t\n"
         "t.run_studies(t.never_yield, t.tasks({folder!r}, {folder!r}), 2)\n"
-    ).format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+    ).format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
@@ -291,7 +291,7 @@ def test_an_unexpected_error_is_traced_without_its_text(logged):
     [line] = [record.getMessage() for record in logged]
     assert line.startswith("study0: Traceback ")
     assert line.endswith("\nValueError")
-    assert "test_parallel.py" in line
+    assert Path(__file__).name in line
     assert "Doe^Jane" not in line
 
 

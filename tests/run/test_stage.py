@@ -377,8 +377,8 @@ def test_a_file_beside_is_replaced_only_when_its_text_is_new(tmp_path):
 def test_a_killed_writer_of_a_file_beside_leaves_one_hidden_file_that_the_next_one_takes(tmp_path):
     path = tmp_path / "list.csv"
     code = (
-        "import os, sys; from pathlib import Path; from common import outputs\n"
-        "with outputs.writing_beside(Path(sys.argv[1])) as new: new.write_text('half'); os._exit(9)"
+        "import os, sys; from pathlib import Path; from common.run import output\n"
+        "with output.writing_beside(Path(sys.argv[1])) as new: new.write_text('half'); os._exit(9)"
     )
     for _ in range(2):
         subprocess.run(
