@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import cast
 
 from common import project_zip
-from common.errors import IncompleteStudy, StudyError
+from common.errors import IncompleteStudy, StudyError, Warning
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
 from common.raw import mapping, pseudonyms, roles
 from common.raw.project import StudyFolder, files_below, image_bytes, list_files
@@ -294,7 +294,7 @@ def read_finished(path: Path, known: Sequence[mapping.Row]) -> dict[str, str]:
     return finished
 
 
-def convert_study(task: stage.PartTask) -> Sequence[str]:
+def convert_study(task: stage.PartTask) -> Sequence[Warning]:
     """Convert one study and write its part; return its warnings."""
     raw: RawStudy = task.payload
     found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
@@ -373,7 +373,7 @@ def describe_study(raw: RawStudy) -> Sequence[str]:
         planned = plan_study(roles.choose(found), raw.conversion)
     except StudyError as error:
         return [status_of(error), *cells, "", str(error)]
-    return ["written", *cells, planned.suv_rule, "; ".join(planned.warnings)]
+    return ["written", *cells, planned.suv_rule, "; ".join(map(str, planned.warnings))]
 
 
 def dry_closing_line(outcomes: Sequence[Outcome], output: Path) -> str:

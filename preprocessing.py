@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common import project_zip
-from common.errors import StageError
+from common.errors import StageError, Warning
 from common.hashing import fingerprint
 from common.hdf5.merge import assemble
 from common.hdf5.studies import (
@@ -331,7 +331,7 @@ def nifti_paths(folder: Path, study_hash: str) -> dict[str, Path]:
 # --- one study -------------------------------------------------------------------------------
 
 
-def preprocess_study(task: stage.PartTask) -> Sequence[str]:
+def preprocess_study(task: stage.PartTask) -> Sequence[Warning]:
     """Bring one study onto the target grid and write its part; return its warnings."""
     work: ZippedStudy = task.payload
     laps = Laps()

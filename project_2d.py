@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import StageError, StudyError
+from common.errors import StageError, StudyError, Warning
 from common.hashing import fingerprint
 from common.hdf5 import merge
 from common.hdf5.studies import (
@@ -288,7 +288,7 @@ def write_list(
 # --- one study -------------------------------------------------------------------------------
 
 
-def project_study(task: stage.PartTask) -> Sequence[str]:
+def project_study(task: stage.PartTask) -> Sequence[Warning]:
     """Project one study from all angles and write its part."""
     work: StoredStudy = task.payload
     image, attributes = read_dataset(work.path, "image", work.key)

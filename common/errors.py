@@ -1,4 +1,59 @@
-"""The ways in which work ends: a study is incomplete or can't go on, or the whole run can't."""
+"""What there is to say of a study or a run: warnings, and the ways in which work ends early."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Kind(StrEnum):
+    """What a warning is about; the page's filter shows these words."""
+
+    OUTSIDE_GRID = "tumour outside the grid"
+    VANISHED = "vanished lesions"
+    MERGED = "merged lesions"
+    CLIPPED = "clipped uptake"
+    NOT_COVERED = "PET not covered by CT"
+    DOSE_FRACTION = "dose fraction"
+    FAR_FROM_UPTAKE = "mask far from uptake"
+    DECAY_REFERENCE = "decay reference disagrees"
+    REINTERPRETED = "reinterpreted header"
+    SUV = "SUV header"
+    SERIES = "series"
+    MASK = "mask as it was read"
+    TRUSTED = "trusted"
+    IMPLAUSIBLE = "implausible values"
+    OTHER = "other warnings"
+
+
+@dataclass(frozen=True)
+class Warning:
+    """What the user should know of a study that was written; no identity in it."""
+
+    kind: Kind
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def texts_and_kinds(warnings: Iterable[Warning]) -> dict[str, list[str]]:
+    """Return warnings as files hold them: plain texts, their kinds beside them."""
+    listed = list(warnings)
+    return {
+        "warnings": [warning.text for warning in listed],
+        "warning_kinds": [warning.kind.value for warning in listed],
+    }
+
+
+def warnings_from(texts: Sequence[Any], kinds: Sequence[Any] = ()) -> list[Warning]:
+    """Return warnings from what a file holds; those without a known kind are of kind OTHER."""
+    known = {kind.value: kind for kind in Kind}
+    padded = [*kinds, *[""] * len(texts)]
+    return [
+        Warning(known.get(str(kind), Kind.OTHER), str(text))
+        for text, kind in zip(texts, padded, strict=False)
+    ]
 
 
 class StudyError(Exception):

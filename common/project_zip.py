@@ -182,6 +182,7 @@ def _is_record(value: Any) -> bool:
         isinstance(value, dict)
         and isinstance(value.get("suv", {}), dict)
         and isinstance(value.get("warnings", []), list)
+        and isinstance(value.get("warning_kinds", []), list)
     )
 
 

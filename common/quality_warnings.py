@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.components import Components, components, voxels_above_zero
+from common.errors import Kind, Warning
 from common.geometry import Grid
 from common.resampling import separable
 
@@ -24,7 +25,7 @@ def lesion_losses(
     source: Grid,
     resampled_ids: NDArray[np.integer],
     target: Grid,
-) -> list[str]:
+) -> list[Warning]:
     """Say which labelled voxels and lesions do not survive resampling.
 
     Parameters
@@ -59,11 +60,12 @@ def _within(voxels: NDArray[np.integer], grid: Grid, other: Grid) -> NDArray[np.
     return np.asarray(inside.all(axis=1))
 
 
-def _outside(lost_ids: NDArray[np.integer], source: Grid) -> Iterator[str]:
+def _outside(lost_ids: NDArray[np.integer], source: Grid) -> Iterator[Warning]:
     if lost_ids.size:
-        yield (
+        yield Warning(
+            Kind.OUTSIDE_GRID,
             f"{lost_ids.size * source.voxel_ml:.2f} ml of {len(np.unique(lost_ids))} lesion(s) "
-            "lie outside the target grid: give a larger --shape"
+            "lie outside the target grid: give a larger --shape",
         )
 
 
@@ -72,18 +74,21 @@ def _vanished(
     inside_ids: NDArray[np.integer],
     kept_ids: NDArray[np.integer],
     source: Grid,
-) -> Iterator[str]:
+) -> Iterator[Warning]:
     vanished = ids[np.isin(ids, np.setdiff1d(inside_ids, kept_ids))]
     if vanished.size:
-        yield (
+        yield Warning(
+            Kind.VANISHED,
             f"{len(np.unique(vanished))} lesion(s) of {vanished.size * source.voxel_ml:.2f} ml "
-            "vanish by resampling: use a finer --spacing"
+            "vanish by resampling: use a finer --spacing",
         )
     if ids.size and not kept_ids.size:
-        yield f"the mask of {ids.size * source.voxel_ml:.2f} ml becomes empty"
+        yield Warning(
+            Kind.VANISHED, f"the mask of {ids.size * source.voxel_ml:.2f} ml becomes empty"
+        )
 
 
-def _merged(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[str]:
+def _merged(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[Warning]:
     found = components(resampled_ids)
     ids = resampled_ids[tuple(found.voxels)]
     pairs = np.unique(np.int64(found.count + 1) * ids + found.numbers)
@@ -92,15 +97,16 @@ def _merged(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[str]:
     if merged.size:
         n_lesions = lesions_in[merged].sum()
         volume_ml = np.isin(found.numbers, merged).sum() * target.voxel_ml
-        yield (
+        yield Warning(
+            Kind.MERGED,
             f"{n_lesions} lesions of {volume_ml:.2f} ml merge into {len(merged)} by resampling: "
-            "use a finer --spacing"
+            "use a finer --spacing",
         )
 
 
 def clipped_uptake(
     suv: NDArray[np.floating], mask: NDArray[np.integer], brightest: float, grid: Grid
-) -> list[str]:
+) -> list[Warning]:
     """Say how much of the labelled tumour is brighter than `brightest` and will be clipped."""
     voxels, _ = _labelled(mask)
     values = suv[tuple(voxels.T)]
@@ -108,12 +114,16 @@ def clipped_uptake(
     if not clipped.any():
         return []
     return [
-        f"{clipped.sum() * grid.voxel_ml:.2f} ml of lesions are brighter than the SUV range "
-        f"(SUVmax {values.max():.1f} > {brightest:g}) and are clipped: give a larger --suv-range"
+        Warning(
+            Kind.CLIPPED,
+            f"{clipped.sum() * grid.voxel_ml:.2f} ml of lesions are brighter than the SUV range "
+            f"(SUVmax {values.max():.1f} > {brightest:g}) and are clipped: give a larger "
+            "--suv-range",
+        )
     ]
 
 
-def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[str]:
+def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[Warning]:
     """Say how much uptake lies where the CT does not reach."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in pet.shape], indexing="ij"))
     if _within(corners.reshape(3, -1).T, pet, ct).all():
@@ -122,8 +132,11 @@ def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[str
     if not uncovered:
         return []
     return [
-        f"{uncovered * pet.voxel_ml:.1f} ml of PET with uptake (SUV >= {LEAST_UPTAKE_SUV:g}) "
-        "are not covered by the CT: there the CT is filled with air"
+        Warning(
+            Kind.NOT_COVERED,
+            f"{uncovered * pet.voxel_ml:.1f} ml of PET with uptake (SUV >= {LEAST_UPTAKE_SUV:g}) "
+            "are not covered by the CT: there the CT is filled with air",
+        )
     ]
 
 
@@ -175,7 +188,7 @@ Array = NDArray[Any]
 
 def dose_out_of_range(
     fraction: float | None, weight_kg: float | None, suv: Array, hu: Array, grid: Grid
-) -> list[str]:
+) -> list[Warning]:
     """Say where an image holds more of the injected dose, or less, than it can.
 
     Parameters
@@ -196,8 +209,11 @@ def dose_out_of_range(
     )
     if fraction > MOST_OF_DOSE:
         return [
-            f"dose fraction out of range: the PET holds {fraction:.3g} times the injected dose: "
-            + remedy
+            Warning(
+                Kind.DOSE_FRACTION,
+                f"dose fraction out of range: the PET holds {fraction:.3g} times the "
+                f"injected dose: " + remedy,
+            )
         ]
     # Tissue of the whole body's weight would need no more than this.
     if fraction >= LEAST_TISSUE_SUV:
@@ -208,12 +224,15 @@ def dose_out_of_range(
         return []
     mean_suv = 1000 * weight_kg * fraction / tissue_g
     return [
-        f"dose fraction out of range: {fraction:.3g}, for the {tissue_g / 1000:.3g} kg of tissue "
-        f"in view have a mean SUV of {mean_suv:.2g}: {remedy}"
+        Warning(
+            Kind.DOSE_FRACTION,
+            f"dose fraction out of range: {fraction:.3g}, for the {tissue_g / 1000:.3g} kg of "
+            f"tissue in view have a mean SUV of {mean_suv:.2g}: {remedy}",
+        )
     ]
 
 
-def mask_far_from_uptake(suv: Array, mask: Array, grid: Grid) -> list[str]:
+def mask_far_from_uptake(suv: Array, mask: Array, grid: Grid) -> list[Warning]:
     """Say which lesions have no uptake in or near them, or that a mask seems to have slipped.
 
     Parameters
@@ -230,20 +249,27 @@ def mask_far_from_uptake(suv: Array, mask: Array, grid: Grid) -> list[str]:
     suv_max = np.maximum.reduceat(values, lesions.starts)
     pale = np.flatnonzero(suv_max < LEAST_UPTAKE_SUV).tolist()
     far = [i for i in pale if _around(suv, lesions, i, reach).max() < LEAST_UPTAKE_SUV]
-    doubts, remedy = [], "check that mask and PET belong together"
+    doubts: list[Warning] = []
+    remedy = "check that mask and PET belong together"
     if far:
         volume_ml = lesions.sizes[far].sum() * grid.voxel_ml
         doubts.append(
-            f"mask far from uptake: {len(far)} lesion(s) of {volume_ml:.2f} ml have none "
-            f"(SUV >= {LEAST_UPTAKE_SUV:g}) within {BESIDE_MM:g} mm: " + remedy
+            Warning(
+                Kind.FAR_FROM_UPTAKE,
+                f"mask far from uptake: {len(far)} lesion(s) of {volume_ml:.2f} ml have none "
+                f"(SUV >= {LEAST_UPTAKE_SUV:g}) within {BESIDE_MM:g} mm: " + remedy,
+            )
         )
     beside = _beside(suv, mask, lesions, reach)
     if len(far) < lesions.count and beside.size:
         within, around = values.mean(dtype=np.float64), beside.mean(dtype=np.float64)
         if within < LEAST_CONTRAST * around:
             doubts.append(
-                f"mask far from uptake: SUVmean is {within:.2f} in it and {around:.2f} at "
-                f"{BESIDE_MM:g} mm beside it: " + remedy
+                Warning(
+                    Kind.FAR_FROM_UPTAKE,
+                    f"mask far from uptake: SUVmean is {within:.2f} in it and {around:.2f} at "
+                    f"{BESIDE_MM:g} mm beside it: " + remedy,
+                )
             )
     return doubts
 

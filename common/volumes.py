@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.components import components, voxels_above_zero
+from common.errors import Warning
 from common.geometry import Grid, Image, reorient, target_grid
 from common.lesions import (
     dose_fraction,
@@ -187,7 +188,7 @@ def half_precision(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def losses(
     pet: Image, lesions: Image, ct: Volume, suv: Volume, placed: Volume, recipe: Recipe
-) -> list[str]:
+) -> list[Warning]:
     """Return warnings of what the target grid, the SUV range or the CT's reach loses."""
     return [
         *lesion_losses(lesions.data, lesions.grid, placed.data, placed.grid),
@@ -223,7 +224,7 @@ def doubts(
     suv: Volume,
     fraction: float | None,
     weight_kg: float | None,
-) -> list[str]:
+) -> list[Warning]:
     """Return warnings of a dose fraction, and of a mask on the PET's grid, that can't be right."""
     return [
         *dose_out_of_range(fraction, weight_kg, suv.data, ct.data, ct.grid),

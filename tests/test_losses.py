@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from said import texts
 
 from common.geometry import Grid
 from common.quality_warnings import clipped_uptake, lesion_losses, uncovered_uptake
@@ -20,7 +21,7 @@ def grid(shape, spacing_mm=(1.0, 1.0, 1.0), first_mm=(0.0, 0.0, 0.0), turn=None)
 
 
 def told(ids, source, target):
-    return lesion_losses(ids, source, resample_nearest(ids, source, target), target)
+    return texts(lesion_losses(ids, source, resample_nearest(ids, source, target), target))
 
 
 def numbers(text):
@@ -76,7 +77,7 @@ def test_lesions_that_come_to_touch_merge():
     ids = blocks((12, 4, 4), (1, 1, 1), (4, 1, 1), (9, 1, 1))
     source, target = grid((12, 4, 4), (5, 5, 5)), grid((4, 2, 2), (15, 10, 10), (5, 5, 5))
     resampled = resample_nearest(ids, source, target)
-    (text,) = lesion_losses(ids, source, resampled, target)
+    (text,) = texts(lesion_losses(ids, source, resampled, target))
     assert text.startswith("2 lesions of 3.00 ml merge into 1 by resampling")
     assert (resampled[:, 0, 0] > 0).tolist() == [True, True, False, True]
 
@@ -119,9 +120,9 @@ def test_clipped_uptake_is_told_with_volume_and_maximum():
     suv[3, 3, 3] = 90.0  # no tumour
     mask = np.zeros((4, 4, 4), np.uint8)
     mask[1, 1] = 1
-    (text,) = clipped_uptake(suv, mask, 40.0, grid((4, 4, 4), (10, 10, 10)))
+    (text,) = texts(clipped_uptake(suv, mask, 40.0, grid((4, 4, 4), (10, 10, 10))))
     assert text.startswith("2.00 ml of lesions are brighter than the SUV range (SUVmax 55.5 > 40)")
-    assert clipped_uptake(suv, mask, 56.0, grid((4, 4, 4))) == []
+    assert texts(clipped_uptake(suv, mask, 56.0, grid((4, 4, 4)))) == []
 
 
 def turned(degrees):
@@ -139,18 +140,21 @@ def test_uncovered_uptake_is_that_of_a_voxel_by_voxel_count(degrees):
     for voxel in np.argwhere(suv >= 0.5):
         there = np.linalg.solve(ct.affine, pet.affine @ (*voxel, 1))[:3]
         uncovered += bool((there < -0.5).any() or (there > np.array(ct.shape) - 0.5).any())
-    (text,) = uncovered_uptake(suv, pet, ct)
+    (text,) = texts(uncovered_uptake(suv, pet, ct))
     assert text.startswith(f"{uncovered:.1f} ml of PET with uptake (SUV >= 0.5) are not covered")
 
 
 def test_air_beyond_the_ct_is_no_loss():
     suv = np.full((10, 10, 10), 0.1, np.float32)
     suv[3:6, 3:6, 3:6] = 5
-    assert uncovered_uptake(suv, grid(suv.shape), grid((6, 6, 6), first_mm=(2.0, 2.0, 2.0))) == []
+    assert (
+        texts(uncovered_uptake(suv, grid(suv.shape), grid((6, 6, 6), first_mm=(2.0, 2.0, 2.0))))
+        == []
+    )
 
 
 def test_ct_beside_the_pet_covers_nothing():
     suv = np.ones((5, 5, 5), np.float32)
     far = grid((5, 5, 5), first_mm=(100.0, 0.0, 0.0))
-    (text,) = uncovered_uptake(suv, grid(suv.shape, (10, 10, 10)), far)
+    (text,) = texts(uncovered_uptake(suv, grid(suv.shape, (10, 10, 10)), far))
     assert text.startswith("125.0 ml ")

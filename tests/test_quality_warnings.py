@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from said import texts
 
 from common.geometry import Grid
 from common.lesions import dose_fraction
@@ -25,7 +26,7 @@ def body(shape=(60, 50, 40), mean_suv=1.0):
 def doubts_about(suv, hu, weight_kg=WEIGHT_KG):
     where = grid(suv.shape)
     fraction = dose_fraction(suv, where.affine, weight_kg)
-    return dose_out_of_range(fraction, weight_kg, suv, hu, where)
+    return texts(dose_out_of_range(fraction, weight_kg, suv, hu, where))
 
 
 # --- dose ------------------------------------------------------------------------------------
@@ -61,9 +62,9 @@ def test_tissue_that_the_pet_does_not_reach_does_not_count():
 
 def test_without_weight_or_uptake_in_air_nothing_is_told_of_the_dose():
     suv, hu = body()
-    assert dose_out_of_range(None, None, suv, hu, grid(suv.shape)) == []
+    assert texts(dose_out_of_range(None, None, suv, hu, grid(suv.shape))) == []
     nothing = np.zeros_like(suv)
-    assert dose_out_of_range(0.0, WEIGHT_KG, nothing, nothing - 1000, grid(suv.shape)) == []
+    assert texts(dose_out_of_range(0.0, WEIGHT_KG, nothing, nothing - 1000, grid(suv.shape))) == []
 
 
 # --- mask ------------------------------------------------------------------------------------
@@ -80,14 +81,14 @@ def scene():
 
 def test_mask_on_its_lesions_is_not_doubted():
     suv, mask = scene()
-    assert mask_far_from_uptake(suv, mask, grid(suv.shape)) == []
-    assert mask_far_from_uptake(suv, np.zeros_like(mask), grid(suv.shape)) == []
+    assert texts(mask_far_from_uptake(suv, mask, grid(suv.shape))) == []
+    assert texts(mask_far_from_uptake(suv, np.zeros_like(mask), grid(suv.shape))) == []
 
 
 def test_mask_that_slipped_into_even_tissue_is_told():
     suv, mask = scene()
     slipped = np.roll(mask, 7, axis=1)
-    told = mask_far_from_uptake(suv, slipped, grid(suv.shape))
+    told = texts(mask_far_from_uptake(suv, slipped, grid(suv.shape)))
     assert len(told) == 1
     assert "SUVmean is 1.00 in it and 1.00 at 10 mm beside it" in told[0]
 
@@ -97,14 +98,14 @@ def test_mask_upside_down_in_the_air_is_told_with_lesions_and_volume():
     mask = np.zeros(suv.shape, np.uint8)
     mask[2:4, 2:4, 2:4] = mask[50:, 45:, 30:] = 1
     volume_ml = mask.sum() * 0.08
-    (told,) = mask_far_from_uptake(suv, mask, grid(suv.shape))
+    (told,) = texts(mask_far_from_uptake(suv, mask, grid(suv.shape)))
     assert f"2 lesion(s) of {volume_ml:.2f} ml have none (SUV >= 0.5) within 10 mm" in told
 
 
 def test_one_lesion_in_the_air_is_told_though_others_are_hot():
     suv, mask = scene()
     mask[2:4, 2:4, 2:4] = 1
-    (told,) = mask_far_from_uptake(suv, mask, grid(suv.shape))
+    (told,) = texts(mask_far_from_uptake(suv, mask, grid(suv.shape)))
     assert "1 lesion(s) of 0.64 ml" in told
 
 
@@ -113,16 +114,16 @@ def test_lesion_beside_uptake_is_doubted_beyond_10_mm(distance_voxels, doubtful)
     suv, mask = np.zeros((2, 20, 9, 9), np.float32)
     suv[12, 4, 4] = 3
     mask[12 - distance_voxels, 4, 4] = 1
-    told = mask_far_from_uptake(suv, mask, grid(suv.shape))
+    told = texts(mask_far_from_uptake(suv, mask, grid(suv.shape)))
     assert any("within 10 mm" in text for text in told) == doubtful
 
 
 def test_cold_core_of_a_hot_rim_is_not_doubted():
     suv, mask = scene()
     suv[21:23, 21:23, 11:13] = 0.2
-    assert mask_far_from_uptake(suv, mask, grid(suv.shape)) == []
+    assert texts(mask_far_from_uptake(suv, mask, grid(suv.shape))) == []
 
 
 def test_mask_that_fills_the_image_has_no_surroundings():
     suv = np.ones((2, 2, 2), np.float32)
-    assert mask_far_from_uptake(suv, np.ones((2, 2, 2)), grid(suv.shape)) == []
+    assert texts(mask_far_from_uptake(suv, np.ones((2, 2, 2)), grid(suv.shape))) == []

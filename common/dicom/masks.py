@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from common.dicom.attributes import items, joined_text, tag_of, whole_number
-from common.errors import StudyError
+from common.errors import StudyError, Warning
 
 LabelArray = NDArray[np.uint8 | np.uint16]
 
@@ -30,13 +30,13 @@ class Mask:
         In Fortran order; 0 is background.
     affine : (4, 4) float64 array
         Voxel index to RAS+ [mm].
-    warnings : tuple of str
+    warnings : tuple of Warning
         What was put right or left out; no identity.
     """
 
     labels: LabelArray
     affine: NDArray[np.float64]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Warning, ...] = ()
 
 
 @contextmanager

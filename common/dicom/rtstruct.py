@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from common.dicom.attributes import items, joined_text, number, tag_of, whole_number
 from common.dicom.contours import fill_contours
 from common.dicom.masks import Mask, matching, names_by_number, refusing_malformed
-from common.errors import StudyError
+from common.errors import Kind, StudyError, Warning
 
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
@@ -62,7 +62,7 @@ def read_rtstruct(
             filled = fill_contours(contours, shape, affine)
             labels |= filled.inside.view(np.uint8)
             warnings += [
-                f"region {region}: {note}"
+                Warning(Kind.MASK, f"region {region}: {note}")
                 for note in (*_left_out(len(drawn), len(contours)), *filled.warnings)
             ]
             n_closed += len(contours)
@@ -88,7 +88,7 @@ def _contours_by_region(dataset: Dataset) -> dict[int, list[Dataset]]:
     return contours
 
 
-def _body_outlines(dataset: Dataset, chosen: Sequence[int]) -> list[str]:
+def _body_outlines(dataset: Dataset, chosen: Sequence[int]) -> list[Warning]:
     """Warn where the outline of the body is among several regions: it would swallow them all."""
     outlines = [
         whole_number(observation, "ReferencedROINumber")
@@ -96,8 +96,11 @@ def _body_outlines(dataset: Dataset, chosen: Sequence[int]) -> list[str]:
         if joined_text(observation, "RTROIInterpretedType") == "EXTERNAL"
     ]
     return [
-        f"region {region}: it is the outline of the body ({tag_of('RTROIInterpretedType')} "
-        "EXTERNAL): choose the tumours with --roi"
+        Warning(
+            Kind.MASK,
+            f"region {region}: it is the outline of the body ({tag_of('RTROIInterpretedType')} "
+            "EXTERNAL): choose the tumours with --roi",
+        )
         for region in chosen
         if region in outlines
     ]

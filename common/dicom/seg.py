@@ -30,7 +30,7 @@ from common.dicom.attributes import (
 )
 from common.dicom.masks import LabelArray, Mask, matching, names_by_number, refusing_malformed
 from common.dicom.pixels import decoding_plugin
-from common.errors import StudyError
+from common.errors import Kind, StudyError, Warning
 
 # --- dicom seg planes ------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ class FramePlaces(NamedTuple):
     slice_of_frame: NDArray[np.intp]
     n_slices: int
     affine: FloatArray
-    warnings: list[str]
+    warnings: list[Warning]
 
 
 def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
@@ -98,7 +98,7 @@ def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
     )
     normal = np.cross(*cosines)
     plane_of_frame, plane_mm = _planes(positions @ normal)
-    slice_of_plane, spacing_mm, warnings = _slices(plane_mm, measures[0])
+    slice_of_plane, spacing_mm, notes = _slices(plane_mm, measures[0])
     slice_of_frame = slice_of_plane[plane_of_frame]
     first, last = slice_of_frame.argmin(), slice_of_frame.argmax()
     n_steps = int(slice_of_frame[last])
@@ -116,7 +116,12 @@ def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
     affine[:3] = np.column_stack(
         [cosines[0] * column_mm, cosines[1] * row_mm, step, positions[first]]
     )
-    return FramePlaces(slice_of_frame, n_steps + 1, _LPS_TO_RAS @ affine, warnings)
+    return FramePlaces(
+        slice_of_frame,
+        n_steps + 1,
+        _LPS_TO_RAS @ affine,
+        [Warning(Kind.MASK, note) for note in notes],
+    )
 
 
 def group_of_frames(dataset: Dataset, frames: Sequence[Dataset], keyword: str) -> list[Dataset]:
@@ -144,7 +149,7 @@ def _planes(along_mm: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
 
 
 def _slices(plane_mm: FloatArray, measures: Dataset) -> tuple[NDArray[np.intp], float, list[str]]:
-    """Number the slices on which the planes lie; return also the spacing [mm] and warnings.
+    """Number the slices on which the planes lie; return also the spacing [mm] and notes.
 
     The declared spacing rules, for only it tells which planes are absent.
     """
@@ -272,7 +277,10 @@ def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask
     n_overlaps = np.unique(np.concatenate(overlaps)).size
     if n_overlaps:
         stack.warnings.append(
-            f"segments overlap in {n_overlaps} voxels: they keep the lowest segment number"
+            Warning(
+                Kind.MASK,
+                f"segments overlap in {n_overlaps} voxels: they keep the lowest segment number",
+            )
         )
     return Mask(labels, stack.affine, tuple(stack.warnings))
 

@@ -26,7 +26,7 @@ from common.dicom.attributes import (
     whole_number,
 )
 from common.dicom.files import DicomFile, Series
-from common.errors import StudyError
+from common.errors import Kind, StudyError, Warning
 
 # --- dicom slices ----------------------------------------------------------------------------
 
@@ -186,14 +186,14 @@ class Stack:
         Columns, rows, slices.
     affine : (4, 4) float64 array
         Voxel index to RAS+ [mm]; sheared where the gantry was tilted.
-    warnings : tuple of str
+    warnings : tuple of Warning
         What makes one doubt that all slices are there; no identity.
     """
 
     slices: tuple[Slice, ...]
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Warning, ...] = ()
 
     @property
     def headers(self) -> tuple[Dataset, ...]:
@@ -309,19 +309,26 @@ def _names_around(slices: Sequence[Slice], gap: int) -> str:
     return f"{slices[gap].file.name}; {slices[gap + 1].file.name}"
 
 
-def _signs_of_loss(slices: Sequence[Slice], role: str) -> tuple[str, ...]:
+def _signs_of_loss(slices: Sequence[Slice], role: str) -> tuple[Warning, ...]:
     """Warn of lossy compression, and of fewer slices than a PET had: ends are lost unseen."""
-    header, warnings = slices[0].file.header, []
+    header = slices[0].file.header
+    warnings = []
     if joined_text(header, "LossyImageCompression") == "01":
         warnings.append(
-            f"the {role} was compressed with loss ({tag_of('LossyImageCompression')}): its values "
-            "are not those measured; export it without"
+            Warning(
+                Kind.SERIES,
+                f"the {role} was compressed with loss ({tag_of('LossyImageCompression')}): its "
+                "values are not those measured; export it without",
+            )
         )
     declared = number(header, "NumberOfSlices") if role == "PET" else None
     if declared is not None and declared > len(slices):
         warnings.append(
-            f"the PET has {len(slices)} slices, its headers tell of {declared:.0f} "
-            f"({tag_of('NumberOfSlices')}): check that the export is complete"
+            Warning(
+                Kind.SERIES,
+                f"the PET has {len(slices)} slices, its headers tell of {declared:.0f} "
+                f"({tag_of('NumberOfSlices')}): check that the export is complete",
+            )
         )
     return tuple(warnings)
 

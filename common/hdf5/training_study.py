@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import project_zip
-from common.errors import IncompleteStudy
+from common.errors import IncompleteStudy, Warning, texts_and_kinds, warnings_from
 from common.geometry import Image
 from common.hdf5.studies import create_file, write_dataset
 from common.volumes import (
@@ -41,7 +41,7 @@ class PlacedStudy:
     mask, mask_iso : (X, Y, Z) uint8 arrays
     measures : dict
         Of its lesions and of the study, on the PET's own grid; plain JSON.
-    warnings : sequence of str
+    warnings : sequence of Warning
         What the target grid loses, and what can't be right.
     """
 
@@ -51,7 +51,7 @@ class PlacedStudy:
     mask: NDArray[np.uint8]
     mask_iso: NDArray[np.uint8]
     measures: Mapping[str, Any]
-    warnings: Sequence[str]
+    warnings: Sequence[Warning]
 
     @property
     def images(self) -> dict[str, Image]:
@@ -153,6 +153,11 @@ def _attributes(
 ) -> dict[str, dict[str, Any]]:
     """Return the attributes of each group's dataset."""
     provenance = _provenance(study)
+    record = study.record
+    told = [
+        *warnings_from(record.get("warnings", []), record.get("warning_kinds", [])),
+        *placed.warnings,
+    ]
     shared = {
         "affine": placed.ct.grid.affine,
         "project": study.project,
@@ -166,7 +171,7 @@ def _attributes(
         "suv_type": provenance.get("suv_type", "unknown"),
         "suv": json.dumps(provenance, sort_keys=True),
         "measures": json.dumps(placed.measures, sort_keys=True),
-        "warnings": json.dumps([*study.record.get("warnings", []), *placed.warnings]),
+        **{name: json.dumps(found) for name, found in texts_and_kinds(told).items()},
     }
     of_iso = {"connectivity": 26, "iso_threshold": recipe.iso_threshold}
     if recipe.iso_suv is not None:

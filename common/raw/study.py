@@ -30,7 +30,7 @@ from common.dicom.pixels import read_ct, read_pet
 from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
-from common.errors import StudyError
+from common.errors import Kind, StudyError, Warning, texts_and_kinds
 from common.geometry import Image, embedded
 from common.nifti import read_nifti_file
 from common.raw.roles import ROLE_NAMES, Candidate, NiftiFile, Roles, modality_of, words
@@ -85,7 +85,7 @@ def planes_of_headers(header: Series | Stack) -> Planes | None:
     return Planes(position_mm, orientation, spacing_mm, np.array(matrix))
 
 
-def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[str, ...]:
+def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[Warning, ...]:
     """Refuse headers whose slices are none of a NIfTI PET: they belong to another series.
 
     Where the user trusts them, that is returned as a warning.
@@ -107,7 +107,7 @@ def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[str
         f"{tag_of('ImageOrientationPatient')} does not fit)"
     )
     if trusted:
-        return (f"{trouble}: trusted",)
+        return (Warning(Kind.TRUSTED, f"{trouble}: trusted"),)
     raise StudyError(
         f"{trouble}: give a header of this PET, or --trust-geometry if the PET was cropped or "
         "resampled"
@@ -147,7 +147,7 @@ _REMEDIES = {
 """What to do where an attribute differs that has to be the same."""
 
 
-def check_identity(roles: Roles, *, trusted: bool) -> list[str]:
+def check_identity(roles: Roles, *, trusted: bool) -> list[Warning]:
     """Refuse DICOM files of several patients, frames of reference or PET series.
 
     Where the user trusts them, what differs is returned as warnings. So are names that differ
@@ -175,10 +175,13 @@ def check_identity(roles: Roles, *, trusted: bool) -> list[str]:
         for who in _who_differ(by_name):
             trouble = f"{who} do not belong together ({tag_of(keyword)} differs)"
             if trusted:
-                warnings.append(f"{trouble}: trusted")
+                warnings.append(Warning(Kind.TRUSTED, f"{trouble}: trusted"))
             elif keyword == "PatientName" and is_known:
                 warnings.append(
-                    f"{who} differ in {tag_of(keyword)}, but not in {tag_of('PatientID')}"
+                    Warning(
+                        Kind.TRUSTED,
+                        f"{who} differ in {tag_of(keyword)}, but not in {tag_of('PatientID')}",
+                    )
                 )
             else:
                 raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
@@ -286,7 +289,7 @@ def _are_apart(one: Image, other: Image) -> bool:
     return bool((there.max(axis=1) <= -0.5).any() or (there.min(axis=1) >= upper).any())
 
 
-def check_mask(mask: Image, pet: Image, *, allow_empty: bool) -> tuple[str, ...]:
+def check_mask(mask: Image, pet: Image, *, allow_empty: bool) -> tuple[Warning, ...]:
     """Refuse a mask without a label on the PET; warn of labels beside it."""
     n_labelled, n_on_pet = _count_labelled(mask, pet)
     if not n_labelled:
@@ -304,7 +307,7 @@ def check_mask(mask: Image, pet: Image, *, allow_empty: bool) -> tuple[str, ...]
     if n_on_pet == n_labelled:
         return ()
     beside_ml = (n_labelled - n_on_pet) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000
-    return (f"{beside_ml:.3g} ml of the mask lie outside the PET",)
+    return (Warning(Kind.MASK, f"{beside_ml:.3g} ml of the mask lie outside the PET"),)
 
 
 def _count_labelled(mask: Image, pet: Image) -> tuple[int, int]:
@@ -356,7 +359,7 @@ class StudyImages:
     pet: Image
     mask: Image
     suv: dict[str, Any]
-    warnings: tuple[str, ...]
+    warnings: tuple[Warning, ...]
 
     @property
     def by_role(self) -> dict[str, Image]:
@@ -373,7 +376,7 @@ class StudyImages:
                 role: [round(mm, 6) for mm in image.grid.spacing_mm]
                 for role, image in self.by_role.items()
             },
-            "warnings": list(self.warnings),
+            **texts_and_kinds(self.warnings),
         }
 
 
@@ -413,7 +416,7 @@ class Plan:
         Of a NIfTI PET; a Stack where it is one multi-frame object.
     suv : SuvConversion
         A factor for each slice of a DICOM PET; for each header of a NIfTI PET.
-    warnings : tuple of str
+    warnings : tuple of Warning
     """
 
     ct: NiftiFile | Stack
@@ -422,7 +425,7 @@ class Plan:
     drawn_on: str | None
     header: Series | Stack | None
     suv: SuvConversion
-    warnings: tuple[str, ...]
+    warnings: tuple[Warning, ...]
 
     @property
     def suv_rule(self) -> str:
@@ -439,7 +442,10 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     StudyError
         As `read_study`, but for what only voxels tell.
     """
-    warnings = [*roles.warnings, *check_identity(roles, trusted=conversion.trust_geometry)]
+    warnings = [
+        *(Warning(Kind.OTHER, text) for text in roles.warnings),
+        *check_identity(roles, trusted=conversion.trust_geometry),
+    ]
     ct, pet = (
         stack_slices(image) if isinstance(image, Series) else image
         for image in (roles.ct, roles.pet)
@@ -453,7 +459,7 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     suv = _suv(source, conversion, in_unit=isinstance(pet, NiftiFile))
     for stack in (ct, pet):
         warnings += stack.warnings if isinstance(stack, Stack) else ()
-    warnings += [*suv.provenance["reinterpretations"], *suv.provenance["warnings"]]
+    warnings += suv.warnings
     return Plan(ct, pet, roles.mask, role_drawn_on(roles), header, suv, tuple(warnings))
 
 
@@ -506,27 +512,28 @@ def compact_ct(ct: Image) -> Image:
     return Image(ct.data.astype(np.float32, copy=False), ct.affine)
 
 
-def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[str, ...]]:
+def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[Warning, ...]]:
     if isinstance(plan.pet, Stack):
         return read_pet(plan.pet, plan.suv.factors), ()
     image = read_nifti_file(plan.pet.path, "PET")
     planes = planes_of_headers(plan.header) if plan.header else None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Warning, ...] = ()
     if planes is not None:
         warnings = check_planes_of(image, planes, trusted=conversion.trust_geometry)
     factors = factors_on(image, plan.suv, planes).astype(np.float32)
     return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), warnings
 
 
-def _implausible(pet: Image) -> tuple[str, ...]:
+def _implausible(pet: Image) -> tuple[Warning, ...]:
     """Warn where PET values can hardly be SUV."""
     least, most = PLAUSIBLE_LARGEST_SUV
     largest = float(pet.data.max())
     if least <= largest <= most:
         return ()
-    return (
-        f"the largest SUV of the PET is {largest:.3g}: check the unit of its values (--pet-units)",
+    text = (
+        f"the largest SUV of the PET is {largest:.3g}: check the unit of its values (--pet-units)"
     )
+    return (Warning(Kind.IMPLAUSIBLE, text),)
 
 
 # --- the mask --------------------------------------------------------------------------------
@@ -534,11 +541,12 @@ def _implausible(pet: Image) -> tuple[str, ...]:
 
 def _read_mask(
     plan: Plan, conversion: Conversion, images: Mapping[str, Image]
-) -> tuple[Image, tuple[str, ...]]:
+) -> tuple[Image, tuple[Warning, ...]]:
     source = plan.mask
     roi = re.compile(conversion.roi, re.IGNORECASE) if conversion.roi else None
     if isinstance(source, NiftiFile):
-        unmet = ("a NIfTI mask names no regions: all its labels are kept, whatever --roi",)
+        text = "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
+        unmet = (Warning(Kind.MASK, text),)
         return _labels(read_nifti_file(source.path, "mask")), unmet if roi else ()
     if plan.drawn_on is not None:
         grid = images[plan.drawn_on]

@@ -19,10 +19,10 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import Warning, warnings_from
 from common.hashing import fingerprint
 from common.hdf5.merge import read_all_digests
 from common.hdf5.studies import read_dataset
-from common.report import page
 from common.report.pictures import CONTOUR_RGB, MASK_RGB, views_of
 from common.run.atomic import clear_write_errors
 from common.run.output import parts_folder, writing_beside
@@ -71,7 +71,7 @@ def write_report(
     absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
     listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
     mark = fingerprint([software, digests, listed])
-    if page.mark_of(path) == mark:
+    if mark_of(path) == mark:
         return
     folder = parts_folder(output) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,25 +88,33 @@ def write_report(
         if outcome.status == "written"
     ]
     cards = itertools.chain(
-        (page.failed_card(o.hash, o.status, o.reason).encode() for o in absent),
+        (failed_card(o.hash, o.status, o.reason).encode() for o in absent),
         (card.read_bytes() for card in shown),
     )
     with writing_beside(path) as temporary, open(temporary, "wb") as stream:
         # Without its mark the next run makes the page anew.
-        page.write_page(stream, output.stem, "" if hidden else mark, cards)
+        write_page(stream, output.stem, "" if hidden else mark, cards)
 
 
-def render_card(card: Card) -> Sequence[str]:
+def render_card(card: Card) -> Sequence[Warning]:
     """Render one study of an HDF5 file."""
     image, attributes = read_dataset(card.studies_file, "image", card.key)
     mask, _ = read_dataset(card.studies_file, "mask", card.key)
     mask_iso, of_contour = read_dataset(card.studies_file, "mask_iso", card.key)
-    measures, provenance, warnings = (
-        json.loads(attributes[name]) for name in ("measures", "suv", "warnings")
+    measures, provenance, texts, kinds = (
+        json.loads(attributes.get(name, "[]"))
+        for name in ("measures", "suv", "warnings", "warning_kinds")
     )
     attributes = {**of_contour, **attributes}
-    html = page.study_card(
-        card.key, image, mask, mask_iso, attributes, measures, provenance, warnings
+    html = study_card(
+        card.key,
+        image,
+        mask,
+        mask_iso,
+        attributes,
+        measures,
+        provenance,
+        warnings_from(texts, kinds),
     )
     with clear_write_errors(card.path):
         card.path.write_bytes(html.encode())
@@ -131,17 +139,6 @@ _REFERENCE_OF_RULE = {
     "15": "the enhanced object's reference time",
 }
 
-_KIND_OF_PHRASE = {
-    "outside the target grid": "tumour outside the grid",
-    "vanish by resampling": "vanished lesions",
-    "becomes empty": "vanished lesions",
-    "merge into": "merged lesions",
-    "brighter than the SUV range": "clipped uptake",
-    "not covered by the CT": "PET not covered by CT",
-    "dose fraction out of range": "dose fraction",
-    "mask far from uptake": "mask far from uptake",
-    "decay reference disagrees": "decay reference disagrees",
-}
 
 Array = NDArray[Any]
 
@@ -154,7 +151,7 @@ def study_card(
     attributes: Mapping[str, Any],
     measures: Mapping[str, Any],
     provenance: Mapping[str, Any],
-    warnings: Sequence[str],
+    warnings: Sequence[Warning],
 ) -> str:
     """Return the HTML of one study.
 
@@ -171,7 +168,7 @@ def study_card(
         ``lesions`` and ``study``.
     provenance : dict
         Of the SUV.
-    warnings : sequence of str
+    warnings : sequence of Warning
     """
     views = views_of(image, mask[0], mask_iso[0], attributes)
     return _template("card").render(
@@ -189,15 +186,11 @@ def study_card(
     )
 
 
-def kinds_of(warnings: Sequence[Any]) -> list[str]:
+def kinds_of(warnings: Sequence[Warning]) -> list[str]:
     """Return what a page can be filtered by to find a study with these warnings."""
     if not warnings:
         return ["without warnings"]
-    found = {
-        next((k for phrase, k in _KIND_OF_PHRASE.items() if phrase in str(text)), "other warnings")
-        for text in warnings
-    }
-    return ["with warnings", *sorted(found)]
+    return ["with warnings", *sorted({warning.kind.value for warning in warnings})]
 
 
 def _contour(attributes: Mapping[str, Any]) -> str:

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.errors import IncompleteStudy, StageError, StudyError
+from common.errors import IncompleteStudy, StageError, StudyError, Warning
 
 logger = logging.getLogger("tumorvolume")
 
 Status = Literal["written", "unchanged", "skipped", "failed"]
-Worker = Callable[[Any], Sequence[str]]
+Worker = Callable[[Any], Sequence[Warning]]
 Line = tuple[int, str]
 """Level and text of a log line that a worker leaves to its parent to write."""
 
@@ -36,7 +36,7 @@ class Outcome:
     status : "written", "unchanged", "skipped" or "failed"
     reason : str
         Why it was skipped or failed.
-    warnings : tuple of str
+    warnings : tuple of Warning
     private : str
         More on the reason, for the private mapping alone.
     """
@@ -44,7 +44,7 @@ class Outcome:
     hash: str
     status: Status
     reason: str = ""
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Warning, ...] = ()
     private: str = ""
 
 

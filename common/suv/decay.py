@@ -27,7 +27,7 @@ from datetime import datetime, time, timedelta
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import StudyError
+from common.errors import Kind, StudyError, Warning
 from common.suv.inputs import PetSeries, Remarks
 
 # --- timeline --------------------------------------------------------------------------------
@@ -314,9 +314,9 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
             f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
         )
     if on_the_clock(found_s).min() < 0:
-        remarks.warnings.append("injection is later than the decay reference")
+        remarks.warnings.append(Warning(Kind.SUV, "injection is later than the decay reference"))
     if on_the_clock(found_s).max() >= 2 * half_life_s:
-        remarks.warnings.append("the uptake lasted longer than two half-lives")
+        remarks.warnings.append(Warning(Kind.SUV, "the uptake lasted longer than two half-lives"))
     return found_s
 
 
@@ -347,8 +347,11 @@ def _compare_with_frames(
     apart_s = float(np.abs(frames_s - times.series_start_s).max())
     if apart_s > DISAGREEMENT_S:
         remarks.warnings.append(
-            f"decay reference disagrees: {_SERIES_TIME} and {_FRAME_REFERENCE_TIME} are "
-            f"{_minutes(apart_s)} apart; the former is used"
+            Warning(
+                Kind.DECAY_REFERENCE,
+                f"decay reference disagrees: {_SERIES_TIME} and {_FRAME_REFERENCE_TIME} are "
+                f"{_minutes(apart_s)} apart; the former is used",
+            )
         )
 
 
@@ -357,8 +360,11 @@ def _compare_injection_times(times: Timeline, remarks: Remarks) -> None:
     apart_s = min(later_s, DAY_S - later_s)
     if apart_s > DISAGREEMENT_S:
         remarks.warnings.append(
-            f"injection times disagree: {_START_DATETIME} and {_START_TIME} are "
-            f"{_minutes(apart_s)} apart; the former is used"
+            Warning(
+                Kind.SUV,
+                f"injection times disagree: {_START_DATETIME} and {_START_TIME} are "
+                f"{_minutes(apart_s)} apart; the former is used",
+            )
         )
 
 

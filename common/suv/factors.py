@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import StudyError
+from common.errors import Kind, StudyError, Warning
 from common.suv.alternatives import ALTERNATIVES, alternative_factors
 from common.suv.body import SUV_UNITS, body_quantity
 from common.suv.decay import Array, decay_reference, timeline, uptake_s
@@ -124,8 +124,11 @@ def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> 
     difference = float(np.abs(factors * activity / suv - 1).max())
     if difference > LARGEST_WITNESS_DIFFERENCE:
         remarks.warnings.append(
-            f"vendor's factor disagrees: {SUV_FACTOR} over {ACTIVITY_FACTOR} differs by up to "
-            f"{difference:.1%}; it is not used"
+            Warning(
+                Kind.SUV,
+                f"vendor's factor disagrees: {SUV_FACTOR} over {ACTIVITY_FACTOR} differs by up to "
+                f"{difference:.1%}; it is not used",
+            )
         )
     return float(np.median(suv / activity))
 
@@ -217,12 +220,14 @@ class SuvConversion:
         ``reinterpretations``, ``warnings``
             Lists of sentences.
         ``alternatives``
-            Median factors by other rules, or None; see `common.suv_alternatives`.
-
+            Median factors by other rules, or None; see `common.suv.alternatives`.
+    warnings : tuple of Warning
+        The reinterpretations and warnings of the provenance.
     """
 
     factors: Array
     provenance: dict[str, Any]
+    warnings: tuple[Warning, ...] = ()
 
 
 def provenance(
@@ -248,7 +253,7 @@ def provenance(
         "weight_kg": weight_kg,
         "vendor_factor": None,
         "reinterpretations": remarks.reinterpretations,
-        "warnings": remarks.warnings,
+        "warnings": [warning.text for warning in remarks.warnings],
         "alternatives": dict.fromkeys(ALTERNATIVES),
         **found,
     }
@@ -343,6 +348,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
             vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
             alternatives=_alternatives(suv_type, series, weight_kg),
         ),
+        remarks.as_warnings,
     )
 
 
@@ -373,7 +379,11 @@ def already_suv(
     weight_kg = None if series is None else _weight_kg(series, remarks)
     if strict:
         refuse_reinterpretations(remarks)
-    return SuvConversion(factors, provenance(suv_type, "given as SUV", factors, weight_kg, remarks))
+    return SuvConversion(
+        factors,
+        provenance(suv_type, "given as SUV", factors, weight_kg, remarks),
+        remarks.as_warnings,
+    )
 
 
 def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
@@ -426,7 +436,9 @@ def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
             f"it is unclear whether decay was corrected for ({state}): correct the header"
         )
     if decay_corrected and series.decay_correction == "NONE":
-        remarks.warnings.append(f"{_CORRECTED_IMAGE} has DECY, but {DECAY_CORRECTION} is NONE")
+        remarks.warnings.append(
+            Warning(Kind.SUV, f"{_CORRECTED_IMAGE} has DECY, but {DECAY_CORRECTION} is NONE")
+        )
 
 
 def _weight_kg(series: PetSeries, remarks: Remarks) -> float | None:
@@ -491,8 +503,11 @@ def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
     of_nuclide_s = series.nuclide_half_life_s
     if of_nuclide_s and abs(half_life_s / of_nuclide_s - 1) > SAME_HALF_LIFE:
         remarks.warnings.append(
-            f"half-life disagrees: {_HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
-            f"RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; the former is used"
+            Warning(
+                Kind.SUV,
+                f"half-life disagrees: {_HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
+                f"RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; the former is used",
+            )
         )
     return half_life_s
 

@@ -8,7 +8,7 @@ Pure. Values are as the header has them: checked and reinterpreted only by `comm
 from dataclasses import dataclass, field
 from datetime import datetime, time
 
-from common.errors import StudyError
+from common.errors import Kind, StudyError, Warning
 
 # --- remarks ---------------------------------------------------------------------------------
 
@@ -21,13 +21,19 @@ class Remarks:
     ----------
     reinterpretations : list of str
         Header values taken to mean something else than they say.
-    warnings : list of str
+    warnings : list of Warning
         Contradictions that do not stop the conversion.
 
     """
 
     reinterpretations: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[Warning] = field(default_factory=list)
+
+    @property
+    def as_warnings(self) -> tuple[Warning, ...]:
+        """All of them, reinterpretations first."""
+        reinterpreted = (Warning(Kind.REINTERPRETED, text) for text in self.reinterpretations)
+        return (*reinterpreted, *self.warnings)
 
 
 def refuse_reinterpretations(remarks: Remarks) -> None:

@@ -27,6 +27,7 @@ from pet_headers import (
     tm,
     write_enhanced_pet,
 )
+from said import texts
 
 from common.errors import IncompleteStudy, StudyError
 from common.raw.roles import Patterns, find_roles
@@ -239,7 +240,7 @@ def test_regions_are_chosen_by_name(tmp_path):
 def test_a_mask_without_names_says_that_none_are_chosen(tmp_path):
     study = layouts.nifti_mask_beside_dicom(tmp_path)
     assert read(study).warnings == ()
-    (warning,) = read(study, roi="lesion 2").warnings
+    (warning,) = texts(read(study, roi="lesion 2").warnings)
     assert warning == "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
 
 
@@ -402,7 +403,7 @@ def test_strict_refuses_what_needs_a_reinterpretation(tmp_path):
     layouts.write_pet(study / "PET", PatientWeight=70_000)
     images = read(study)
     assert_is_the_phantom(images)
-    assert any("PatientWeight (0010,1030)" in warning for warning in images.warnings)
+    assert any("PatientWeight (0010,1030)" in warning for warning in texts(images.warnings))
     assert "--strict" in refusal(study, strict=True)
 
 
@@ -423,7 +424,7 @@ def test_a_tracer_is_chosen_by_number(tmp_path):
 def test_values_that_can_hardly_be_suv_are_told(tmp_path, factor, largest):
     study = layouts.nifti_with_header(tmp_path)
     layouts.write_nifti(study / "PET.nii.gz", (SUV * factor).astype(np.float32))
-    (warning,) = read(study, pet_units="suv").warnings
+    (warning,) = texts(read(study, pet_units="suv").warnings)
     assert warning.startswith(f"the largest SUV of the PET is {largest}: check the unit")
 
 
@@ -570,7 +571,7 @@ def test_a_header_of_another_series_is_refused(tmp_path, other):
     assert refusal(study).startswith("the header belongs to another series than the PET (Rows")
     images = read(study, trust_geometry=True)
     assert_is_the_phantom(images)
-    assert images.warnings[0].endswith("does not fit): trusted")
+    assert images.warnings[0].text.endswith("does not fit): trusted")
 
 
 @pytest.mark.parametrize("offset_voxels", [0.05, -0.05, 0.15])
@@ -626,7 +627,7 @@ def test_images_that_differ_in_identity_are_refused(tmp_path, role, keyword, tag
     assert f"({keyword} {tag} differs)" in message
     images = read(study, trust_geometry=True)
     assert_is_the_phantom(images)
-    assert any("differs): trusted" in warning for warning in images.warnings)
+    assert any("differs): trusted" in warning for warning in texts(images.warnings))
 
 
 @pytest.mark.parametrize("keyword", ["PatientID", "FrameOfReferenceUID"])
@@ -668,7 +669,7 @@ def test_other_names_of_one_patient_are_told(tmp_path):
     study = layouts.subfolders(tmp_path)
     WRITERS["mask"](study)
     layouts.write_ct(study / "CT", PatientName="D?e^Jane")
-    (warning,) = read(study).warnings
+    (warning,) = texts(read(study).warnings)
     assert warning == (
         "CT versus PET and mask differ in PatientName (0010,0010), but not in PatientID (0010,0020)"
     )
@@ -744,7 +745,7 @@ def test_labels_beside_the_pet_are_told_with_their_volume(tmp_path):
     study = layouts.nifti_with_header(tmp_path)
     # Two of six slices lie above the PET: 2 x 2 voxels of 64 microlitres.
     layouts.write_nifti(study / "MASK.nii.gz", LABELS, moved(PET_AFFINE, 0, 0, 8))
-    assert read(study).warnings == ("0.256 ml of the mask lie outside the PET",)
+    assert texts(read(study).warnings) == ["0.256 ml of the mask lie outside the PET"]
 
 
 def test_a_nifti_whose_sform_and_qform_differ_is_refused(tmp_path):
@@ -795,7 +796,7 @@ def test_a_plan_refuses_what_headers_tell(tmp_path, spoil):
 def test_a_pet_that_says_it_had_more_slices_is_told(tmp_path):
     study = layouts.subfolders(tmp_path)
     (study / "PET" / f"pet_{N_SLICES - 1:03d}.dcm").unlink()
-    assert any("NumberOfSlices (0054,0081)" in warning for warning in read(study).warnings)
+    assert any("NumberOfSlices (0054,0081)" in warning for warning in texts(read(study).warnings))
 
 
 # --- real patients ---------------------------------------------------------------------------
