@@ -287,10 +287,10 @@ def test_a_bomb_is_stopped_by_what_its_header_promises(tmp_path):
     path = zip_of(tmp_path / "a.zip", {member(): bomb})
     study = project_zip.read_directory(path)["abc"]
     code = (
-        "import resource, sys; from pathlib import Path; from common import project_zip as archive\n"
-        "path = Path(sys.argv[1]); study = archive.read_directory(path)['abc']\n"
+        "import resource, sys; from pathlib import Path\nfrom common import project_zip\n"
+        "path = Path(sys.argv[1]); study = project_zip.read_directory(path)['abc']\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: archive.read_image(path, study, 'ct')\n"
+        "try: project_zip.read_image(path, study, 'ct')\n"
         "except archive.StudyError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
