@@ -291,7 +291,7 @@ def test_a_bomb_is_stopped_by_what_its_header_promises(tmp_path):
         "path = Path(sys.argv[1]); study = project_zip.read_directory(path)['abc']\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: project_zip.read_image(path, study, 'ct')\n"
-        "except archive.StudyError as error: print(error)\n"
+        "except project_zip.StudyError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     said, grown_kb = subprocess.run(
