@@ -355,9 +355,11 @@ def write_pictures(
     # Slow to load, and only for those who ask for them.
     from common.report import pictures
 
+    pet, masks, angles = pictures.full_turn(mips["image"][:, 0], mips["mask"][:, 0], work.angles)
     frames = pictures.mip_frames(
-        mips["image"][:, 0],
-        mips["mask"][:, 0],
+        pet,
+        masks,
+        angles,
         suv_range=attributes["suv_range"],
         spacing_mm=(attributes["spacing"][0], attributes["spacing"][2]),
         orientation=attributes["orientation"],
@@ -367,7 +369,7 @@ def write_pictures(
             pictures.write_png(path, frames[0])
     if work.gif is not None:
         with writing_beside(work.gif / f"{work.key}.gif") as path:
-            pictures.write_gif(path, frames, work.angles)
+            pictures.write_gif(path, frames)
 
 
 if __name__ == "__main__":

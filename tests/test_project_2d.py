@@ -267,8 +267,9 @@ def test_pictures_show_each_study(volumes, tmp_path):
     assert run(volumes, tmp_path / "p.h5", *FEW, "--gif", gifs, "--png", pngs) == 0
     for key in (A, B):
         with Image.open(pngs / f"{key}.png") as still, Image.open(gifs / f"{key}.gif") as film:
-            # 21 x 2 mm wide, 22 or 26 slices of 3 mm high, in pixels of 2 mm.
-            assert still.size == film.size == (21, 33 if key == A else 39)
+            # 21 x 2 mm wide, 22 or 26 slices of 3 mm high, enlarged; a bar of SUVs beside it.
+            width = 21 * 2 * 400 / ((22 if key == A else 26) * 3)
+            assert still.size == film.size == (round(width) + 44, 400)
             assert film.n_frames == 6
 
 

@@ -23,7 +23,14 @@ from common.errors import Warning, warnings_from
 from common.hashing import fingerprint
 from common.hdf5.merge import read_all_digests
 from common.hdf5.studies import read_dataset
-from common.report.pictures import CONTOUR_RGB, MASK_RGB, views_of
+from common.report.pictures import (
+    CONTOUR_RGB,
+    MASK_RGB,
+    lesion_picture,
+    projections,
+    volumes_of,
+    voxel_of,
+)
 from common.run.atomic import clear_write_errors
 from common.run.output import parts_folder, writing_beside
 from common.run.pool import call_apart, run_studies
@@ -36,11 +43,15 @@ logger = logging.getLogger("tumorvolume")
 
 @dataclass(frozen=True)
 class Card:
-    """What a worker needs to render one study's card: the HDF5 file, and where the card goes."""
+    """What a worker needs to render one study's card.
+
+    The HDF5 file, where the card goes, and how many lesions at most have a picture of their own.
+    """
 
     studies_file: Path
     key: str
     path: Path
+    n_lesions: int
 
 
 def write_report(
@@ -75,7 +86,10 @@ def write_report(
         return
     folder = parts_folder(output) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [Task(key, Card(studies_file, key, folder / f"{key}.html")) for key in digests]
+    n_lesions = FEW_LESIONS if len(digests) > MANY_STUDIES else MANY_LESIONS
+    tasks = [
+        Task(key, Card(studies_file, key, folder / f"{key}.html", n_lesions)) for key in digests
+    ]
     rendered = run_studies(render_card, tasks, jobs, dask=dask, notes=folder)
     hidden = [outcome for outcome in rendered if outcome.status != "written"]
     for outcome in hidden:
@@ -115,6 +129,7 @@ def render_card(card: Card) -> Sequence[Warning]:
         measures,
         provenance,
         warnings_from(texts, kinds),
+        card.n_lesions,
     )
     with clear_write_errors(card.path):
         card.path.write_bytes(html.encode())
@@ -124,6 +139,12 @@ def render_card(card: Card) -> Sequence[Warning]:
 # --- report ----------------------------------------------------------------------------------
 
 TEMPLATE = "report.html.j2"
+
+MANY_STUDIES, FEW_LESIONS, MANY_LESIONS = 100, 3, 10
+"""Of more studies fewer lesions are shown in slices, so that the page of 1,000 stays light."""
+
+MOST_NUMBERS = 20
+"""Lesions, the largest, that have their number in the projections."""
 
 _ALTERNATIVE_NAMES = {
     "autopet": "first file's AcquisitionTime (autoPET script)",
@@ -152,6 +173,7 @@ def study_card(
     measures: Mapping[str, Any],
     provenance: Mapping[str, Any],
     warnings: Sequence[Warning],
+    n_lesions: int = 3,
 ) -> str:
     """Return the HTML of one study.
 
@@ -169,20 +191,34 @@ def study_card(
     provenance : dict
         Of the SUV.
     warnings : sequence of Warning
+    n_lesions : int
+        How many lesions, the largest, are shown in slices.
     """
-    views = views_of(image, mask[0], mask_iso[0], attributes)
+    volumes = volumes_of(image, mask[0], mask_iso[0], attributes)
+    lesions = measures["lesions"]
+    largest = sorted(lesions, key=lambda lesion: -lesion["mtv_ml"])
+    marked = largest[:MOST_NUMBERS]
+    found = {each["label"]: voxel_of(volumes, each["centroid_mm"]) for each in marked}
+    marks = {number: voxel for number, voxel in found.items() if voxel is not None}
+    shown = [each["label"] for each in largest[:n_lesions] if each["label"] in marks]
+    # Where the dose is meant as injected, the values do not tell how long the uptake was.
+    refers_to_scan = "11" not in str(provenance.get("rule", "")).split("+")
+    minutes = (provenance.get("minutes_to_reference") or []) if refers_to_scan else []
     return _template("card").render(
         key=key,
         project=attributes["project"],
-        views=views,
-        lesions=measures["lesions"],
+        views=projections(volumes, marks),
+        slices={number: lesion_picture(volumes, number, marks[number]) for number in shown},
+        lesions=lesions,
         study=measures["study"],
         sentence=suv_sentence(provenance),
         alternatives=alternatives_sentence(provenance),
         warnings=warnings,
         kinds="|".join(kinds_of(warnings)),
         contour=_contour(attributes),
-        suv_max=max((lesion["suv_max"] for lesion in measures["lesions"]), default=0.0),
+        suv_max=max((lesion["suv_max"] for lesion in lesions), default=0.0),
+        minutes=round(float(np.mean(minutes))) if minutes else None,
+        weight_kg=provenance.get("weight_kg"),
     )
 
 

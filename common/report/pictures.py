@@ -1,6 +1,8 @@
-"""Pictures of maximum-intensity projections: PET in inverse grey, lesions outlined.
+"""Pictures people look at: rotating projections as GIF and PNG, and those of the page's cards.
 
-Pictures of the quality-control page: projections and a slice, lesions outlined, as data URIs.
+Every picture says which side is which and what its shades and colours stand for. PET is in inverse
+grey, black from `BLACK_AT_SUV` on; PET over CT is in colours of rising lightness, the inferno map
+without its ends, so that no uptake looks like bone.
 """
 
 import base64
@@ -8,73 +10,202 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from common.geometry import Grid, reorient
 from common.lesions import label_lesions
 
-# --- pictures --------------------------------------------------------------------------------
+Array = NDArray[Any]
 
-BRIGHTEST_SUV = 10.0
+BLACK_AT_SUV = 10.0
 """SUV shown black; what is above is black too."""
 
+CT_WINDOW_HU = (-160.0, 240.0)
+OVERLAY_FROM_SUV = 1.0
+
+MASK_RGB = (0, 150, 0)
+CONTOUR_RGB = (208, 28, 139)
+"""Colours of the outlines of mask and isocontour: told apart by the colour-blind, too."""
+
+_INFERNO = np.array(
+    [
+        (33, 12, 74), (87, 16, 110), (138, 34, 106), (188, 55, 84),
+        (227, 89, 51), (249, 142, 9), (249, 203, 53),
+    ],
+    np.float64,
+)  # fmt: skip
+"""Anchors of matplotlib's inferno (CC0) from 1/8 to 7/8: black and near white are left out."""
+
+_FONT_PIXELS = 12
+_BAR_PIXELS = 10
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+def overlay_rgb(suv: Array) -> NDArray[np.float64]:
+    """Return the colours (..., 3) in 0 to 255 that stand for SUV over CT."""
+    reach = (suv - OVERLAY_FROM_SUV) / (BLACK_AT_SUV - OVERLAY_FROM_SUV)
+    at = np.clip(reach, 0, 1) * (len(_INFERNO) - 1)
+    places = np.arange(len(_INFERNO))
+    return np.stack([np.interp(at, places, channel) for channel in _INFERNO.T], axis=-1)
+
+
+def grey_of_suv(suv: Array) -> Array:
+    """Return inverse grey in 0 to 255."""
+    grey: Array = 255 * (1 - np.clip(suv / BLACK_AT_SUV, 0, 1))
+    return grey
+
+
+def _grey_of_hu(hu: Array) -> Array:
+    low, high = CT_WINDOW_HU
+    grey: Array = 255 * np.clip((hu - low) / (high - low), 0, 1)
+    return grey
+
+
+def _fused(hu: Array, suv: Array) -> Array:
+    """Return PET in colours over CT in grey (..., 3)."""
+    opacity = 0.65 * np.clip(2 * (suv - OVERLAY_FROM_SUV), 0, 1)[..., None]
+    rgb: Array = (1 - opacity) * _grey_of_hu(hu)[..., None] + opacity * overlay_rgb(suv)
+    return rgb
+
+
+def _as_rgb(grey: Array) -> Array:
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _write(picture: Image.Image, at: tuple[float, float], text: str, anchor: str) -> None:
+    """Write black text with a white edge: to be read on any ground."""
+    ImageDraw.Draw(picture).text(
+        at,
+        text,
+        fill=(0, 0, 0),
+        font=ImageFont.load_default(size=_FONT_PIXELS),
+        anchor=anchor,
+        stroke_width=2,
+        stroke_fill=(255, 255, 255),
+    )
+
+
+def _write_sides(picture: Image.Image, box: tuple[int, int, int, int], sides: str) -> None:
+    """Write what is on the left and on the right of a part (left, top, right, bottom)."""
+    left, top, right, bottom = box
+    middle = (top + bottom) / 2
+    _write(picture, (left + 3, middle), sides[0], "lm")
+    _write(picture, (right - 3, middle), sides[1], "rm")
+
+
+def _draw_bar(picture: Image.Image, left: int, top: int, height: int, *, overlay: bool) -> None:
+    """Draw an upright bar of colours with its SUVs on its right."""
+    suv = np.linspace(BLACK_AT_SUV, 0, height)[:, None].repeat(_BAR_PIXELS, axis=1)
+    if overlay:
+        air = np.full(suv.shape, CT_WINDOW_HU[0])
+        bar = _fused(air, suv)
+    else:
+        bar = _as_rgb(grey_of_suv(suv))
+    picture.paste(Image.fromarray(bar.astype(np.uint8)), (left, top))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((left - 1, top - 1, left + _BAR_PIXELS, top + height), outline=(120, 120, 120))
+    beside = left + _BAR_PIXELS + 4
+    for share, text in ((0.0, f"{BLACK_AT_SUV:g}"), (0.5, f"{BLACK_AT_SUV / 2:g}"), (1.0, "0")):
+        _write(picture, (beside, top + share * height), text, "lm")
+    _write(picture, (left - 2, top - _FONT_PIXELS), "SUV", "lm")
+
+
+def _outlined(pixels: Array, mask: Array, contour: Array, width: int) -> None:
+    """Draw, in place, the mask's outline around it and the isocontour's within."""
+    pixels[ndimage.binary_dilation(mask, iterations=width) & ~mask] = MASK_RGB
+    pixels[contour & ~ndimage.binary_erosion(contour, iterations=width)] = CONTOUR_RGB
+
+
+def _in_units(values: Array, limits: Sequence[float]) -> NDArray[np.float32]:
+    low, high = limits
+    result: NDArray[np.float32] = values.astype(np.float32) * (high - low) + low
+    return result
+
+
+# --- films and stills ------------------------------------------------------------------------
+
 FRAME_MS = 80
+LEAST_HEIGHT = 400
+"""Pixels of a film's or still's projection from head to foot, at least."""
+
 OUTLINE_RGB = (214, 40, 40)
 
 _GREYS = 64
 """Shades in a picture: more are not seen, and noise makes films of more twice as large."""
 
 _OUTLINE = _GREYS
+_MARGIN = 44
+"""Pixels on the right of a frame for the bar of SUVs."""
 
 
 def mip_frames(
     pet: NDArray[np.floating],
     masks: NDArray[np.uint8],
+    angles: Sequence[float],
     suv_range: Sequence[float],
     spacing_mm: Sequence[float],
     orientation: str,
 ) -> list[Image.Image]:
-    """Return one palette picture a projection, head up and the patient's left on the right.
+    """Return one palette picture a projection, head up, seen from the front at angle 0.
 
     Parameters
     ----------
     pet : (N, X, Z) array
         Projections of PET normalised from `suv_range` to [0, 1].
     masks : (N, X, Z) array
+    angles : sequence of N floats
+        Of the rotation about the body's axis [degrees].
     suv_range : (float, float)
     spacing_mm : (float, float)
-        Pixel size along x and z [mm]; pictures have square pixels of the smaller.
+        Pixel size along x and z [mm]; pictures have square pixels, none larger than the smaller.
     orientation : str
         Where the axes of the volume pointed to, such as LAS.
     """
+    frame = _framing(pet.shape[1:], spacing_mm)
     return [
-        _frame(p, m, suv_range, spacing_mm, orientation) for p, m in zip(pet, masks, strict=True)
+        _frame(p, m, angle, suv_range, frame, orientation)
+        for p, m, angle in zip(pet, masks, angles, strict=True)
     ]
+
+
+def _framing(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, int]:
+    """Return width and height [pixels] of a projection with square pixels."""
+    extent_mm = [n * mm for n, mm in zip(shape, spacing_mm, strict=True)]
+    per_mm = max(1 / min(spacing_mm), LEAST_HEIGHT / extent_mm[1])
+    width, height = (max(1, round(mm * per_mm)) for mm in extent_mm)
+    return width, height
 
 
 def _frame(
     pet: NDArray[np.floating],
     mask: NDArray[np.uint8],
+    angle: float,
     suv_range: Sequence[float],
-    spacing_mm: Sequence[float],
+    size: tuple[int, int],
     orientation: str,
 ) -> Image.Image:
-    least, greatest = suv_range
-    suv = pet.astype(np.float32) * (greatest - least) + least
-    shade = ((1 - np.clip(suv / BRIGHTEST_SUV, 0, 1)) * 255).astype(np.uint8)
-    size = tuple(
-        max(1, round(n * mm / min(spacing_mm))) for n, mm in zip(pet.shape, spacing_mm, strict=True)
-    )
+    shade = grey_of_suv(_in_units(pet, suv_range)).astype(np.uint8)
     picture = _upright(shade, orientation).resize(size, Image.Resampling.BILINEAR)
     lesion = _upright(mask * np.uint8(255), orientation).resize(size, Image.Resampling.NEAREST)
     inside = np.asarray(lesion) > 0
-    pixels = np.asarray(picture) // np.uint8(256 // _GREYS)
-    pixels = np.where(ndimage.binary_dilation(inside) & ~inside, np.uint8(_OUTLINE), pixels)
+    canvas = Image.new("RGB", (size[0] + _MARGIN, size[1]), (255, 255, 255))
+    canvas.paste(picture.convert("RGB"), (0, 0))
+    # Half a turn on, right and left have changed places; at a quarter one looks from the side.
+    turned = np.cos(np.deg2rad(angle))
+    if abs(turned) > 0.5:
+        _write_sides(canvas, (0, 0, size[0], size[1]), "RL" if turned > 0 else "LR")
+    _write(canvas, (4, size[1] - 4), f"{angle:g}\u00b0", "lb")
+    _draw_bar(canvas, size[0] + 6, 24, min(160, size[1] - 40), overlay=False)
+    pixels = np.array(canvas.convert("L")) // np.uint8(256 // _GREYS)
+    outline = ndimage.binary_dilation(inside) & ~inside
+    pixels[:, : size[0]][outline] = _OUTLINE
     frame = Image.fromarray(pixels, mode="L").convert("P")
     greys = [level * 255 // (_GREYS - 1) for level in range(_GREYS) for _ in range(3)]
     frame.putpalette([*greys, *OUTLINE_RGB])
@@ -96,140 +227,229 @@ def write_png(path: Path, frame: Image.Image) -> None:
     frame.save(path, optimize=True)
 
 
-def write_gif(path: Path, frames: Sequence[Image.Image], angles: Sequence[float]) -> None:
-    """Write a film that plays on; half a turn is completed by its mirror images."""
-    film = list(frames)
-    step = angles[1] - angles[0] if len(angles) > 1 else 0.0
-    if len(angles) > 1 and abs(angles[-1] + step - angles[0] - 180) < 1e-6:
-        film += [frame.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for frame in frames]
-    film[0].save(
-        path, save_all=True, append_images=film[1:], duration=FRAME_MS, loop=0, optimize=False
+def write_gif(path: Path, frames: Sequence[Image.Image]) -> None:
+    """Write a film that plays on."""
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0, optimize=False
     )
 
 
-# --- report pictures -------------------------------------------------------------------------
+def full_turn(
+    pet: Array, masks: Array, angles: Sequence[float]
+) -> tuple[Array, Array, Sequence[float]]:
+    """Complete half a turn of projections (N, X, Z) by its mirror images."""
+    step = angles[1] - angles[0] if len(angles) > 1 else 0.0
+    if len(angles) < 2 or abs(angles[-1] + step - angles[0] - 180) > 1e-6:
+        return pet, masks, angles
+    mirrored = [angle + 180 for angle in angles]
+    return (
+        np.concatenate([pet, pet[:, ::-1]]),
+        np.concatenate([masks, masks[:, ::-1]]),
+        [*angles, *mirrored],
+    )
 
-MASK_RGB = (0, 150, 0)
-CONTOUR_RGB = (208, 28, 139)
-"""Colours of the outlines of mask and isocontour: told apart by the colour-blind, too."""
 
-BLACK_AT_SUV = 10.0
+# --- the projections of a card ---------------------------------------------------------------
+
 PICTURE_SCALE, OUTLINE_PIXELS = 2, 3
 """Pixels of a picture to one of the volume, and across an outline: WebP blurs narrow colours."""
 
-CT_WINDOW_HU = (-160.0, 240.0)
-OVERLAY_FROM_SUV = 1.0
-
 _SIDES = {
-    "coronal": ("R", "L", "patient's left on the right"),
-    "sagittal": ("A", "P", "front on the left"),
-    "axial": ("R", "L", "patient's left on the right, front up"),
+    "coronal": ("RL", "patient's left on the right"),
+    "sagittal": ("AP", "front on the left"),
+    "axial": ("RL", "patient's left on the right, front up"),
 }
 """What is on the left and on the right of a picture."""
 
-Array = NDArray[Any]
+
+@dataclass(frozen=True, eq=False)
+class Volumes:
+    """One study's volumes for pictures, axes to the Left, Anterior and Superior.
+
+    Attributes
+    ----------
+    suv, hu, mask, mask_iso : (X, Y, Z) arrays
+    grid : Grid
+    """
+
+    suv: Array
+    hu: Array
+    mask: Array
+    mask_iso: Array
+    grid: Grid
 
 
-def views_of(
+def volumes_of(
     image: Array, mask: Array, mask_iso: Array, attributes: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    """Return the pictures of a card as data URIs with their alternative texts."""
+) -> Volumes:
+    """Return volumes turned so that every picture is the same way round, whatever the file's."""
     affine = np.asarray(attributes["affine"])
-    # In this orientation every picture is turned the same way, whatever the file's.
     pet, ct, mask, mask_iso = (
         reorient(array, affine, "LAS")[0] for array in (image[0], image[1], mask, mask_iso)
     )
     nx, ny, nz = pet.shape
-    spacing = Grid((nx, ny, nz), reorient(pet, affine, "LAS")[1]).spacing_mm
+    grid = Grid((nx, ny, nz), reorient(pet, affine, "LAS")[1])
     suv = _in_units(pet, attributes["suv_range"])
+    return Volumes(suv, _in_units(ct, attributes["ct_range"]), mask > 0, mask_iso > 0, grid)
+
+
+def projections(volumes: Volumes, marks: Mapping[int, Sequence[float]]) -> list[dict[str, str]]:
+    """Return the coronal and sagittal projection as data URIs with their alternative texts.
+
+    Parameters
+    ----------
+    volumes : Volumes
+    marks : dict of number to (x, y, z)
+        Where lesions lie, in voxels; their numbers are written beside them.
+    """
+    spacing = volumes.grid.spacing_mm
     views = []
     for name, axis, across in (("coronal", 1, 0), ("sagittal", 0, 1)):
-        grey = 255 * (1 - np.clip(suv.max(axis=axis) / BLACK_AT_SUV, 0, 1))
-        rgb = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-        outlined = _Plane(
-            rgb, mask.max(axis=axis), mask_iso.max(axis=axis), (spacing[across], spacing[2])
+        mm_per_pixel = min(spacing[across], spacing[2]) / PICTURE_SCALE
+        width, height = (
+            max(1, round(volumes.mask.shape[a] * spacing[a] / mm_per_pixel)) for a in (across, 2)
         )
-        if name == "sagittal":  # seen from the patient's left: the back is on the right
-            outlined = outlined.mirrored
-        text = f"PET maximum-intensity projection, {name}, lesions outlined"
-        views.append(_view(outlined, f"PET {name}", name, text))
-    if mask.any():
-        hu = _in_units(ct, attributes["ct_range"])
-        views.append(_slice_view(hu, suv, mask, mask_iso, spacing))
+        size = (width, height)
+        planes = [each.max(axis=axis) for each in (volumes.suv, volumes.mask, volumes.mask_iso)]
+        # The sagittal one is seen from the patient's left: the back is on the right.
+        mirrored = name == "sagittal"
+        grey, mask, contour = (_turned(plane, size, mirrored) for plane in planes)
+        pixels = _as_rgb(grey_of_suv(grey)).astype(np.uint8)
+        _outlined(pixels, mask, contour, OUTLINE_PIXELS)
+        picture = Image.fromarray(pixels)
+        for number, voxel in marks.items():
+            across_px = (voxel[across] + 0.5) * spacing[across] / mm_per_pixel
+            down_px = size[1] - (voxel[2] + 0.5) * spacing[2] / mm_per_pixel
+            at = size[0] - across_px if mirrored else across_px
+            _write(picture, (at + 8, down_px - 8), str(number), "lb")
+        sides, words = _SIDES[name]
+        _write_sides(picture, (0, 0, *size), sides)
+        height = min(160, size[1] // 3)
+        _draw_bar(picture, size[0] - 34, size[1] - height - 12, height, overlay=False)
+        text = f"PET maximum-intensity projection, {name}, lesions outlined and numbered; {words}"
+        views.append(_embedded(picture, f"PET {name}", text))
     return views
 
 
-def _slice_view(
-    hu: Array, suv: Array, mask: Array, mask_iso: Array, spacing: Sequence[float]
-) -> dict[str, str]:
-    """Return the axial CT slice through the largest lesion, PET over it."""
-    labels, _ = label_lesions(mask)
-    largest = int(np.bincount(labels.ravel())[1:].argmax()) + 1
-    z = int(np.bincount(np.nonzero(labels == largest)[2]).argmax())
-    low, high = CT_WINDOW_HU
-    grey = np.clip((hu[:, :, z] - low) / (high - low), 0, 1)
-    glow = np.clip((suv[:, :, z] - OVERLAY_FROM_SUV) / (BLACK_AT_SUV - OVERLAY_FROM_SUV), 0, 1)
-    colours = np.stack([np.minimum(1, 3 * glow), np.clip(3 * glow - 1, 0, 1), glow**4], axis=-1)
-    opacity = 0.6 * np.minimum(1, 4 * glow)[..., None]
-    rgb = 255 * ((1 - opacity) * grey[..., None] + opacity * colours)
-    outlined = _Plane(
-        rgb.astype(np.uint8), mask[:, :, z], mask_iso[:, :, z], (spacing[0], spacing[1])
-    )
-    text = "axial CT slice through the largest lesion, PET over it, lesion outlined"
-    return _view(outlined, "CT and PET", "axial", text)
+def _turned(plane: Array, size: tuple[int, int], mirrored: bool) -> Array:
+    """Return a plane [right, up] as rows of a picture of a size; masks by nearest neighbour."""
+    rows = np.ascontiguousarray(np.swapaxes(plane[::-1] if mirrored else plane, 0, 1)[::-1])
+    if rows.dtype == bool:
+        grown = Image.fromarray(rows.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        return np.asarray(grown) > 0
+    floats = Image.fromarray(rows.astype(np.float32))
+    return np.array(floats.resize(size, Image.Resampling.BILINEAR))
 
 
-@dataclass(frozen=True, eq=False)
-class _Plane:
-    """An RGB plane [right, up, 3] with its masks [right, up] and pixel size [mm]."""
-
-    rgb: Array
-    mask: Array
-    mask_iso: Array
-    spacing_mm: tuple[float, float]
-
-    @property
-    def mirrored(self) -> "_Plane":
-        """The plane seen from behind."""
-        return _Plane(self.rgb[::-1], self.mask[::-1], self.mask_iso[::-1], self.spacing_mm)
-
-
-def _view(plane: _Plane, caption: str, direction: str, alt: str) -> dict[str, str]:
-    """Return a picture with square pixels: the mask outlined around it, the isocontour within."""
-    width, height = (
-        max(1, round(PICTURE_SCALE * n * mm / min(plane.spacing_mm)))
-        for n, mm in zip(plane.mask.shape, plane.spacing_mm, strict=True)
-    )
-
-    def picture(array: Array, resampling: Image.Resampling) -> Array:
-        rows = np.ascontiguousarray(np.swapaxes(array, 0, 1)[::-1])
-        return np.array(Image.fromarray(rows).resize((width, height), resampling))
-
-    pixels = picture(plane.rgb, Image.Resampling.BILINEAR)
-    mask, contour = (
-        picture(m * np.uint8(255), Image.Resampling.NEAREST) > 0
-        for m in (plane.mask, plane.mask_iso)
-    )
-    pixels[ndimage.binary_dilation(mask, iterations=OUTLINE_PIXELS) & ~mask] = MASK_RGB
-    inner = ndimage.binary_erosion(contour, iterations=OUTLINE_PIXELS)
-    pixels[contour & ~inner] = CONTOUR_RGB
-    left, right, sides = _SIDES[direction]
+def _embedded(picture: Image.Image, caption: str, alt: str) -> dict[str, str]:
     buffer = io.BytesIO()
-    # A quarter of a PNG's size: a thousand studies of three pictures stay below 150 MB.
-    Image.fromarray(pixels).save(buffer, "WEBP", quality=80, method=4)
+    # A quarter of a PNG's size: a thousand studies with three lesions each stay below 150 MB.
+    picture.save(buffer, "WEBP", quality=70, method=4)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {
         "src": f"data:image/webp;base64,{data}",
-        "width": str(width),
-        "height": str(height),
+        "width": str(picture.width),
+        "height": str(picture.height),
         "caption": caption,
-        "left": left,
-        "right": right,
-        "alt": f"{alt}; {sides}",
+        "alt": alt,
     }
 
 
-def _in_units(values: Array, limits: Sequence[float]) -> NDArray[np.float32]:
-    low, high = limits
-    result: NDArray[np.float32] = values.astype(np.float32) * (high - low) + low
-    return result
+# --- a lesion from three sides ---------------------------------------------------------------
+
+PANEL_MM, PANEL_PIXELS = 170.0, 150
+"""Length of the side of a panel, in the body and in the picture."""
+
+_HEADING, _GAP = 18, 4
+
+_PLANES: tuple[tuple[Literal["axial", "coronal", "sagittal"], int, str, tuple[int, int]], ...] = (
+    ("axial", 2, "z", (0, 1)),
+    ("coronal", 1, "y", (0, 2)),
+    ("sagittal", 0, "x", (1, 2)),
+)
+"""Name, the axis across it, that axis in RAS+, and the axes to the right and up."""
+
+
+def voxel_of(volumes: Volumes, place_mm: Sequence[float]) -> tuple[int, int, int] | None:
+    """Return the hottest voxel of the lesion at or nearest to a place (RAS+ mm); None without."""
+    labels, n_lesions = label_lesions(volumes.mask)
+    if not n_lesions:
+        return None
+    voxels = np.argwhere(volumes.mask)
+    affine = volumes.grid.affine
+    apart_mm = voxels @ affine[:3, :3].T + affine[:3, 3] - np.asarray(place_mm)
+    nearest = labels[tuple(voxels[np.argmin((apart_mm**2).sum(axis=1))])]
+    of_lesion = voxels[labels[tuple(voxels.T)] == nearest]
+    values = volumes.suv[tuple(of_lesion.T)]
+    hottest = of_lesion[values == values.max()]
+    # Several where the scanner clipped: the most central.
+    i, j, k = hottest[((hottest - of_lesion.mean(axis=0)) ** 2).sum(axis=1).argmin()].tolist()
+    return i, j, k
+
+
+def lesion_picture(volumes: Volumes, number: int, voxel: Sequence[int]) -> dict[str, str]:
+    """Return PET, CT and both in three planes through a voxel, as a data URI.
+
+    Rows are axial, coronal and sagittal; each panel is `PANEL_MM` wide, the voxel in its middle.
+    """
+    affine = volumes.grid.affine
+    place_mm = affine[:3, :3] @ np.asarray(voxel) + affine[:3, 3]
+    bar, side = 40, PANEL_PIXELS
+    lefts = [0, side + bar + _GAP, 2 * side + bar + 2 * _GAP]
+    size = (3 * side + 2 * bar + 2 * _GAP, 3 * (side + _HEADING + _GAP))
+    picture = Image.new("RGB", size, (255, 255, 255))
+    low, high = CT_WINDOW_HU
+    headings = (
+        "PET",
+        f"CT  W {high - low:g} L {(high + low) / 2:g} HU",
+        f"PET from SUV {OVERLAY_FROM_SUV:g} on CT",
+    )
+    positions = []
+    for row, (name, axis, letter, axes) in enumerate(_PLANES):
+        top = row * (side + _HEADING + _GAP) + _HEADING
+        panels = _panels(volumes, voxel, axis, axes, mirrored=name == "sagittal")
+        place = f"{name}, {letter} = {place_mm['xyz'.index(letter)]:.0f} mm"
+        positions.append(place)
+        for panel, left, heading in zip(panels, lefts, headings, strict=True):
+            picture.paste(Image.fromarray(panel), (left, top))
+            _write(picture, (left + 2, top - _HEADING / 2), heading, "lm")
+            _write_sides(picture, (left, top, left + side, top + side), _SIDES[name][0])
+            _write(picture, (left + 3, top + side - 3), place, "lb")
+        _draw_bar(picture, lefts[1] - bar, top + 20, side - 40, overlay=False)
+        _draw_bar(picture, lefts[2] + side + 6, top + 20, side - 40, overlay=True)
+    caption = f"Lesion {number}: " + "; ".join(positions)
+    alt = (
+        f"lesion {number} through its SUVmax: {'; '.join(positions)}; each as PET, CT and PET over "
+        "CT, patient's left on the right, front on the left in the sagittal row"
+    )
+    return _embedded(picture, caption, alt)
+
+
+def _panels(
+    volumes: Volumes, voxel: Sequence[int], axis: int, axes: tuple[int, int], *, mirrored: bool
+) -> list[Array]:
+    """Return PET, CT and both in one plane as pictures (side, side, 3)."""
+    index: list[Any] = [slice(None)] * 3
+    index[axis] = voxel[axis]
+    steps = [
+        (np.arange(PANEL_PIXELS) - (PANEL_PIXELS - 1) / 2)
+        * (PANEL_MM / PANEL_PIXELS / volumes.grid.spacing_mm[a])
+        + voxel[a]
+        for a in axes
+    ]
+    # Rows go down, the sagittal plane is seen from the patient's left.
+    right, up = np.meshgrid(steps[0][::-1] if mirrored else steps[0], steps[1][::-1])
+
+    def cut(volume: Array, beyond: float, order: int) -> Array:
+        plane = volume[tuple(index)]
+        source = plane.astype(np.uint8) if plane.dtype == bool else plane
+        return np.asarray(ndimage.map_coordinates(source, [right, up], order=order, cval=beyond))
+
+    suv, hu = cut(volumes.suv, 0.0, 1), cut(volumes.hu, CT_WINDOW_HU[0], 1)
+    mask, contour = cut(volumes.mask, 0, 0) > 0, cut(volumes.mask_iso, 0, 0) > 0
+    panels = []
+    for rgb in (_as_rgb(grey_of_suv(suv)), _as_rgb(_grey_of_hu(hu)), _fused(hu, suv)):
+        pixels = rgb.astype(np.uint8)
+        _outlined(pixels, mask, contour, 2)
+        panels.append(pixels)
+    return panels

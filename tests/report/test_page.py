@@ -3,6 +3,7 @@
 import base64
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from common.report import page as page_module
 from common.report import pictures
 
 SHAPE = (24, 20, 30)
+N_LESIONS = 3
+"""Of the study in a zip."""
 ATTRIBUTES = {
     "project": "liver <b>trial</b>",
     "affine": np.diag([-2.0, 2.0, 3.0, 1.0]),
@@ -57,6 +60,7 @@ def a_card(key="0123456789", warnings=(), suv_max=8.0, tmtv_ml=12.0, mask=None):
         "suv_mean": 5.0,
         "suv_peak": 6.0,
         "tlg_g": 60.0,
+        "centroid_mm": (-36.0, 10.0, 75.0),
     }
     study = {"lesion_count": 1, "tmtv_ml": tmtv_ml, "dmax_mm": 0.0, "dose_fraction": 0.5}
     measures = {"lesions": [lesion] if mask.any() else [], "study": study}
@@ -121,12 +125,19 @@ def test_a_thousand_noisy_studies_stay_below_150_mb():
     random = np.random.default_rng(0)
     image = random.gamma(20, 1 / 400, (2, 200, 200, 326)).astype(np.float16)
     mask = np.zeros((1, 200, 200, 326), np.uint8)
-    mask[0, 90:110, 90:110, 100:110] = 1
+    lesion = dict.fromkeys(("iso_mtv_ml", "suv_max", "suv_mean", "suv_peak", "tlg_g"), 1.0)
+    lesions = []
+    for number, z in enumerate((60, 160, 260, 320), start=1):
+        mask[0, 90:110, 90:110, z : z + 4] = 1
+        place = {"label": number, "mtv_ml": 9.0 - number, "centroid_mm": (-198.0, 198.0, 3.0 * z)}
+        lesions.append({**lesion, **place})
     attributes = {**ATTRIBUTES, "affine": np.diag([-2.0, 2.0, 3.0, 1.0])}
-    study = {"lesion_count": 0, "tmtv_ml": 0.0, "dmax_mm": 0.0, "dose_fraction": None}
-    measures = {"lesions": [], "study": study}
+    study = {"lesion_count": 4, "tmtv_ml": 0.0, "dmax_mm": 0.0, "dose_fraction": None}
+    measures = {"lesions": lesions, "study": study}
     card = page_module.study_card("aaaaaaa001", image, mask, mask, attributes, measures, {}, [])
     assert len(card) < 150_000
+    assert card.count("<img") == 2 + page_module.FEW_LESIONS
+    assert "Slices are shown of the 3 largest of 4 lesions." in card
 
 
 def test_the_page_fetches_nothing():
@@ -139,7 +150,6 @@ def test_the_page_fetches_nothing():
     [
         (0, (45, 24), 18, (29 - 25) * 1.5),  # coronal: left on the right, head up
         (1, (45, 20), 19 - 5, (29 - 25) * 1.5),  # sagittal: back on the right
-        (2, (20, 24), 18, 19 - 5),  # axial: left on the right, front up
     ],
 )
 def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, column, row):
@@ -151,7 +161,7 @@ def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, colu
 
 
 def picture(card, view):
-    source = card.split('data-src="data:image/webp;base64,')[view + 1].split('"')[0]
+    source = card.split('src="data:image/webp;base64,')[view + 1].split('"')[0]
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"), int)
 
 
@@ -163,14 +173,49 @@ def test_both_outlines_are_seen_where_mask_and_isocontour_are_the_same(view):
 
 
 def test_every_picture_says_which_side_is_which():
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", a_card())
-    assert [re.findall("<span>(.)</span>", caption) for caption in captions] == [
-        ["R", "L"],
-        ["A", "P"],
-        ["R", "L"],
-    ]
     alternatives = re.findall(r'alt="(.*?)"', a_card())
+    assert len(alternatives) == 3
     assert all("left" in text for text in alternatives)
+
+
+def test_a_lesion_is_cut_through_its_hottest_voxel_and_the_place_is_told_in_mm():
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[17:20, 4:7, 24:27] = 1
+    image = np.zeros((2, *SHAPE), np.float16)
+    image[0][mask > 0] = 0.1
+    image[0][19, 4, 26] = 0.3
+    volumes = pictures.volumes_of(image, mask, mask, ATTRIBUTES)
+    assert pictures.voxel_of(volumes, (-36.0, 10.0, 75.0)) == (19, 4, 26)
+    found = pictures.lesion_picture(volumes, 7, (19, 4, 26))
+    assert found["caption"] == "Lesion 7: axial, z = 78 mm; coronal, y = 8 mm; sagittal, x = -38 mm"
+
+
+def test_a_lesion_lies_in_the_middle_of_each_panel_whatever_the_orientation_of_the_file():
+    side, heading, gap = pictures.PANEL_PIXELS, 18, 4
+    for flip in ((1, 1, 1), (-1, 1, 1), (1, -1, -1)):
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[17:20, 4:7, 24:27] = 1
+        image = np.zeros((2, *SHAPE), np.float16)
+        image[0][mask > 0] = 0.2
+        affine = np.diag([-2.0, 2.0, 3.0, 1.0])
+        turn = tuple(slice(None, None, step) for step in flip)
+        turned = affine.copy()
+        for axis, (step, n) in enumerate(zip(flip, SHAPE, strict=True)):
+            if step < 0:
+                turned[:3, 3] += affine[:3, axis] * (n - 1)
+                turned[:3, axis] *= -1
+        attributes = {**ATTRIBUTES, "affine": turned}
+        volumes = pictures.volumes_of(
+            image[(slice(None), *turn)], mask[turn], mask[turn], attributes
+        )
+        voxel = pictures.voxel_of(volumes, (-36.0, 10.0, 75.0))
+        source = pictures.lesion_picture(volumes, 1, voxel)["src"].partition(",")[2]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"), int)
+        for row in range(3):
+            top = row * (side + heading + gap) + heading
+            rows, columns = np.nonzero(np.ptp(pixels[top : top + side, :side], axis=2) > 60)
+            assert rows.mean() == pytest.approx(side / 2, abs=3)
+            assert columns.mean() == pytest.approx(side / 2, abs=3)
 
 
 def test_every_warning_of_resampling_and_plausibility_is_of_a_kind_to_filter_by():
@@ -228,7 +273,7 @@ def test_the_script_shows_every_study_the_incomplete_one_too_and_rewrites_only_w
     text = page.read_text()
     assert re.findall(r'<article id="(\w+)"', text) == ["bbbbbbb002", "aaaaaaa001"]
     assert "no mask" in text
-    assert text.count("<img data-src") == 3
+    assert text.count("<img src") == 2 + N_LESIONS
     written = page.stat().st_mtime_ns
     assert preprocessing.main(command) == 0
     assert page.stat().st_mtime_ns == written
@@ -251,9 +296,9 @@ def test_a_study_that_cannot_be_shown_is_told_and_the_next_run_shows_it(tmp_path
     assert (
         "warning: aaaaaaa001: is not shown in the report: unexpected Zero" in capfd.readouterr().err
     )
-    assert "<img data-src" not in page.read_text()
+    assert "<img src" not in page.read_text()
     assert preprocessing.main(command) == 0
-    assert page.read_text().count("<img data-src") == 3
+    assert page.read_text().count("<img src") == 2 + N_LESIONS
 
 
 def test_half_a_card_of_a_killed_worker_is_not_in_the_page(tmp_path, monkeypatch, capfd):
@@ -353,7 +398,7 @@ def choose(page, name, value):
 
 def test_the_page_opens_with_all_cards_and_no_console_error(page):
     assert len(shown(page)) == 4
-    assert page.find_element("css selector", ".count").text == "4 of 4 studies"
+    assert page.find_element("css selector", ".count").text == "4 of 4 studies; 1 skipped or failed"
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
@@ -368,23 +413,89 @@ def test_nothing_can_be_fetched_even_if_text_became_markup(page):
 
 def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
     loaded = page.execute_async_script(
-        "const done = arguments[0]; setTimeout(() => done([...document.images]"
+        "const done = arguments[0]; setTimeout(() => done([...document.querySelectorAll('article img')]"
         ".map(i => [i.complete && i.naturalWidth > 0, i.alt.length > 10])), 500)"
     )
     assert loaded == [[True, True]] * 9
 
 
-def test_of_a_thousand_studies_the_pictures_near_the_view_alone_are_loaded(browser, tmp_path):
+def test_every_picture_of_every_lesion_is_printed(page):
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    drawn = page.execute_async_script(
+        "const done = arguments[0]; setTimeout(() => done([...document.querySelectorAll("
+        "'article img')].map(i => i.naturalWidth > 0 && i.offsetWidth > 0)), 500)"
+    )
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert drawn == [True] * 9
+
+
+def test_no_picture_waits_for_a_script():
+    for image in re.findall(r"<img [^>]*>", a_page([a_card()])):
+        assert 'src="data:' in image or image == '<img alt="">'
+
+
+def test_a_page_of_a_thousand_studies_opens_and_counts_them(browser, tmp_path):
     path = tmp_path / "many.html"
     card = a_card("KEY")
     path.write_text(a_page([card.replace("KEY", f"{n:010x}") for n in range(1000)]))
     browser.get(path.as_uri())
     assert browser.find_element("css selector", ".count").text == "1000 of 1000 studies"
-    script = (
-        "const done = arguments[0], n = () => document.querySelectorAll('img[src]').length;"
-        "setTimeout(() => done(n()), 500)"
+
+
+def test_a_row_shows_its_lesion_and_a_click_enlarges_a_picture(page):
+    card = page.find_element("id", "ccccccc003")
+    row = card.find_element("css selector", "tbody tr")
+    row.click()
+    assert row.find_element("css selector", "button").get_attribute("aria-pressed") == "true"
+    figure = card.find_element("css selector", ".lesion img")
+    assert figure.is_displayed()
+    figure.click()
+    dialog = page.find_element("css selector", "dialog")
+    assert dialog.is_displayed()
+    assert dialog.find_element("css selector", "img").get_attribute("src") == figure.get_attribute(
+        "src"
     )
-    assert 3 <= browser.execute_async_script(script) < 100
+    dialog.click()
+    assert not dialog.is_displayed()
+
+
+def test_ratings_are_kept_by_the_browser_and_filter(page):
+    page.find_element("css selector", "#aaaaaaa001 input[value=accept]").click()
+    page.find_element("css selector", "#aaaaaaa001 input[type=text]").send_keys("fine")
+    page.refresh()
+    kept = page.find_element("css selector", "#aaaaaaa001 input[type=text]")
+    assert kept.get_attribute("value") == "fine"
+    choose(page, "rated", "accept")
+    assert shown(page) == ["aaaaaaa001"]
+    page.execute_script("localStorage.clear()")
+
+
+def test_what_is_saved_is_the_accepted_keys_and_all_ratings(page):
+    page.find_element("css selector", "#aaaaaaa001 input[value=accept]").click()
+    page.find_element("css selector", "#bbbbbbb002 input[value=reject]").click()
+    saved = page.execute_async_script("""
+        const done = arguments[0], texts = [];
+        URL.createObjectURL = blob => { blob.text().then(t => { texts.push(t);
+            if (texts.length === 2) done(texts); }); return "#"; };
+        document.getElementById("keys").click(); document.getElementById("ratings").click();""")
+    page.execute_script("localStorage.clear()")
+    keys, ratings = sorted(saved, key=len)
+    assert keys == "aaaaaaa001\n"
+    assert json.loads(ratings)["ratings"] == {
+        "aaaaaaa001": {"verdict": "accept", "note": ""},
+        "bbbbbbb002": {"verdict": "reject", "note": ""},
+    }
+
+
+def test_distributions_name_the_study_that_is_far_out(browser, tmp_path):
+    cards = [a_card(f"aaaaaaa{n:03d}", suv_max=8 + n / 10) for n in range(9)]
+    path = tmp_path / "far.html"
+    path.write_text(a_page([*cards, a_card("fffffffff9", suv_max=39.0)]))
+    browser.get(path.as_uri())
+    panel = browser.find_element("css selector", "#overview section")
+    assert "far out: fffffffff9 (39)" in panel.text
+    browser.find_element("css selector", "input[aria-label='SUVmax from']").send_keys("20")
+    assert shown(browser) == ["fffffffff9"]
 
 
 @pytest.mark.parametrize(
@@ -417,9 +528,13 @@ def test_failed_studies_come_first_however_often_one_sorts(page):
 
 
 def test_volume_and_project_filter(page):
-    choose(page, "volume", "11")
+    low = page.find_element("css selector", "input[aria-label='TMTV from']")
+    low.send_keys("11")
     assert shown(page) == ["aaaaaaa001", "ccccccc003"]
-    choose(page, "volume", "")
+    low.clear()
+    low.send_keys("0")
+    assert shown(page) == ["aaaaaaa001", "bbbbbbb002", "ccccccc003"]
+    page.refresh()
     choose(page, "project", ATTRIBUTES["project"])
     assert shown(page) == ["aaaaaaa001", "bbbbbbb002", "ccccccc003"]
 
@@ -470,7 +585,7 @@ def contrast(one, other):
 def test_finding_by_hash_counts_what_is_left(page):
     choose(page, "find", "ccc")
     assert shown(page) == ["ccccccc003"]
-    assert page.find_element("css selector", ".count").text == "1 of 4 studies"
+    assert page.find_element("css selector", ".count").text == "1 of 4 studies; 1 skipped or failed"
 
 
 def test_keys_step_through_the_cards(page):
