@@ -413,7 +413,8 @@ def test_nothing_can_be_fetched_even_if_text_became_markup(page):
 
 def test_pictures_near_the_view_are_loaded_and_have_alternative_texts(page):
     loaded = page.execute_async_script(
-        "const done = arguments[0]; setTimeout(() => done([...document.querySelectorAll('article img')]"
+        "const done = arguments[0]; setTimeout(() => done("
+        "[...document.querySelectorAll('article img')]"
         ".map(i => [i.complete && i.naturalWidth > 0, i.alt.length > 10])), 500)"
     )
     assert loaded == [[True, True]] * 9
