@@ -20,7 +20,7 @@ import math
 import operator
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import project_zip
@@ -154,6 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="float16",
         help="type of the image values (default: float16)",
     )
+    values.add_argument(
+        "--labels",
+        choices=("binary", "keep"),
+        default="binary",
+        help="what masks hold: 0 and 1 (default), or the label values, for several classes",
+    )
     results = parser.add_argument_group("results")
     results.add_argument(
         "--compression",
@@ -239,6 +245,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         iso_threshold=options.iso_threshold,
         iso_suv=options.iso_suv,
         dtype=options.dtype,
+        labels=options.labels,
     )
     with exclusive(options.output, force=options.force, lock=options.lock):
         archived = project_zip.read_directory(options.zip)
@@ -277,7 +284,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 force=options.force,
             ),
             preprocess_study,
-            functools.partial(assemble, parameters=asdict(recipe), software=SOFTWARE),
+            functools.partial(assemble, parameters=recipe.parameters, software=SOFTWARE),
             options.jobs,
             write_what_goes_beside,
             failures_of="preprocessing",
@@ -293,7 +300,7 @@ def plan(
     for study_hash, study in archived.items():
         if not cli.in_shard(study_hash, options.shard):
             continue
-        made_from = [SOFTWARE, study.content, asdict(recipe), options.compression]
+        made_from = [SOFTWARE, study.content, recipe.parameters, options.compression]
         digest = fingerprint(made_from)
         payload = ZippedStudy(
             options.zip.resolve(),

@@ -64,6 +64,23 @@ def components(mask: Array) -> Components:
     return Components(runs.voxels(), np.cumsum(sizes) - sizes, sizes)
 
 
+def voxels_by_number(ids: Array) -> tuple[Components, Array]:
+    """Group the voxels above 0 of a (X, Y, Z) array of whole numbers by their number.
+
+    Returns
+    -------
+    groups : Components
+        Whether connected or not.
+    numbers : (count,) array
+        Of each group, ascending.
+    """
+    voxels = voxels_above_zero(ids)
+    found = ids[tuple(voxels)]
+    numbers, sizes = np.unique(found, return_counts=True)
+    order = np.argsort(found, kind="stable")
+    return Components(voxels[:, order], np.cumsum(sizes) - sizes, sizes), numbers
+
+
 def voxels_above_zero(mask: Array) -> Voxels:
     """Return x, y, z of the voxels above 0 of a (X, Y, Z) array, (3, N), in the memory's order."""
     return _runs(mask).voxels()

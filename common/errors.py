@@ -12,6 +12,8 @@ class Kind(StrEnum):
     OUTSIDE_GRID = "tumour outside the grid"
     VANISHED = "vanished lesions"
     MERGED = "merged lesions"
+    SPLIT = "split lesions"
+    NOT_MEASURED = "lesions missing in the measures"
     CLIPPED = "clipped uptake"
     NOT_COVERED = "PET not covered by CT"
     DOSE_FRACTION = "dose fraction"

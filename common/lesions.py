@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.components import Components, Voxels, components
+from common.components import Components, Voxels, components, voxels_by_number
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -112,21 +112,27 @@ def isocontour(
 
 def measure_lesions(
     suv: Array,
-    mask: Array,
+    lesions: Array,
     affine: FloatArray,
     threshold_percent: float = 25.0,
     threshold_suv: float | None = None,
+    rows: Array | None = None,
 ) -> tuple[Lesion, ...]:
-    """Measure each lesion of a mask, in the order of :func:`label_lesions`.
+    """Measure each lesion, in the order of their numbers.
 
     Parameters
     ----------
-    suv, mask : (X, Y, Z) arrays
-        SUV [g/ml], and the mask on the same grid (the PET's own, where measures are meant).
+    suv, lesions : (X, Y, Z) arrays
+        SUV [g/ml], and the number of each voxel's lesion, 0 outside, on the same grid (the PET's
+        own, where measures are meant). Voxels of one number are one lesion, connected or not: on
+        a grid coarser than that on which lesions were numbered they may touch, or fall apart.
     affine : (4, 4) array
         Voxel -> RAS+ mm, oblique or sheared too.
     threshold_percent, threshold_suv
         As for :func:`isocontour`.
+    rows : (X, Y, Z) array, optional
+        Numbers above 0 wherever `lesions` are, such as label values: these are measured instead,
+        each with the isocontours of its lesions.
 
     Notes
     -----
@@ -142,20 +148,26 @@ def measure_lesions(
     them whole, by their centres: 1.2 ml at voxels of 4 mm), and what lies outside the image is
     left out.
     """
-    lesions = components(mask)
-    values = suv[tuple(lesions.voxels)]
-    taken = _in_isocontour(values, lesions, threshold_percent, threshold_suv)
-    peaks = _peak_means(suv, lesions.voxels, affine)
+    groups, numbers = voxels_by_number(lesions)
+    taken = _in_isocontour(suv[tuple(groups.voxels)], groups, threshold_percent, threshold_suv)
+    if rows is not None:
+        contour = np.zeros(lesions.shape, dtype=bool)
+        contour[tuple(groups.voxels[:, taken])] = True
+        groups, numbers = voxels_by_number(rows)
+        taken = contour[tuple(groups.voxels)]
+    values = suv[tuple(groups.voxels)]
+    peaks = _peak_means(suv, groups.voxels, affine)
     voxel_ml = _voxel_ml(affine)
     measures: list[Lesion] = []
-    for start, size in zip(lesions.starts.tolist(), lesions.sizes.tolist(), strict=True):
-        lesion = slice(start, start + size)
+    ends = (groups.starts + groups.sizes).tolist()
+    for number, start, end in zip(numbers.tolist(), groups.starts.tolist(), ends, strict=True):
+        lesion = slice(start, end)
         suvs = values[lesion].astype(np.float64)
         iso_suvs = suvs[taken[lesion]]
         measures.append(
             Lesion(
-                label=len(measures) + 1,
-                mtv_ml=size * voxel_ml,
+                label=number,
+                mtv_ml=suvs.size * voxel_ml,
                 suv_max=float(suvs.max()),
                 suv_mean=float(suvs.mean()),
                 suv_peak=float(peaks[lesion].max()),
@@ -163,7 +175,7 @@ def measure_lesions(
                 iso_mtv_ml=iso_suvs.size * voxel_ml,
                 iso_suv_mean=float(iso_suvs.mean()) if iso_suvs.size else 0.0,
                 iso_tlg_g=float(iso_suvs.sum()) * voxel_ml,
-                centroid_mm=_to_mm(lesions.voxels[:, lesion].mean(axis=1), affine),
+                centroid_mm=_to_mm(groups.voxels[:, lesion].mean(axis=1), affine),
             )
         )
     return tuple(measures)

@@ -40,6 +40,9 @@ PLAUSIBLE_VOXEL_MM, PLAUSIBLE_EXTENT_MM = 0.01, 5000.0
 LARGEST_DISAGREEMENT_MM = 1.0
 """Distance by which sform and qform may place one voxel differently."""
 
+PIXDIM_TOLERANCE = 0.01
+"""Part by which pixdim may differ from the affine's voxel sizes: it is often rounded."""
+
 _LEAST_VOLUME = 0.1
 """Least volume of a voxel over that of a box with its edges; 0.87 at a gantry tilt of 30°."""
 
@@ -199,7 +202,27 @@ def _checked_affine(fields: Any, shape: tuple[int, int, int], role: str) -> NDAr
             f"the {role}'s sform and qform place voxels {apart_mm:.1f} mm apart: "
             "convert it again, or make them equal"
         )
+    _check_pixdim(fields, affine, role)
     return affine
+
+
+def _check_pixdim(fields: Any, affine: NDArray[np.float64], role: str) -> None:
+    """Refuse voxel sizes that contradict the affine; 0 says nothing.
+
+    Of a sheared volume (gantry tilt) pixdim may be the step, or the distance of the planes.
+    """
+    n_axes = min(3, int(fields["dim"][0]))
+    said_mm = np.abs(np.asarray(fields["pixdim"][1 : n_axes + 1], dtype=np.float64))
+    steps_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    apart_mm = 1 / np.sqrt((np.linalg.inv(affine[:3, :3]) ** 2).sum(axis=1))
+    least, most = 1 - PIXDIM_TOLERANCE, 1 + PIXDIM_TOLERANCE
+    fits = (said_mm >= least * apart_mm[:n_axes]) & (said_mm <= most * steps_mm[:n_axes])
+    if not (fits | (said_mm == 0)).all():
+        sizes = (" x ".join(f"{mm:.4g}" for mm in each) for each in (said_mm, steps_mm[:n_axes]))
+        raise StudyError(
+            f"the {role}'s voxel sizes contradict each other (pixdim {next(sizes)} mm, sform "
+            f"{next(sizes)} mm): convert it again, or correct the wrong one"
+        )
 
 
 def _sform(fields: Any) -> NDArray[np.float64]:

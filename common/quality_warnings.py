@@ -1,20 +1,14 @@
-"""What resampling to a training grid loses: found, measured in ml, and said in words. Pure.
-
-Whether the scale of the SUV, and the place of the mask, can be right: doubts in words. Pure.
-"""
+"""What resampling to the training grid, and to the PET's, loses: measured in ml, said. Pure."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.components import Components, components, voxels_above_zero
+from common.components import components, voxels_above_zero
 from common.errors import Kind, Warning
 from common.geometry import Grid
 from common.resampling import separable
-
-# --- losses ----------------------------------------------------------------------------------
 
 LEAST_UPTAKE_SUV = 0.5
 """PET voxels below this count as air: their lying outside the CT is no loss."""
@@ -42,7 +36,7 @@ def lesion_losses(
     return [
         *_outside(ids[~inside], source),
         *_vanished(ids, ids[inside], kept_ids, source),
-        *_merged(resampled_ids, target),
+        *_merged_and_split(resampled_ids, target),
     ]
 
 
@@ -65,7 +59,7 @@ def _outside(lost_ids: NDArray[np.integer], source: Grid) -> Iterator[Warning]:
         yield Warning(
             Kind.OUTSIDE_GRID,
             f"{lost_ids.size * source.voxel_ml:.2f} ml of {len(np.unique(lost_ids))} lesion(s) "
-            "lie outside the target grid: give a larger --shape",
+            "lie outside the training grid: give a larger --shape",
         )
 
 
@@ -80,28 +74,66 @@ def _vanished(
         yield Warning(
             Kind.VANISHED,
             f"{len(np.unique(vanished))} lesion(s) of {vanished.size * source.voxel_ml:.2f} ml "
-            "vanish by resampling: use a finer --spacing",
+            "vanish by resampling to the training grid: use a finer --spacing",
         )
     if ids.size and not kept_ids.size:
         yield Warning(
-            Kind.VANISHED, f"the mask of {ids.size * source.voxel_ml:.2f} ml becomes empty"
+            Kind.VANISHED,
+            f"the mask of {ids.size * source.voxel_ml:.2f} ml becomes empty on the training grid",
         )
 
 
-def _merged(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[Warning]:
+def _merged_and_split(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[Warning]:
     found = components(resampled_ids)
-    ids = resampled_ids[tuple(found.voxels)]
-    pairs = np.unique(np.int64(found.count + 1) * ids + found.numbers)
-    lesions_in = np.bincount(pairs % (found.count + 1))
-    merged = np.flatnonzero(lesions_in > 1)
+    ids = resampled_ids[tuple(found.voxels)].astype(np.int64)
+    pairs = np.unique(np.stack([ids, found.numbers]), axis=1)
+    lesions_in, parts_of = (np.bincount(numbers) for numbers in (pairs[1], pairs[0]))
+    merged, split = (np.flatnonzero(counts > 1) for counts in (lesions_in, parts_of))
     if merged.size:
-        n_lesions = lesions_in[merged].sum()
         volume_ml = np.isin(found.numbers, merged).sum() * target.voxel_ml
         yield Warning(
             Kind.MERGED,
-            f"{n_lesions} lesions of {volume_ml:.2f} ml merge into {len(merged)} by resampling: "
-            "use a finer --spacing",
+            f"{lesions_in[merged].sum()} lesions of {volume_ml:.2f} ml merge into {merged.size} by "
+            "resampling to the training grid: use a finer --spacing",
         )
+    if split.size:
+        volume_ml = np.isin(ids, split).sum() * target.voxel_ml
+        yield Warning(
+            Kind.SPLIT,
+            f"{split.size} lesion(s) of {volume_ml:.2f} ml fall into {parts_of[split].sum()} parts "
+            "by resampling to the training grid: use a finer --spacing",
+        )
+
+
+def unmeasured_lesions(
+    lesion_ids: NDArray[np.integer], source: Grid, pet_ids: NDArray[np.integer], pet: Grid
+) -> list[Warning]:
+    """Say which lesions have no voxel of the PET's own grid, on which they are measured.
+
+    Parameters
+    ----------
+    lesion_ids : (X, Y, Z) array
+        Number of each voxel's lesion on the mask's own grid, 0 outside.
+    source, pet : Grid
+    pet_ids : array
+        The same on the PET's grid, by nearest neighbour.
+    """
+    voxels, ids = _labelled(lesion_ids)
+    missing = ~np.isin(ids, _labelled(pet_ids)[1])
+    if not missing.any():
+        return []
+    inside = _within(voxels[missing], source, pet)
+    beside = np.setdiff1d(ids[missing], ids[missing][inside])
+    remarks = []
+    for lost, where in (
+        (np.setdiff1d(ids[missing], beside), "fall between the voxels of the PET's own grid"),
+        (beside, "lie outside the PET"),
+    ):
+        if lost.size:
+            volume_ml = np.isin(ids, lost).sum() * source.voxel_ml
+            text = f"{lost.size} lesion(s) of {volume_ml:.2f} ml {where}"
+            remarks.append(Warning(Kind.NOT_MEASURED, f"{text}: they are missing in the measures"))
+    return remarks
 
 
 def clipped_uptake(
@@ -117,8 +149,8 @@ def clipped_uptake(
         Warning(
             Kind.CLIPPED,
             f"{clipped.sum() * grid.voxel_ml:.2f} ml of lesions are brighter than the SUV range "
-            f"(SUVmax {values.max():.1f} > {brightest:g}) and are clipped: give a larger "
-            "--suv-range",
+            f"(SUVmax {values.max():.1f} > {brightest:g} on the training grid) and are clipped: "
+            "give a larger --suv-range",
         )
     ]
 
@@ -164,133 +196,3 @@ def _covered_box(pet: Grid, ct: Grid) -> tuple[slice, ...]:
         covered = np.flatnonzero((there >= -0.5) & (there <= ct.shape[ct_axis] - 0.5))
         box.append(slice(covered[0], covered[-1] + 1) if covered.size else slice(0, 0))
     return tuple(box)
-
-
-# --- plausibility ----------------------------------------------------------------------------
-
-MOST_OF_DOSE = 1.1
-"""Dose fraction that no right SUV exceeds: the body holds the injected dose at most, and EANM's
-guideline allows a PET to be off by 10 % (Boellaard et al., EJNMMI 2015;42:328-354)."""
-
-LEAST_TISSUE_SUV = 0.1
-"""Mean SUV that the tissue in view has at least: fat, the palest, has 0.2 to 0.3."""
-
-TISSUE_FROM_HU = -500.0
-
-BESIDE_MM = 10.0
-"""How far from a lesion its surroundings are looked at."""
-
-LEAST_CONTRAST = 1.1
-"""SUVmean of lesions over that beside them: of tumours 2 and more, of a mask that slipped 1."""
-
-Array = NDArray[Any]
-
-
-def dose_out_of_range(
-    fraction: float | None, weight_kg: float | None, suv: Array, hu: Array, grid: Grid
-) -> list[Warning]:
-    """Say where an image holds more of the injected dose, or less, than it can.
-
-    Parameters
-    ----------
-    fraction : float or None
-        As of :func:`common.lesions.dose_fraction`; None where it is unknown.
-    weight_kg : float or None
-    suv, hu : (X, Y, Z) arrays
-        PET and CT on one grid: how much tissue is in view bounds the fraction below. Where the
-        image is a crop, the fraction itself is small and tells nothing.
-    grid : Grid
-    """
-    if fraction is None or not weight_kg:
-        return []
-    remedy = (
-        "check PatientWeight (0010,1030) and RadionuclideTotalDose (0018,1074) of its header, "
-        "and --pet-units"
-    )
-    if fraction > MOST_OF_DOSE:
-        return [
-            Warning(
-                Kind.DOSE_FRACTION,
-                f"dose fraction out of range: the PET holds {fraction:.3g} times the "
-                f"injected dose: " + remedy,
-            )
-        ]
-    # Tissue of the whole body's weight would need no more than this.
-    if fraction >= LEAST_TISSUE_SUV:
-        return []
-    # A millilitre of tissue weighs about a gram.
-    tissue_g = grid.voxel_ml * np.count_nonzero((hu > TISSUE_FROM_HU) & (suv > 0))
-    if 1000 * weight_kg * fraction >= LEAST_TISSUE_SUV * tissue_g:
-        return []
-    mean_suv = 1000 * weight_kg * fraction / tissue_g
-    return [
-        Warning(
-            Kind.DOSE_FRACTION,
-            f"dose fraction out of range: {fraction:.3g}, for the {tissue_g / 1000:.3g} kg of "
-            f"tissue in view have a mean SUV of {mean_suv:.2g}: {remedy}",
-        )
-    ]
-
-
-def mask_far_from_uptake(suv: Array, mask: Array, grid: Grid) -> list[Warning]:
-    """Say which lesions have no uptake in or near them, or that a mask seems to have slipped.
-
-    Parameters
-    ----------
-    suv, mask : (X, Y, Z) arrays
-        On one grid, the PET's own.
-    grid : Grid
-    """
-    lesions = components(mask)
-    if not lesions.count:
-        return []
-    reach = np.maximum(1, np.rint(BESIDE_MM / np.array(grid.spacing_mm))).astype(int)
-    values = suv[tuple(lesions.voxels)]
-    suv_max = np.maximum.reduceat(values, lesions.starts)
-    pale = np.flatnonzero(suv_max < LEAST_UPTAKE_SUV).tolist()
-    far = [i for i in pale if _around(suv, lesions, i, reach).max() < LEAST_UPTAKE_SUV]
-    doubts: list[Warning] = []
-    remedy = "check that mask and PET belong together"
-    if far:
-        volume_ml = lesions.sizes[far].sum() * grid.voxel_ml
-        doubts.append(
-            Warning(
-                Kind.FAR_FROM_UPTAKE,
-                f"mask far from uptake: {len(far)} lesion(s) of {volume_ml:.2f} ml have none "
-                f"(SUV >= {LEAST_UPTAKE_SUV:g}) within {BESIDE_MM:g} mm: " + remedy,
-            )
-        )
-    beside = _beside(suv, mask, lesions, reach)
-    if len(far) < lesions.count and beside.size:
-        within, around = values.mean(dtype=np.float64), beside.mean(dtype=np.float64)
-        if within < LEAST_CONTRAST * around:
-            doubts.append(
-                Warning(
-                    Kind.FAR_FROM_UPTAKE,
-                    f"mask far from uptake: SUVmean is {within:.2f} in it and {around:.2f} at "
-                    f"{BESIDE_MM:g} mm beside it: " + remedy,
-                )
-            )
-    return doubts
-
-
-def _around(suv: Array, lesions: Components, index: int, reach: NDArray[np.integer]) -> Array:
-    """The box of SUVs that holds a lesion and what is within reach of it."""
-    start = lesions.starts[index]
-    voxels = lesions.voxels[:, start : start + lesions.sizes[index]]
-    firsts = np.maximum(0, voxels.min(axis=1) - reach)
-    lasts = voxels.max(axis=1) + reach
-    box: Array = suv[tuple(slice(a, b + 1) for a, b in zip(firsts, lasts, strict=True))]
-    return box
-
-
-def _beside(suv: Array, mask: Array, lesions: Components, reach: NDArray[np.integer]) -> Array:
-    """SUVs of voxels outside the mask, a reach along an axis from one of its voxels."""
-    found = []
-    for axis, step in enumerate(reach):
-        for shift in (-step, step):
-            near = lesions.voxels.copy()
-            near[axis] += shift
-            near = near[:, (near[axis] >= 0) & (near[axis] < suv.shape[axis])]
-            found.append(suv[tuple(near[:, mask[tuple(near)] == 0])])
-    return np.concatenate(found)

@@ -19,12 +19,18 @@ from common.lesions import (
     measure_lesions,
     tumour_burden,
 )
+from common.plausibility import (
+    CtSummary,
+    dose_out_of_range,
+    implausible_images,
+    implausible_volume,
+    mask_far_from_uptake,
+)
 from common.quality_warnings import (
     clipped_uptake,
-    dose_out_of_range,
     lesion_losses,
-    mask_far_from_uptake,
     uncovered_uptake,
+    unmeasured_lesions,
 )
 from common.resampling import resample_cubic, resample_nearest, separable
 
@@ -68,6 +74,8 @@ class Recipe:
     iso_suv : float or None
         Fixed threshold [SUV] instead.
     dtype : "float16" or "float32"
+    labels : "binary" or "keep"
+        Masks of 0 and 1, or of the label values.
     """
 
     spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)
@@ -79,6 +87,15 @@ class Recipe:
     iso_threshold: float = 25.0
     iso_suv: float | None = None
     dtype: str = "float16"
+    labels: Literal["binary", "keep"] = "binary"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The options as files hold them; masks of 0 and 1 go without saying."""
+        options = asdict(self)
+        if self.labels == "binary":
+            del options["labels"]
+        return options
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +127,10 @@ def place_pet(pet: Image, ct: Volume, recipe: Recipe) -> Volume:
     return Volume(suv, ct.grid, pet.grid)
 
 
-def place_lesions(lesions: Image, ct: Volume, recipe: Recipe) -> Volume:
-    """Return the number of each voxel's lesion, 0 outside lesions, on the grid of the CT."""
-    lesions = _oriented(lesions, recipe)
-    return Volume(resample_nearest(lesions.data, lesions.grid, ct.grid), ct.grid, lesions.grid)
+def place_labels(labels: Image, ct: Volume, recipe: Recipe) -> Volume:
+    """Return labels, or numbers of lesions, on the grid of the CT; 0 outside."""
+    labels = _oriented(labels, recipe)
+    return Volume(resample_nearest(labels.data, labels.grid, ct.grid), ct.grid, labels.grid)
 
 
 def _oriented(image: Image, recipe: Recipe) -> Image:
@@ -128,12 +145,17 @@ def number_lesions(mask: Image) -> Image:
     return Image(ids, mask.affine)
 
 
-def outline(suv: Volume, lesions: Volume, recipe: Recipe) -> tuple[Array, Array]:
-    """Return mask and isocontour on the target grid, both uint8 in C order."""
-    mask = np.zeros(lesions.data.shape, np.uint8)
-    mask[tuple(voxels_above_zero(lesions.data))] = 1
+def outline(suv: Volume, labels: Volume, recipe: Recipe) -> tuple[Array, Array]:
+    """Return mask and isocontour on the target grid, in C order.
+
+    uint8 of 0 and 1; label values, as uint8 or uint16, where the recipe keeps them.
+    """
+    voxels = tuple(voxels_above_zero(labels.data))
+    kept = recipe.labels == "keep"
+    mask = np.zeros(labels.data.shape, labels.data.dtype if kept else np.uint8)
+    mask[voxels] = labels.data[voxels] if kept else 1
     contour = isocontour(suv.data, mask, recipe.iso_threshold, recipe.iso_suv)
-    return mask, contour.view(np.uint8)
+    return mask, mask * contour if kept else contour.view(np.uint8)
 
 
 def training_image(suv: Volume, ct: Volume, recipe: Recipe) -> Array:
@@ -197,36 +219,55 @@ def losses(
     ]
 
 
-def mask_on_pet(lesions: Image, pet: Image) -> Array:
-    """Return the lesions on the PET's own grid, where they are measured."""
-    if lesions.grid == pet.grid:
-        return lesions.data
-    return resample_nearest(lesions.data, lesions.grid, pet.grid)
+def on_pet(labels: Image, pet: Image) -> Array:
+    """Return labels, or numbers of lesions, on the PET's own grid, where they are measured."""
+    if labels.grid == pet.grid:
+        return labels.data
+    return resample_nearest(labels.data, labels.grid, pet.grid)
 
 
-def measures(pet: Image, mask: Array, weight_kg: float | None, recipe: Recipe) -> dict[str, Any]:
+def measures(
+    pet: Image, lesions: Array, labels: Array | None, weight_kg: float | None, recipe: Recipe
+) -> dict[str, Any]:
     """Return the measures of each lesion and of the study, on the PET's own grid, as plain JSON.
 
-    ``dose_fraction`` is null where the body weight is unknown.
+    Parameters
+    ----------
+    pet : Image
+        [SUV]
+    lesions : (X, Y, Z) array
+        Number of each voxel's lesion.
+    labels : (X, Y, Z) array or None
+        Label values, of which each is measured instead of each lesion; the study stays as it is.
+    weight_kg : float or None
+        ``dose_fraction`` is null where it is unknown.
+    recipe : Recipe
     """
-    found = measure_lesions(pet.data, mask, pet.affine, recipe.iso_threshold, recipe.iso_suv)
+    thresholds = recipe.iso_threshold, recipe.iso_suv
+    rows = found = measure_lesions(pet.data, lesions, pet.affine, *thresholds)
+    if labels is not None:
+        rows = measure_lesions(pet.data, lesions, pet.affine, *thresholds, labels)
     fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
     return {
-        "lesions": [asdict(lesion) for lesion in found],
+        "lesions": [asdict(row) for row in rows],
         "study": {**asdict(tumour_burden(found)), "dose_fraction": fraction},
     }
 
 
 def doubts(
     pet: Image,
-    mask: Array,
-    ct: Volume,
-    suv: Volume,
+    mask: Image,
+    lesions: Image,
+    pet_lesions: Array,
+    ct: CtSummary,
     fraction: float | None,
     weight_kg: float | None,
 ) -> list[Warning]:
-    """Return warnings of a dose fraction, and of a mask on the PET's grid, that can't be right."""
+    """Return warnings of images and measures that can't be right."""
     return [
-        *dose_out_of_range(fraction, weight_kg, suv.data, ct.data, ct.grid),
-        *mask_far_from_uptake(pet.data, mask, pet.grid),
+        *unmeasured_lesions(lesions.data, lesions.grid, pet_lesions, pet.grid),
+        *implausible_images(ct, pet),
+        *implausible_volume(mask, ct, pet),
+        *dose_out_of_range(fraction, weight_kg, ct, pet),
+        *mask_far_from_uptake(pet.data, pet_lesions, pet.grid),
     ]

@@ -273,7 +273,7 @@ def test_suv_peak_may_reach_beyond_the_lesion_but_not_beyond_the_image():
     suv = np.full((12, 12, 12), 3.0, np.float32)
     corner = np.zeros(suv.shape, np.uint8)
     corner[0, 0, 0] = corner[11, 11, 11] = 1
-    for lesion in measure_lesions(suv, corner, np.diag([2.0, 2, 3, 1])):
+    for lesion in measure_lesions(suv, label_lesions(corner)[0], np.diag([2.0, 2, 3, 1])):
         assert lesion.suv_peak == pytest.approx(3)
     cold = np.zeros(suv.shape, np.float32)
     cold[5, 5, 5] = 3
@@ -291,9 +291,10 @@ def test_measures_do_not_depend_on_axis_order_and_flips(drawn, order, steps):
         voxel_map[axis, new_axis] = steps[new_axis]
         voxel_map[axis, 3] = 0 if steps[new_axis] == 1 else mask.shape[axis] - 1
     flips = tuple(slice(None, None, step) for step in steps)
-    plain = measure_lesions(suv, mask, SHEARED)
+    labels, _ = label_lesions(mask)
+    plain = measure_lesions(suv, labels, SHEARED)
     turned_measures = measure_lesions(
-        suv.transpose(order)[flips], mask.transpose(order)[flips], SHEARED @ voxel_map
+        suv.transpose(order)[flips], labels.transpose(order)[flips], SHEARED @ voxel_map
     )
     assert len(plain) == len(turned_measures)
     for one, other in zip(_sorted(plain), _sorted(turned_measures), strict=True):
@@ -310,8 +311,8 @@ def _sorted(lesions):
 @given(masks_and_suvs())
 def test_measures_of_each_lesion_are_those_of_its_voxels(drawn):
     mask, suv = drawn
-    lesions = measure_lesions(suv, mask, SHEARED, threshold_percent=50)
     labels, count = label_lesions(mask)
+    lesions = measure_lesions(suv, labels, SHEARED, threshold_percent=50)
     contour = isocontour(suv, mask, 50)
     assert [lesion.label for lesion in lesions] == list(range(1, count + 1))
     for lesion in lesions:

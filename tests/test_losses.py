@@ -50,7 +50,7 @@ def test_voxels_outside_the_grid_are_counted_in_ml():
     ids = blocks((10, 10, 10), (4, 1, 1), (7, 7, 7))
     source, target = grid((10, 10, 10), (10.0, 10.0, 10.0)), grid((5, 10, 10), (10.0, 10.0, 10.0))
     (text,) = told(ids, source, target)
-    assert text.startswith("12.00 ml of 2 lesion(s) lie outside the target grid")
+    assert text.startswith("12.00 ml of 2 lesion(s) lie outside the training grid")
 
 
 def test_lesion_that_falls_between_voxels_vanishes():
@@ -63,7 +63,7 @@ def test_lesion_that_falls_between_voxels_vanishes():
 def test_mask_that_loses_all_is_told_to_be_empty():
     ids = blocks((12, 12, 12), (5, 5, 5))
     source, target = grid((12, 12, 12), (5, 5, 5)), grid((3, 3, 3), (20, 20, 20))
-    assert told(ids, source, target)[1] == "the mask of 1.00 ml becomes empty"
+    assert told(ids, source, target)[1] == "the mask of 1.00 ml becomes empty on the training grid"
 
 
 def test_lesion_wholly_outside_has_not_vanished_by_resampling():
@@ -121,7 +121,9 @@ def test_clipped_uptake_is_told_with_volume_and_maximum():
     mask = np.zeros((4, 4, 4), np.uint8)
     mask[1, 1] = 1
     (text,) = texts(clipped_uptake(suv, mask, 40.0, grid((4, 4, 4), (10, 10, 10))))
-    assert text.startswith("2.00 ml of lesions are brighter than the SUV range (SUVmax 55.5 > 40)")
+    assert text.startswith(
+        "2.00 ml of lesions are brighter than the SUV range (SUVmax 55.5 > 40 on the training grid)"
+    )
     assert texts(clipped_uptake(suv, mask, 56.0, grid((4, 4, 4)))) == []
 
 

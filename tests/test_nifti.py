@@ -341,7 +341,8 @@ def test_wrong_checksum_or_length_at_the_end_of_gzip_is_refused(at):
 
 
 def test_header_that_promises_more_than_the_file_can_hold_allocates_nothing():
-    raw = stored(ramp("u1"), dim=[3, 1000, 1000, 1000, 1, 1, 1, 1], **sform_only(np.eye(4)))
+    one_mm = {"pixdim": np.ones(8), **sform_only(np.eye(4))}
+    raw = stored(ramp("u1"), dim=[3, 1000, 1000, 1000, 1, 1, 1, 1], **one_mm)
     tracemalloc.start()
     refused(raw, "promises 1000000000 bytes")
     refused(gzip.compress(raw), "promises 1000000000 bytes")

@@ -430,7 +430,7 @@ def told(path, key=A):
 
 
 LOSSES = {
-    "outside": (["--shape", "12", "28"], "ml of 3 lesion(s) lie outside the target grid"),
+    "outside": (["--shape", "12", "28"], "ml of 3 lesion(s) lie outside the training grid"),
     "vanished": (["--spacing", "9", "9", "9"], "1 lesion(s) of 0.06 ml vanish by resampling"),
     "emptied": (["--spacing", "15", "15", "15"], "the mask of 4.74 ml becomes empty"),
     "clipped": (["--suv-range", "0", "3"], "brighter than the SUV range (SUVmax"),

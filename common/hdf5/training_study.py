@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,20 @@ from common import project_zip
 from common.errors import IncompleteStudy, Warning, texts_and_kinds, warnings_from
 from common.geometry import Image
 from common.hdf5.studies import create_file, write_dataset
+from common.image_checks import check_labels, check_mask, check_overlap
+from common.masks import completed
+from common.plausibility import summary_of, weight_of
 from common.volumes import (
     Recipe,
     Volume,
     doubts,
     losses,
-    mask_on_pet,
     measures,
     number_lesions,
+    on_pet,
     outline,
     place_ct,
-    place_lesions,
+    place_labels,
     place_pet,
     training_image,
 )
@@ -39,17 +42,18 @@ class PlacedStudy:
     ct, suv, lesions : Volume
         HU, SUV, and the number of each voxel's lesion.
     mask, mask_iso : (X, Y, Z) uint8 arrays
+        uint8 or uint16 where label values are kept.
     measures : dict
         Of its lesions and of the study, on the PET's own grid; plain JSON.
     warnings : sequence of Warning
-        What the target grid loses, and what can't be right.
+        What the target grid loses, and what can't be right, but for what the zip tells already.
     """
 
     ct: Volume
     suv: Volume
     lesions: Volume
-    mask: NDArray[np.uint8]
-    mask_iso: NDArray[np.uint8]
+    mask: NDArray[np.uint8 | np.uint16]
+    mask_iso: NDArray[np.uint8 | np.uint16]
     measures: Mapping[str, Any]
     warnings: Sequence[Warning]
 
@@ -101,29 +105,40 @@ def place_study(
     IncompleteStudy
         The zip lacks one of the images.
     StudyError
-        One of them is damaged.
+        One of them is damaged; they do not belong together; the mask holds no labels.
     """
     if study.missing:
         raise IncompleteStudy("no " + ", no ".join(study.missing))
     original_ct = project_zip.read_image(zip_path, study, "ct")
     laps.end("reading")
+    ct_grid, ct_summary = original_ct.grid, summary_of(original_ct)
     ct = place_ct(original_ct, recipe)
     del original_ct
     laps.end("resampling")
     pet = project_zip.read_image(zip_path, study, "petsuv")
-    lesions = number_lesions(project_zip.read_image(zip_path, study, "mask"))
+    check_overlap(ct_grid, pet.grid)
+    labels = check_labels(project_zip.read_image(zip_path, study, "mask"))
+    warnings = [*check_mask(labels, pet.grid, allow_empty=True)]
+    labels = completed(labels, pet.grid, ct_grid)
+    lesions = number_lesions(labels)
     laps.end("reading")
     suv = place_pet(pet, ct, recipe)
-    placed = place_lesions(lesions, ct, recipe)
+    placed = place_labels(lesions, ct, recipe)
+    kept = recipe.labels == "keep"
     laps.end("resampling")
-    mask, mask_iso = outline(suv, placed, recipe)
+    outlined = place_labels(labels, ct, recipe) if kept else placed
+    mask, mask_iso = outline(suv, outlined, recipe)
     laps.end("isocontour")
-    warnings = losses(pet, lesions, ct, suv, placed, recipe)
-    pet_mask, weight_kg = mask_on_pet(lesions, pet), _weight_kg(study)
-    found = measures(pet, pet_mask, weight_kg, recipe)
-    warnings += doubts(pet, pet_mask, ct, suv, found["study"]["dose_fraction"], weight_kg)
+    warnings += losses(pet, lesions, ct, suv, placed, recipe)
+    pet_lesions, weight_kg = on_pet(lesions, pet), weight_of(_provenance(study))
+    pet_labels = on_pet(labels, pet) if kept else None
+    found = measures(pet, pet_lesions, pet_labels, weight_kg, recipe)
+    fraction = found["study"]["dose_fraction"]
+    warnings += doubts(pet, labels, lesions, pet_lesions, ct_summary, fraction, weight_kg)
     laps.end("measures")
-    return PlacedStudy(ct, suv, placed, mask, mask_iso, found, warnings)
+    told = {warning.text for warning in _told(study)}
+    new = [warning for warning in warnings if warning.text not in told]
+    return PlacedStudy(ct, suv, placed, mask, mask_iso, found, new)
 
 
 def write_study(
@@ -143,7 +158,7 @@ def write_study(
     }
     attributes = _attributes(study, placed, recipe)
     attributes["image"]["fingerprint"] = fingerprint
-    with create_file(path, asdict(recipe), software) as file:
+    with create_file(path, recipe.parameters, software) as file:
         for group, array in arrays.items():
             write_dataset(file, group, study.hash, array, attributes[group], compression)
 
@@ -153,11 +168,7 @@ def _attributes(
 ) -> dict[str, dict[str, Any]]:
     """Return the attributes of each group's dataset."""
     provenance = _provenance(study)
-    record = study.record
-    told = [
-        *warnings_from(record.get("warnings", []), record.get("warning_kinds", [])),
-        *placed.warnings,
-    ]
+    told = [*_told(study), *placed.warnings]
     shared = {
         "affine": placed.ct.grid.affine,
         "project": study.project,
@@ -184,8 +195,6 @@ def _provenance(study: project_zip.ArchivedStudy) -> Mapping[str, Any]:
     return found
 
 
-def _weight_kg(study: project_zip.ArchivedStudy) -> float | None:
-    """Return what SUVbw times volume is divided by for the dose fraction, None for other SUV."""
-    provenance = _provenance(study)
-    weight = provenance.get("weight_kg") if provenance.get("suv_type", "bw") == "bw" else None
-    return weight if isinstance(weight, int | float) and weight > 0 else None
+def _told(study: project_zip.ArchivedStudy) -> list[Warning]:
+    """Return the warnings that the zip holds."""
+    return warnings_from(study.record.get("warnings", []), study.record.get("warning_kinds", []))

@@ -44,7 +44,14 @@ class NiftiFile:
     name: str
 
 
-Candidate = NiftiFile | Series | DicomFile
+@dataclass(frozen=True)
+class NiftiFiles:
+    """The NIfTI masks that one pattern of the user names, in the order of their names."""
+
+    files: tuple[NiftiFile, ...]
+
+
+Candidate = NiftiFile | NiftiFiles | Series | DicomFile
 
 
 def modality_of(file: DicomFile) -> str:
@@ -56,6 +63,8 @@ def kind(candidate: Candidate) -> str:
     """Return what a candidate is, and of how many slices; no identity."""
     if isinstance(candidate, NiftiFile):
         return "NIfTI file"
+    if isinstance(candidate, NiftiFiles):
+        return f"{len(candidate.files)} NIfTI files"
     if isinstance(candidate, Series):
         return f"DICOM series of {candidate.n_images}"
     return f"DICOM {modality_of(candidate)}"
@@ -94,6 +103,8 @@ def labels(candidate: Candidate) -> list[str]:
     """Return what a pattern may match: a description, and paths below the study."""
     if isinstance(candidate, NiftiFile):
         return [candidate.name]
+    if isinstance(candidate, NiftiFiles):
+        return [file.name for file in candidate.files]
     files = candidate.files if isinstance(candidate, Series) else (candidate,)
     return [joined_text(files[0].header, "SeriesDescription"), *(file.name for file in files)]
 
@@ -247,7 +258,7 @@ def several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator
         )
         for candidates in fitting.values()
         for each in candidates
-        if not isinstance(each, NiftiFile)
+        if not isinstance(each, NiftiFile | NiftiFiles)
     }
     if len(examinations) > 1:
         yield (
@@ -305,7 +316,7 @@ class Roles:
     Attributes
     ----------
     ct, pet : NiftiFile or Series
-    mask : NiftiFile or DicomFile
+    mask : NiftiFile, NiftiFiles or DicomFile
         A DicomFile is a SEG or an RTSTRUCT.
     header : Series or None
         PET DICOM files that give the SUV; None where PET is DICOM itself or needs no header.
@@ -316,7 +327,7 @@ class Roles:
 
     ct: NiftiFile | Series
     pet: NiftiFile | Series
-    mask: NiftiFile | DicomFile
+    mask: NiftiFile | NiftiFiles | DicomFile
     header: Series | None
     warnings: tuple[str, ...] = ()
 
@@ -388,6 +399,7 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         role: [each for each in found if patterns.match(role, each)]
         for role, found in candidates.items()
     }
+    fitting["mask"] = _one_file_a_lesion(fitting["mask"], patterns)
     remarks = files.remarks
     for role in ("ct",) if nifti_pet else ("ct", "pet"):
         fitting[role], left_out = _without_single_slices(fitting[role])
@@ -508,6 +520,14 @@ def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) ->
     return [
         file for file in files if role in roles_by_words(file.name) and not patterns.name_any(file)
     ]
+
+
+def _one_file_a_lesion(masks: Sequence[Candidate], patterns: Patterns) -> list[Candidate]:
+    """Take the NIfTI masks as one where a pattern of the user names several, and no DICOM mask."""
+    files = [each for each in masks if isinstance(each, NiftiFile)]
+    if "mask" not in patterns.by_role or not 1 < len(files) == len(masks):
+        return [*masks]
+    return [NiftiFiles(tuple(sorted(files, key=lambda file: file.name)))]
 
 
 def _without_single_slices(

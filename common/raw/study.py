@@ -32,8 +32,26 @@ from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
 from common.geometry import Image, embedded
+from common.image_checks import check_labels, check_mask, check_overlap
+from common.lesions import dose_fraction
+from common.masks import completed, united
 from common.nifti import read_nifti_file
-from common.raw.roles import ROLE_NAMES, Candidate, NiftiFile, Roles, modality_of, words
+from common.plausibility import (
+    dose_out_of_range,
+    implausible_images,
+    implausible_volume,
+    summary_of,
+    weight_of,
+)
+from common.raw.roles import (
+    ROLE_NAMES,
+    Candidate,
+    NiftiFile,
+    NiftiFiles,
+    Roles,
+    modality_of,
+    words,
+)
 from common.suv.factors import SuvConversion, already_suv, spread_factors, suv_factors
 from common.suv.inputs import PetSeries
 
@@ -234,7 +252,7 @@ def role_drawn_on(roles: Roles) -> str | None:
     StudyError
         It was drawn on another series, or on both.
     """
-    if isinstance(roles.mask, NiftiFile) or modality_of(roles.mask) != "RTSTRUCT":
+    if not isinstance(roles.mask, DicomFile) or modality_of(roles.mask) != "RTSTRUCT":
         return None
     role_of = {
         joined_text(file.header, keyword): role
@@ -271,66 +289,11 @@ def role_drawn_on(roles: Roles) -> str | None:
     )
 
 
-def check_overlap(ct: Image, pet: Image) -> None:
-    """Refuse a CT and a PET whose boxes do not overlap in space."""
-    if _are_apart(ct, pet) or _are_apart(pet, ct):
-        raise StudyError(
-            "the PET and the CT do not overlap in space: check that they are of one examination"
-        )
-
-
-def _are_apart(one: Image, other: Image) -> bool:
-    """Tell whether one image's box lies beside that of another along an axis of the first."""
-    ends = [(-0.5, n - 0.5) for n in other.data.shape]
-    corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
-    to_one = np.linalg.inv(one.affine) @ other.affine
-    there = to_one[:3, :3] @ corners + to_one[:3, 3:]
-    upper = np.array(one.data.shape) - 0.5
-    return bool((there.max(axis=1) <= -0.5).any() or (there.min(axis=1) >= upper).any())
-
-
-def check_mask(mask: Image, pet: Image, *, allow_empty: bool) -> tuple[Warning, ...]:
-    """Refuse a mask without a label on the PET; warn of labels beside it."""
-    n_labelled, n_on_pet = _count_labelled(mask, pet)
-    if not n_labelled:
-        if allow_empty:
-            return ()
-        raise StudyError(
-            "the mask is empty: give a mask with labelled voxels, or --allow-empty-mask if the "
-            "study is negative"
-        )
-    if not n_on_pet:
-        raise StudyError(
-            "the mask's labelled voxels and the PET do not overlap in space: check that they are "
-            "of one examination"
-        )
-    if n_on_pet == n_labelled:
-        return ()
-    beside_ml = (n_labelled - n_on_pet) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000
-    return (Warning(Kind.MASK, f"{beside_ml:.3g} ml of the mask lie outside the PET"),)
-
-
-def _count_labelled(mask: Image, pet: Image) -> tuple[int, int]:
-    """Return the number of labelled voxels, and of those whose centre lies in the PET's box."""
-    to_pet = np.linalg.inv(pet.affine) @ mask.affine
-    upper = np.array(pet.data.shape)[:, None] - 0.5
-    n_labelled = n_on_pet = 0
-    for k in range(mask.data.shape[2]):
-        i, j = np.nonzero(mask.data[:, :, k])
-        places = to_pet[:3, :2] @ (i, j) + (to_pet[:3, 2] * k + to_pet[:3, 3])[:, None]
-        n_labelled += len(i)
-        n_on_pet += int(((places >= -0.5) & (places <= upper)).all(axis=0).sum())
-    return n_labelled, n_on_pet
-
-
 # --- study -----------------------------------------------------------------------------------
 
 
 PLAUSIBLE_LARGEST_SUV = (0.1, 1000.0)
 """What the largest SUV of a PET lies between, unless its values have another unit than believed."""
-
-WHOLE_LABEL = 1e-3
-"""Distance from a whole number that a label may have, for the rounding of a NIfTI's scaling."""
 
 
 @dataclass(frozen=True)
@@ -392,10 +355,15 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
     plan = plan_study(roles, conversion)
     ct = _read_ct(plan.ct)
     pet, pet_warnings = _read_pet(plan, conversion)
-    check_overlap(ct, pet)
+    check_overlap(ct.grid, pet.grid)
     mask, mask_warnings = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
-    warnings = (*plan.warnings, *pet_warnings, *mask_warnings, *_implausible(pet))
-    warnings += check_mask(mask, pet, allow_empty=conversion.allow_empty_mask)
+    warnings = (
+        *plan.warnings,
+        *pet_warnings,
+        *mask_warnings,
+        *check_mask(mask, pet.grid, allow_empty=conversion.allow_empty_mask),
+        *_implausible(ct, pet, mask, weight_of(plan.suv.provenance)),
+    )
     return StudyImages(ct, pet, mask, plan.suv.provenance, warnings)
 
 
@@ -409,7 +377,7 @@ class Plan:
     Attributes
     ----------
     ct, pet : NiftiFile or Stack
-    mask : NiftiFile or DicomFile
+    mask : NiftiFile, NiftiFiles or DicomFile
     drawn_on : "ct", "pet" or None
         The image that an RTSTRUCT was drawn on.
     header : Series, Stack or None
@@ -421,7 +389,7 @@ class Plan:
 
     ct: NiftiFile | Stack
     pet: NiftiFile | Stack
-    mask: NiftiFile | DicomFile
+    mask: NiftiFile | NiftiFiles | DicomFile
     drawn_on: str | None
     header: Series | Stack | None
     suv: SuvConversion
@@ -524,16 +492,22 @@ def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[Warning,
     return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), warnings
 
 
-def _implausible(pet: Image) -> tuple[Warning, ...]:
-    """Warn where PET values can hardly be SUV."""
+def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) -> Iterator[Warning]:
+    """Warn where values can hardly be HU, SUV or tumour."""
     least, most = PLAUSIBLE_LARGEST_SUV
     largest = float(pet.data.max())
-    if least <= largest <= most:
-        return ()
-    text = (
-        f"the largest SUV of the PET is {largest:.3g}: check the unit of its values (--pet-units)"
-    )
-    return (Warning(Kind.IMPLAUSIBLE, text),)
+    if not least <= largest <= most:
+        yield Warning(
+            Kind.IMPLAUSIBLE,
+            f"the largest SUV of the PET is {largest:.3g}: check the unit of its values "
+            "(--pet-units)",
+        )
+    summary = summary_of(ct)
+    yield from implausible_images(summary, pet)
+    yield from implausible_volume(mask, summary, pet)
+    if weight_kg is not None:
+        fraction = dose_fraction(pet.data, pet.affine, weight_kg)
+        yield from dose_out_of_range(fraction, weight_kg, summary, pet)
 
 
 # --- the mask --------------------------------------------------------------------------------
@@ -544,10 +518,12 @@ def _read_mask(
 ) -> tuple[Image, tuple[Warning, ...]]:
     source = plan.mask
     roi = re.compile(conversion.roi, re.IGNORECASE) if conversion.roi else None
-    if isinstance(source, NiftiFile):
+    if isinstance(source, NiftiFile | NiftiFiles):
         text = "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
         unmet = (Warning(Kind.MASK, text),)
-        return _labels(read_nifti_file(source.path, "mask")), unmet if roi else ()
+        nifti, warnings = _read_nifti_mask(source)
+        whole = completed(nifti, images["pet"].grid, images["ct"].grid)
+        return whole, (*warnings, *(unmet if roi else ()))
     if plan.drawn_on is not None:
         grid = images[plan.drawn_on]
         mask = read_rtstruct(source.header, grid.data.shape, grid.affine, roi)
@@ -559,20 +535,7 @@ def _read_mask(
     return whole if whole is not drawn else embedded(drawn, images["ct"]), mask.warnings
 
 
-def _labels(mask: Image) -> Image:
-    """Return a NIfTI mask as uint8 or uint16 labels."""
-    labels = mask.data
-    if labels.dtype.kind == "f":
-        whole = np.rint(labels)
-        if np.abs(labels - whole).max() > WHOLE_LABEL:
-            raise StudyError(
-                "the mask has values that are not whole numbers: give labels, not weights"
-            )
-        labels = whole
-    if labels.min() < 0 or labels.max() > np.iinfo(np.uint16).max:
-        raise StudyError(
-            f"the mask has labels from {labels.min():g} to {labels.max():g}: give labels from 0 to "
-            f"{np.iinfo(np.uint16).max}"
-        )
-    dtype = np.uint8 if labels.max() <= np.iinfo(np.uint8).max else np.uint16
-    return Image(labels.astype(dtype), mask.affine)
+def _read_nifti_mask(source: NiftiFile | NiftiFiles) -> tuple[Image, tuple[Warning, ...]]:
+    if isinstance(source, NiftiFile):
+        return check_labels(read_nifti_file(source.path, "mask")), ()
+    return united([check_labels(read_nifti_file(file.path, "mask")) for file in source.files])

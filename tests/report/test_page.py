@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import preprocessing
-from common import quality_warnings
+from common import geometry, plausibility, quality_warnings
 from common.errors import Kind, Warning, warnings_from
 from common.geometry import Grid
 from common.report import page as page_module
@@ -226,14 +226,20 @@ def test_every_warning_of_resampling_and_plausibility_is_of_a_kind_to_filter_by(
     merged[0, 0, 0], merged[0, 0, 1] = 1, 2
     small = Grid((2, 2, 2), np.diag([3.0, 3, 3, 1]))
     suv = np.full(lesions.shape, 50, np.float32)
+    pet = geometry.Image(suv, lesions.affine)
     kinds = {
         "tumour outside the grid": quality_warnings.lesion_losses(ids, lesions, merged, small),
         "vanished lesions": quality_warnings.lesion_losses(ids, lesions, merged * 0, lesions),
         "merged lesions": quality_warnings.lesion_losses(ids, lesions, merged, small),
         "clipped uptake": quality_warnings.clipped_uptake(suv, ids, 40, lesions),
         "PET not covered by CT": quality_warnings.uncovered_uptake(suv, lesions, small),
-        "dose fraction": quality_warnings.dose_out_of_range(2.0, 70.0, suv, suv, lesions),
-        "mask far from uptake": quality_warnings.mask_far_from_uptake(suv * 0, ids, lesions),
+        "dose fraction": plausibility.dose_out_of_range(
+            2.0,
+            70.0,
+            plausibility.summary_of(pet),
+            pet,
+        ),
+        "mask far from uptake": plausibility.mask_far_from_uptake(suv * 0, ids, lesions),
     }
     for kind, warnings in kinds.items():
         assert kind in page_module.kinds_of(warnings)
