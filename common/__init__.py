@@ -11,8 +11,8 @@ suv/            SUV factors and their provenance, from plain numbers
 Pure: arrays and frozen dataclasses in, arrays out; no paths, no formats, no log.
 
 volumes         a study's three images to a training volume, step by step
-quality_warnings   what resampling loses; plausibility: which values of CT, PET and mask can't be right
-image_checks    which images are no study: refused; masks: cropped ones completed, several united
+quality_warnings   what resampling loses       plausibility   values that can't be right
+image_checks    images that are no study       masks          crops completed, files united
 resampling      images onto a grid, equal to nilearn; spline_axes: one axis of it
 projection      rotated maximum-intensity projections, equal to scipy
 lesions         lesions of a mask, their isocontours and measures; components: connected voxels
