@@ -484,9 +484,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, hospital: Path) -> Path:
     more = ["--save-nifti", "nifti", "--measures", "measures.csv", "--report", "report.html"]
     more += [*GRID, "-j", 2]
     assert run(out, "preprocessing", "project.zip", "-o", "3d.h5", *more).returncode == 0
-    content = bytearray((out / "project.zip").read_bytes())
-    content[len(content) // 2] ^= 1
-    (out / "damaged.zip").write_bytes(content)
+    damage_member(out / "project.zip", out / "damaged.zip", "_ct.nii.gz")
     assert run(out, "preprocessing", "damaged.zip", "-o", "damaged.h5", *GRID).returncode == 3
     (out / "damaged.zip").unlink()
     merging = ["-o", "all.h5", "--splits", 2, "--splits-dir", "splits"]
@@ -496,6 +494,16 @@ def written(tmp_path_factory: pytest.TempPathFactory, hospital: Path) -> Path:
     assert run(out, "project_2d", "all.h5", "-o", "2d.h5", *pictures).returncode == 0
     assert run(out, "project_2d", "all.h5", "-o", "stack.h5", "--stack").returncode == 0
     return out
+
+
+def damage_member(sound: Path, damaged: Path, ending: str) -> None:
+    """Copy a zip with one bit flipped in the middle of the values of its first such member."""
+    content = bytearray(sound.read_bytes())
+    with zipfile.ZipFile(sound) as archive:
+        member = next(each for each in archive.infolist() if each.filename.endswith(ending))
+    begin = content.index(b"\x1f\x8b", member.header_offset)
+    content[begin + member.compress_size // 2] ^= 1
+    damaged.write_bytes(content)
 
 
 def test_planted_strings_are_found_where_they_were_planted(hospital, garden):

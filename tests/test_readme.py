@@ -134,5 +134,10 @@ def test_every_rule_that_a_report_may_name_is_explained():
         assert f"(12{letter})" in told
 
 
+def test_the_gate_runs_the_test_command_of_the_readme():
+    [command] = re.findall(r"^(bash tests/\S+) +# runs the tests$", README, flags=re.MULTILINE)
+    assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
 def test_python_is_new_enough():
     assert sys.version_info >= (3, 11)

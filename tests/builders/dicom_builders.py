@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
@@ -28,11 +29,12 @@ ORIENTATIONS = {
     "coronal": [1, 0, 0, 0, 0, -1],
     "oblique": [0.96, 0.28, 0, -0.168, 0.576, 0.8],
 }
-PYDICOM_ENCODERS = {
-    uid.RLELossless: "pydicom",
-    uid.JPEGLSLossless: "pyjpegls",
-    uid.JPEG2000Lossless: "pylibjpeg",
+ENCODERS = {
+    uid.RLELossless: ("pydicom", ()),
+    uid.JPEGLSLossless: ("pyjpegls", ("jpeg_ls",)),
+    uid.JPEG2000Lossless: ("pylibjpeg", ("pylibjpeg", "openjpeg")),
 }
+"""By transfer syntax: pydicom's name of the encoder, and the modules that it needs."""
 GDCM_ENCODERS = {
     uid.JPEGLossless: "JPEGLosslessProcess14",
     uid.JPEGLosslessSV1: "JPEGLosslessProcess14_1",
@@ -207,9 +209,8 @@ def write_slices(
 def write_file(path: Path, dataset: Dataset, syntax: str = uid.ExplicitVRLittleEndian) -> None:
     """Write a dataset in a transfer syntax."""
     dataset = copy.deepcopy(dataset)
-    if syntax in PYDICOM_ENCODERS:
-        plugin = PYDICOM_ENCODERS[syntax]
-        dataset.compress(syntax, encoding_plugin=plugin, generate_instance_uid=False)
+    if syntax in ENCODERS:
+        compress(dataset, syntax)
     elif syntax in GDCM_ENCODERS:
         dataset.save_as(path, enforce_file_format=True)
         dataset.PixelData = _compressed_by_gdcm(path, GDCM_ENCODERS[syntax])
@@ -219,6 +220,14 @@ def write_file(path: Path, dataset: Dataset, syntax: str = uid.ExplicitVRLittleE
         dataset.PixelData = swapped.tobytes()
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.save_as(path, enforce_file_format=True)
+
+
+def compress(dataset: Dataset, syntax: str) -> None:
+    """Compress the pixels; the test is skipped where the encoder is not installed."""
+    encoder, modules = ENCODERS[syntax]
+    for module in modules:
+        pytest.importorskip(module, reason=f"{encoder} is not installed, or not its {module}")
+    dataset.compress(syntax, encoding_plugin=encoder, generate_instance_uid=False)
 
 
 def write_bare_file(path: Path, dataset: Dataset, *, implicit: bool = True) -> None:
