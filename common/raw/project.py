@@ -23,15 +23,40 @@ _UNFINISHED_OUTPUTS = (".zip.parts", ".h5.parts")
 
 
 @dataclass(frozen=True)
+class Member:
+    """A file of a study whose layout is not a folder of its own.
+
+    Attributes
+    ----------
+    name : str
+        Its path below the project (private).
+    role : str
+        "ct", "pet" or "mask" where the layout tells, else "".
+    """
+
+    name: str
+    role: str
+
+
+@dataclass(frozen=True)
 class StudyFolder:
-    """One study's folder: names of patient and study (private) and its path.
+    """One study: names of patient and study (private) and where its files are.
 
     Without a name of a study it is a patient's folder that holds none, or can't be read.
+
+    Attributes
+    ----------
+    patient, study : str
+    path : str
+        Its folder, or, with `members`, that of the project.
+    members : tuple of Member, optional
+        Its files, where they are not all that lies below `path`; see `common.raw.layouts`.
     """
 
     patient: str
     study: str
     path: str
+    members: tuple[Member, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,7 @@ def list_studies(project: Path) -> list[StudyFolder]:
             f"the raw project cannot be read ({error.strerror}): check the folder and its "
             "permissions"
         ) from error
-    studies = [study for name, path in patients for study in _studies_of(_text(name), path)]
+    studies = [study for name, path in patients for study in _studies_of(text_of(name), path)]
     if not any(study.study for study in studies):
         raise StageError(
             f"{project}: no study in it; it must hold <patient>/<study>/ folders, and you need "
@@ -77,13 +102,13 @@ def list_studies(project: Path) -> list[StudyFolder]:
 
 def _studies_of(patient: str, path: str) -> list[StudyFolder]:
     try:
-        studies = [StudyFolder(patient, _text(name), below) for name, below in _subfolders(path)]
+        studies = [StudyFolder(patient, text_of(name), below) for name, below in _subfolders(path)]
     except OSError:
         studies = []
     return studies or [StudyFolder(patient, "", path)]
 
 
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
     """Return a name as UTF-8 tells it, whatever the locale: pseudonyms are made of it."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
@@ -134,12 +159,51 @@ def list_files(folder: StudyFolder) -> list[RawFile]:
     StudyError
         A folder that may not be read.
     """
-    files = files_below(folder.path)
+    files = files_of(folder)
     if not folder.study:
         raise IncompleteStudy(
             "no study folder: move the patient's files to RAW_PROJECT/<patient>/<study>/"
         )
     return files
+
+
+def files_of(folder: StudyFolder) -> list[RawFile]:
+    """Return the files of a study, whatever its layout, in order of name.
+
+    Raises
+    ------
+    StudyError
+        A folder that may not be read.
+    """
+    if folder.members is None:
+        return files_below(folder.path)
+    return sorted(
+        (_stated(folder.path, each.name) for each in folder.members), key=lambda file: file.name
+    )
+
+
+def _stated(folder: str, name: str) -> RawFile:
+    try:
+        status = os.stat(os.path.join(folder, name))
+    except OSError:
+        return RawFile(name, None)
+    return RawFile(name, status.st_size, status.st_mtime_ns)
+
+
+def listed_files(project: Path, below: str) -> list[str]:
+    """Return the paths, from the project on, of the files below one of its folders; [] without.
+
+    Raises
+    ------
+    StageError
+        It can't be read.
+    """
+    if not (project / below).is_dir():
+        return []
+    try:
+        return [f"{below}/{file.name}" for file in files_below(str(project / below))]
+    except StudyError as error:
+        raise StageError(f"{project}: {below}: {error}") from error
 
 
 def files_below(folder: str) -> list[RawFile]:

@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 from common.errors import StageError
 from common.hashing import SHORTEST_KEY, pseudonym
 from common.raw import mapping
-from common.raw.project import StudyFolder, list_studies
+from common.raw.layouts import find_studies
+from common.raw.project import StudyFolder
 
 # --- pseudonyms ------------------------------------------------------------------------------
 
 
 def studies_by_hash(
-    project: Path, key: bytes | None, lengths: tuple[int, int]
+    project: Path, key: bytes | None, lengths: tuple[int, int], patient: str | None = None
 ) -> dict[str, StudyFolder]:
     """Return the study folders of a raw project by their pseudonyms, ordered by name.
 
@@ -28,6 +29,8 @@ def studies_by_hash(
     project : Path
     key, lengths
         As `hashing.pseudonym` takes them.
+    patient : str, optional
+        Regular expression that finds the patient in a study's name.
 
     Raises
     ------
@@ -38,7 +41,7 @@ def studies_by_hash(
     folders: dict[str, StudyFolder] = {}
     patients: dict[str, str] = {}
     n_patient, n_study = lengths
-    for folder in list_studies(project):
+    for folder in find_studies(project, patient):
         study_hash = pseudonym(folder.patient, folder.study, key, (n_patient, n_study))
         namesake = patients.setdefault(study_hash[:n_patient], folder.patient)
         if namesake != folder.patient:

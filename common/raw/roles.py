@@ -24,24 +24,37 @@ from common.dicom.attributes import joined_text, tag_of
 from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
 from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
-from common.raw.project import files_below
+from common.raw.layouts import sidecar_of
+from common.raw.project import StudyFolder, files_of
 
 # --- candidates ------------------------------------------------------------------------------
 
 ROLE_NAMES = {"ct": "CT", "pet": "PET", "mask": "mask", "header": "DICOM header"}
 
-MASK_WORDS = frozenset({"mask", "seg", "label", "roi", "gtv"})
-PET_WORDS = frozenset({"pet", "pt", "suv"})
-CT_WORDS = frozenset({"ct", "gk"})
-"""Words in a NIfTI file's path that tell its role."""
+MASK_WORDS = frozenset(
+    {"mask", "seg", "label", "roi", "gtv", "tumor", "tumour", "lesion", "lesions", "gt", "dseg"}
+)
+PET_WORDS = frozenset({"pet", "pt", "suv", "suvbw"})
+TRACER_WORDS = frozenset({"fdg"})
+CT_WORDS = frozenset({"ct", "gk", "lowdose"})
+"""Words in a NIfTI file's path that tell its role; that of a tracer only where no other does."""
 
 
 @dataclass(frozen=True)
 class NiftiFile:
-    """A NIfTI file: its path and its path below the study (private)."""
+    """A NIfTI file: its path and its path below the study (private).
+
+    `role` is "ct", "pet" or "mask" where the layout tells it, else "".
+    """
 
     path: str
     name: str
+    role: str = ""
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles that it may play, by the layout or by the words in its path."""
+        return frozenset({self.role}) if self.role else roles_by_words(self.name)
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,8 @@ def roles_by_words(name: str) -> frozenset[str]:
         images = (("pet", PET_WORDS), ("ct", CT_WORDS))
         if roles := frozenset(role for role, of_role in images if found & of_role):
             return roles
+        if found & TRACER_WORDS:
+            return frozenset({"pet"})
     return frozenset()
 
 
@@ -161,7 +176,7 @@ class StudyFiles:
     remarks: tuple[str, ...]
 
 
-def read_files(folder: str) -> StudyFiles:
+def read_files(folder: StudyFolder) -> StudyFiles:
     """Read the headers of all DICOM files below a study's folder, and list the NIfTI files.
 
     Raises
@@ -173,12 +188,13 @@ def read_files(folder: str) -> StudyFiles:
     dicom: list[DicomFile] = []
     other_formats: set[str] = set()
     n_dangling = n_no_dicom = 0
-    for file in files_below(folder):
-        path = os.path.join(folder, file.name)
+    role_of = {each.name: each.role for each in folder.members or ()}
+    for file in files_of(folder):
+        path = os.path.join(folder.path, file.name)
         if file.size is None:
             n_dangling += 1
         elif is_nifti_name(file.name):
-            nifti.append(NiftiFile(path, file.name))
+            nifti.append(NiftiFile(path, file.name, role_of.get(file.name, "")))
         elif (found := read_dicom_file(path, file.name)) is not None:
             dicom.append(found)
         else:
@@ -323,6 +339,8 @@ class Roles:
         Given beside a DICOM PET, it must be of that very series.
     warnings : tuple of str
         What was left out or decided; no identity.
+    sidecar : str or None
+        Path of the PET-BIDS sidecar that gives the SUV of a NIfTI PET without a DICOM header.
     """
 
     ct: NiftiFile | Series
@@ -330,6 +348,7 @@ class Roles:
     mask: NiftiFile | NiftiFiles | DicomFile
     header: Series | None
     warnings: tuple[str, ...] = ()
+    sidecar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -363,13 +382,13 @@ class Survey:
         return kind(found[0]) if found else "missing"
 
 
-def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Survey:
+def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool = True) -> Survey:
     """Find what fits each role of one study.
 
     Parameters
     ----------
-    folder : str
-        The study's folder.
+    folder : StudyFolder or str
+        The study, or the path of its folder.
     patterns : Patterns
     header_needed : bool
         False where a NIfTI PET is in SUV already.
@@ -379,6 +398,8 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
     StudyError
         A folder or file cannot be read.
     """
+    if isinstance(folder, str):
+        folder = StudyFolder("", "", folder)
     files = read_files(folder)
     nifti_ct, nifti_pet = (_nifti_in_role(role, files.nifti, patterns) for role in ("ct", "pet"))
     headers = [] if nifti_pet else _files_for_header_alone("pet", files.dicom, patterns)
@@ -394,7 +415,9 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         ],
     }
     if headers or (nifti_pet and header_needed):
-        candidates["header"] = [*group_series(headers or files.dicom, "PT")]
+        of_pet = group_series(headers or files.dicom, "PT")
+        if of_pet or not all(sidecar_of(pet.path) for pet in nifti_pet):
+            candidates["header"] = [*of_pet]
     fitting = {
         role: [each for each in found if patterns.match(role, each)]
         for role, found in candidates.items()
@@ -408,17 +431,13 @@ def survey(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Su
         # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
         remarks += passed_over(fitting["pet"])
         fitting["pet"] = [*nifti_pet]
-    nameless = [
-        file.name
-        for file in files.nifti
-        if not roles_by_words(file.name) and not patterns.name_any(file)
-    ]
+    nameless = [file.name for file in files.nifti if not file.roles and not patterns.name_any(file)]
     if nameless and all(fitting.values()):
         remarks += nameless_left_out(len(nameless))
     names = [private_name(role, each) for role, found in candidates.items() for each in found]
     hints = (
         *hints_of_roles(fitting, files, patterns, len(nameless)),
-        *hints_of_folder(folder, files),
+        *hints_of_folder(folder.path, files),
     )
     return Survey(fitting, remarks, hints, (*names, *nameless))
 
@@ -448,10 +467,14 @@ def choose(found: Survey) -> Roles:
         raise StudyError("; ".join(reasons), "; ".join(names))
     ct, pet, mask = (fitting[role][0] for role in ("ct", "pet", "mask"))
     header = fitting["header"][0] if "header" in fitting else None
-    return Roles(ct, pet, mask, header, found.remarks)  # type: ignore[arg-type]
+    has_header = header is not None or isinstance(pet, Series)
+    sidecar = None if has_header else sidecar_of(pet.path)  # type: ignore[union-attr]
+    return Roles(ct, pet, mask, header, found.remarks, sidecar)  # type: ignore[arg-type]
 
 
-def find_roles(folder: str, patterns: Patterns, *, header_needed: bool = True) -> Roles:
+def find_roles(
+    folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool = True
+) -> Roles:
     """Find the CT, PET, mask and header of one study; see `survey` and `choose`."""
     return choose(survey(folder, patterns, header_needed=header_needed))
 
@@ -517,9 +540,7 @@ def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) ->
     """
     if role in patterns.by_role:
         return [file for file in files if patterns.name(role, file)]
-    return [
-        file for file in files if role in roles_by_words(file.name) and not patterns.name_any(file)
-    ]
+    return [file for file in files if role in file.roles and not patterns.name_any(file)]
 
 
 def _one_file_a_lesion(masks: Sequence[Candidate], patterns: Patterns) -> list[Candidate]:

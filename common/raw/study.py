@@ -43,6 +43,7 @@ from common.plausibility import (
     summary_of,
     weight_of,
 )
+from common.raw.layouts import read_sidecar
 from common.raw.roles import (
     ROLE_NAMES,
     Candidate,
@@ -424,7 +425,10 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         if items(header.files[0].header, "PerFrameFunctionalGroupsSequence"):
             header = stack_slices(header)
     source = pet if isinstance(pet, Stack) else header
-    suv = _suv(source, conversion, in_unit=isinstance(pet, NiftiFile))
+    if roles.sidecar and conversion.pet_units == "auto":
+        suv = suv_factors(read_sidecar(roles.sidecar), conversion.suv_type, conversion.strict)
+    else:
+        suv = _suv(source, conversion, in_unit=isinstance(pet, NiftiFile))
     for stack in (ct, pet):
         warnings += stack.warnings if isinstance(stack, Stack) else ()
     warnings += suv.warnings

@@ -480,7 +480,7 @@ def test_an_incomplete_study_tells_of_several_candidates_too(tmp_path):
 @pytest.mark.parametrize(
     ("instead", "hint"),
     [
-        ("tumor.nii.gz", "NIfTI files (1) have no word for a role in their path: choose with"),
+        ("reader.nii.gz", "NIfTI files (1) have no word for a role in their path: choose with"),
         ("tumor.nrrd", ".nrrd files are not read: convert or unpack them"),
         ("masks.zip", ".zip files are not read"),
         ("RS.dcm.gz", ".gz files are not read"),
