@@ -29,7 +29,7 @@ from common import project_zip
 from common.errors import IncompleteStudy, StudyError, Warning
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
 from common.raw import mapping, pseudonyms, roles
-from common.raw.project import StudyFolder, files_below, image_bytes, list_files
+from common.raw.project import StudyFolder, files_of, image_bytes, list_files
 from common.raw.pseudonyms import studies_by_hash
 from common.raw.roles import ROLE_NAMES, Patterns
 from common.raw.study import Conversion, plan_study, read_study
@@ -65,7 +65,7 @@ TABLE_HEADING = ("study", "would be", *ROLE_NAMES.values(), "SUV", "remarks")
 class RawStudy:
     """What a worker needs to convert one study."""
 
-    folder: str
+    folder: StudyFolder
     project: str
     patterns: Patterns
     conversion: Conversion
@@ -145,6 +145,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     identity = parser.add_argument_group("pseudonyms")
     identity.add_argument(
+        "--patient",
+        type=cli.regex,
+        metavar="REGEX",
+        help="finds the patient in the name of a case or in FOLDER/FOLDER: its first group, or the "
+        "whole match (nnU-Net, HECKTOR; default: the case, or the upper folder)",
+    )
+    identity.add_argument(
         "--key-file",
         type=Path,
         metavar="FILE",
@@ -219,7 +226,9 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
 
 def pseudonymised(options: argparse.Namespace) -> dict[str, StudyFolder]:
     """Return this shard's study folders by hash, after checking the hashes of all."""
-    folders = studies_by_hash(options.raw_project, options.key, options.hash_length)
+    folders = studies_by_hash(
+        options.raw_project, options.key, options.hash_length, options.patient
+    )
     return {h: f for h, f in folders.items() if cli.in_shard(h, options.shard)}
 
 
@@ -247,7 +256,8 @@ def plan(
             outcomes.append(Outcome(study_hash, status, str(error), private=error.private))
             continue
         seen = [[file.name, file.size, file.changed_ns] for file in files]
-        raw = RawStudy(os.path.abspath(folder.path), options.name, patterns, conversion)
+        there = replace(folder, path=os.path.abspath(folder.path))
+        raw = RawStudy(there, options.name, patterns, conversion)
         studies.append(
             stage.Study(
                 study_hash,
@@ -268,8 +278,8 @@ def with_memory(studies: Sequence[stage.Study]) -> list[stage.Study]:
     sizes = {study.hash: study.memory_bytes for study in studies}
     for study in sorted(studies, key=lambda study: study.memory_bytes)[-N_LOOKED_INTO:]:
         with suppress(StudyError):
-            files = files_below(study.payload.folder)
-            sizes[study.hash] = image_bytes(study.payload.folder, files)
+            folder = study.payload.folder
+            sizes[study.hash] = image_bytes(folder.path, files_of(folder))
     return [
         replace(study, memory_bytes=MEMORY_BASE + MEMORY_PER_BYTE * sizes[study.hash])
         for study in studies

@@ -17,8 +17,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import StageError, StudyError
 from common.raw.project import Member, StudyFolder, list_studies, listed_files, text_of
+from common.suv.decay import average_rate_time_s
 from common.suv.inputs import PetSeries, PetSlice
 
 logger = logging.getLogger("tumorvolume")
@@ -177,6 +180,8 @@ def patient_in(name: str, pattern: str | None) -> str:
 
 # --- BIDS ------------------------------------------------------------------------------------
 
+_PARTICIPANTS = "participants.tsv"
+
 
 def is_bids(project: Path) -> bool:
     """Tell whether a folder holds subjects of BIDS."""
@@ -195,6 +200,8 @@ def bids_studies(project: Path) -> list[StudyFolder]:
             own = "/".join(filter(None, (subject, session)))
             names = listed_files(project, own)
             names += [name for name in derived if _is_of(name, subject, session)]
+            if (project / _PARTICIPANTS).is_file():
+                names.append(_PARTICIPANTS)
             members = tuple(Member(name, "") for name in names)
             study = text_of(session or subject)
             studies.append(StudyFolder(text_of(subject), study, str(project), members))
@@ -287,11 +294,14 @@ def read_sidecar(path: str) -> PetSeries:
     dose_bq = _number(fields, "InjectedRadioactivity") * _BQ_PER[injected]
     injection = zero + timedelta(seconds=_number(fields, "InjectionStart"))
     start_s, duration_s = _first_frame(fields)
-    moment = _number(fields, "ImageDecayCorrectionTime") if corrected else None
+    if corrected:
+        reference_s = _number(fields, "ImageDecayCorrectionTime")
+    else:
+        reference_s = start_s + float(average_rate_time_s(np.array(duration_s), half_life_s))
     frame = PetSlice(
         acquisition=zero + timedelta(seconds=start_s),
         frame_duration_s=duration_s,
-        decay_reference=None if moment is None else zero + timedelta(seconds=moment),
+        decay_reference=zero + timedelta(seconds=reference_s),
         real_world_slope=_BQ_PER[activity],
     )
     return PetSeries(
@@ -303,7 +313,7 @@ def read_sidecar(path: str) -> PetSeries:
         injection=injection,
         series_start=zero + timedelta(seconds=start_s),
         # Its reference time is standard, as an enhanced object's.
-        enhanced=corrected,
+        enhanced=True,
         **shared,
     )
 
@@ -316,7 +326,7 @@ def _time_zero(fields: Mapping[str, Any]) -> datetime:
     return _DAY_OF_SCAN + (clock - datetime(1900, 1, 1))
 
 
-def _first_frame(fields: Mapping[str, Any]) -> tuple[float, float | None]:
+def _first_frame(fields: Mapping[str, Any]) -> tuple[float, float]:
     """Return start and duration [s] of the one frame, from TimeZero."""
     starts, durations = (fields.get(name) or [] for name in ("FrameTimesStart", "FrameDuration"))
     starts, durations = (
@@ -330,7 +340,9 @@ def _first_frame(fields: Mapping[str, Any]) -> tuple[float, float | None]:
             "give one static frame"
         )
     first_s = _number({"FrameTimesStart": starts[0]}, "FrameTimesStart")
-    return first_s, _number({"FrameDuration": durations[0]}, "FrameDuration") if durations else None
+    if not durations:
+        raise _lacking("FrameDuration", "the frame's length [s]")
+    return first_s, _number({"FrameDuration": durations[0]}, "FrameDuration")
 
 
 def _number(fields: Mapping[str, Any], name: str) -> float:
@@ -349,7 +361,7 @@ def _weight_kg(fields: Mapping[str, Any], path: Path) -> float | None:
         return None
     project = Path(*path.parts[: path.parts.index(subject)])
     try:
-        with open(project / "participants.tsv", encoding="utf-8-sig") as stream:
+        with open(project / _PARTICIPANTS, encoding="utf-8-sig") as stream:
             heading, *rows = (line.rstrip("\r\n").split("\t") for line in stream)
     except (OSError, ValueError):
         return None
