@@ -300,6 +300,9 @@ def project_study(task: stage.PartTask) -> Sequence[Warning]:
     del image
     for group in ("mask", "mask_iso"):
         mask, _ = read_dataset(work.path, group, work.key)
+        if work.slab is not None and "labels" in work.parameters:
+            # The masks of a stack are of one type, whichever labels a study has.
+            mask = mask.astype(np.uint16)
         mips[group] = mask_mips(mask, work.angles)
     if work.slab is not None:
         mips = {group: padded(array, work.slab) for group, array in mips.items()}

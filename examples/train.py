@@ -66,7 +66,7 @@ class LesionPatches(torch.utils.data.Dataset):
         start = self._start(key, ("tumour", "uptake", "tumour", "anywhere")[index % 4], random)
         box = (slice(None), *(slice(s, s + self.patch) for s in start))
         x = self._padded(network_input(image[box], image.attrs))
-        y = self._padded(mask[box])
+        y = self._padded(mask[box]) > 0
         flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
         return tuple(
             torch.from_numpy(np.flip(array, flipped).astype(np.float32)) for array in (x, y)
@@ -183,7 +183,7 @@ def evaluate(network: nn.Module, path: Path, keys: Sequence[str], target: str) -
         for key in keys:
             stored = file["image"][key]
             image = torch.from_numpy(network_input(stored[()], stored.attrs))[None]
-            mask = torch.from_numpy(file[target][key][()].astype(np.float32))[None]
+            mask = torch.from_numpy((file[target][key][()] > 0).astype(np.float32))[None]
             # The network halves the volume twice.
             room = [r for n in reversed(image.shape[2:]) for r in (0, -n % 4)]
             logits = network(nn.functional.pad(image, room))

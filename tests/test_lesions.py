@@ -326,6 +326,32 @@ def test_measures_of_each_lesion_are_those_of_its_voxels(drawn):
         assert lesion.centroid_mm == pytest.approx(tuple(centroid[:3]))
 
 
+def test_lesions_keep_their_numbers_where_they_touch_or_fall_apart():
+    suv = np.ones((9, 3, 3), np.float32)
+    suv[:3] = 4
+    ids = np.zeros(suv.shape, np.uint8)
+    ids[:3, 1, 1], ids[3:5, 1, 1], ids[8, 1, 1] = 7, 2, 2
+    two, seven = measure_lesions(suv, ids, np.diag([10.0, 10, 10, 1]))
+    measured = (two.label, two.mtv_ml, two.suv_max, two.iso_mtv_ml)
+    assert measured == pytest.approx((2, 3, 1, 3))
+    assert (seven.label, seven.mtv_ml, seven.suv_max) == pytest.approx((7, 3, 4))
+
+
+def test_rows_of_labels_have_the_isocontours_of_their_lesions():
+    suv = np.zeros((9, 3, 3), np.float32)
+    suv[:, 1, 1] = (8, 3, 1, 0, 0, 2, 1, 0, 0)
+    ids, labels = np.zeros((2, *suv.shape), np.uint8)
+    ids[:3, 1, 1], ids[5:7, 1, 1] = 1, 2
+    labels[:2, 1, 1], labels[2, 1, 1], labels[5:7, 1, 1] = 5, 3, 3
+    affine = np.diag([10.0, 10, 10, 1])
+    three, five = measure_lesions(suv, ids, affine, 30, rows=labels)
+    measured = (three.label, three.mtv_ml, three.suv_max, three.tlg_g)
+    assert measured == pytest.approx((3, 3, 2, 4))
+    # SUV 1 of the first lesion is below 30 % of its 8; that of the second is not below of its 2.
+    assert (three.iso_mtv_ml, three.iso_tlg_g) == pytest.approx((2, 3))
+    assert (five.label, five.mtv_ml, five.iso_mtv_ml) == pytest.approx((5, 2, 2))
+
+
 # --- measures of a study ----------------------------------------------------------------------
 
 

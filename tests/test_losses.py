@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from said import texts
 
 from common.geometry import Grid
-from common.quality_warnings import clipped_uptake, lesion_losses, uncovered_uptake
+from common.lesions import label_lesions
+from common.quality_warnings import (
+    clipped_uptake,
+    lesion_losses,
+    uncovered_uptake,
+    unmeasured_lesions,
+)
 from common.resampling import resample_nearest
 
 
@@ -112,6 +118,49 @@ def test_sums_are_those_of_a_voxel_by_voxel_count(seed, spacing, n):
     if gone:
         assert numbers(vanished[0])[0] == len(gone)
     assert any("empty" in text for text in told(ids, source, target)) is (not resampled.any())
+
+
+def test_lesion_that_falls_apart_is_told():
+    ids = np.zeros((12, 6, 6), np.uint8)
+    ids[:4, 1:3, 1:3] = ids[8:, 1:3, 1:3] = 1
+    ids[4:8, 1, 1] = 1  # a bridge between two voxels of the target
+    source, target = grid(ids.shape, (5, 5, 5)), grid((6, 3, 3), (10, 10, 10), (0, 10, 10))
+    (text,) = told(ids, source, target)
+    assert text == (
+        "1 lesion(s) of 4.00 ml fall into 2 parts by resampling to the training grid: use a finer "
+        "--spacing"
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1.4, 2.3, 3.1, 4.6]))
+def test_the_number_of_lesions_never_changes_in_silence(seed, spacing):
+    random = np.random.default_rng(seed)
+    mask = np.zeros((20, 18, 16), np.uint8)
+    for _ in range(random.integers(1, 7)):
+        low = random.integers(0, np.array(mask.shape) - 1)
+        mask[tuple(map(slice, low, low + random.integers(1, 6, 3)))] = 1
+    ids, count = label_lesions(mask)
+    source = grid(mask.shape)
+    target = grid((9, 8, 9), (spacing,) * 3, random.uniform(-1, 1, 3))
+    resampled = resample_nearest(ids, source, target)
+    if label_lesions(resampled)[1] != count:
+        assert told(ids, source, target)
+    missing = texts(unmeasured_lesions(ids, source, resampled, target))
+    n_missing = sum(int(numbers(text)[0]) for text in missing)
+    # Numbers are carried over, so that none of those that are left can merge or fall apart.
+    assert np.unique(resampled[resampled > 0]).size + n_missing == count
+
+
+def test_lesions_that_are_not_measured_are_told_with_volume_and_reason():
+    ids = blocks((12, 12, 12), (0, 0, 0), (5, 5, 5), (10, 10, 10))
+    source, pet = grid((12, 12, 12), (5, 5, 5)), grid((2, 2, 2), (20, 20, 20))
+    found = unmeasured_lesions(ids, source, resample_nearest(ids, source, pet), pet)
+    assert texts(found) == [
+        "1 lesion(s) of 1.00 ml fall between the voxels of the PET's own grid: they are missing "
+        "in the measures",
+        "1 lesion(s) of 1.00 ml lie outside the PET: they are missing in the measures",
+    ]
 
 
 def test_clipped_uptake_is_told_with_volume_and_maximum():

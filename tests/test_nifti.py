@@ -201,6 +201,33 @@ def test_disagreement_of_sform_and_qform_beyond_a_millimetre_is_refused():
     refused(stored(ramp(shape=(20, 3, 5)), sform_code=2, qform_code=1, **rows(wide)), "3.8 mm")
 
 
+@pytest.mark.parametrize(
+    ("pixdim", "fits"),
+    [
+        ((2.5, 2.5, 3), True),
+        ((2.51, 2.5, 2.98), True),  # rounded
+        ((0, 0, 0), True),  # says nothing
+        ((2.5, 2.5, 3.1), False),
+        ((2.46, 2.5, 3), False),
+        ((1, 1, 1), False),
+    ],
+)
+def test_voxel_sizes_that_contradict_the_sform_by_a_hundredth_are_refused(pixdim, fits):
+    affine = np.diag([2.5, 2.5, 3, 1])
+    raw = stored(ramp(), pixdim=[1, *pixdim, 1, 1, 1, 1], **sform_only(affine))
+    if fits:
+        assert np.array_equal(read(raw).affine, affine)
+    else:
+        refused(raw, r"voxel sizes contradict .*pixdim .* mm, sform 2\.5 x 2\.5 x 3 mm")
+
+
+def test_voxel_sizes_of_a_tilted_gantry_are_steps_or_distances_of_planes():
+    affine = np.array([[2.0, 0, 0, 0], [0, 2, 0.75, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+    for between_planes in (3, np.hypot(3, 0.75)):
+        raw = stored(ramp(), pixdim=[1, 2, 2, between_planes, 1, 1, 1, 1], **sform_only(affine))
+        assert np.array_equal(read(raw).affine, affine)
+
+
 def test_file_without_orientation_is_refused():
     refused(stored(ramp(), qform_code=0, sform_code=0), "qform_code and sform_code are 0")
 

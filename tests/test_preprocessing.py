@@ -509,6 +509,204 @@ def test_negative_study_is_written_without_a_warning(tmp_path):
     assert total["lesion_count"] == "0"
 
 
+# --- labels and masks ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_labels(tmp_path_factory):
+    """Two studies of two and three labels, those of one beyond 255, and what is made of them."""
+    folder = tmp_path_factory.mktemp("labels")
+    one, other = study_images(0), study_images(1)
+    large = other["mask"].get_fdata().astype(np.uint16)
+    large[large == 2] = 300
+    large[2:4, 2:4, 2:4] = 3
+    other["mask"] = nibabel.Nifti1Image(large, other["mask"].affine)
+    write_zip(folder / "p.zip", {A: one, B: other})
+    options = ["--labels", "keep", "--measures", folder / "m.csv", "--save-nifti", folder / "n"]
+    options += ["--report", folder / "r.html"]
+    assert run(folder / "p.zip", folder / "keep.h5", *SMALL, *options) == 0
+    binary = ["--measures", folder / "b.csv"]
+    assert run(folder / "p.zip", folder / "binary.h5", *SMALL, *binary) == 0
+    return folder
+
+
+def test_labels_are_kept_where_asked_for_and_nothing_else_changes(with_labels):
+    kept, binary = content(with_labels / "keep.h5"), content(with_labels / "binary.h5")
+    for key, labels, dtype in ((A, {1, 2}, np.uint8), (B, {1, 3, 300}, np.uint16)):
+        np.testing.assert_array_equal(kept["image", key], binary["image", key])
+        for group in ("mask", "mask_iso"):
+            assert kept[group, key].dtype == dtype
+            assert set(np.unique(kept[group, key])) == {0, *labels}
+            np.testing.assert_array_equal(kept[group, key] > 0, binary[group, key] > 0)
+        inside = kept["mask_iso", key] > 0
+        np.testing.assert_array_equal(kept["mask_iso", key][inside], kept["mask", key][inside])
+        for name in ("mask", "mask_iso"):
+            saved = nibabel.load(with_labels / "n" / f"{key}_{name}.nii.gz")
+            np.testing.assert_array_equal(np.asanyarray(saved.dataobj), kept[name, key][0])
+
+
+def test_labels_lie_where_nilearn_puts_them(with_labels):
+    images = study_images(0)
+    with h5py.File(with_labels / "keep.h5") as file:
+        mask = file["mask"][A]
+        grid = nibabel.Nifti1Image(mask[0], mask.attrs["affine"])
+    expected = resample_to_img(
+        images["mask"], grid, "nearest", fill_value=0, force_resample=True, copy_header=True
+    )
+    np.testing.assert_array_equal(grid.get_fdata(), expected.get_fdata())
+
+
+def test_measures_of_labels_have_a_row_a_label_and_the_same_totals(with_labels):
+    kept, binary = read_table(with_labels / "m.csv"), read_table(with_labels / "b.csv")
+    assert [(row["hash"], row["lesion"]) for row in kept] == [
+        *((A, name) for name in ("1", "2", "total")),
+        *((B, name) for name in ("1", "3", "300", "total")),
+    ]
+    totals = [[row for row in table if row["lesion"] == "total"] for table in (kept, binary)]
+    assert totals[0] == totals[1]
+    of_label = sum(float(row["mtv_ml"]) for row in kept if row["hash"] == A)
+    assert of_label == pytest.approx(2 * float(totals[0][0]["mtv_ml"]), rel=1e-5)
+    voxels = (study_images(0)["mask"].get_fdata() == 2).sum()
+    assert float(kept[1]["mtv_ml"]) == pytest.approx(voxels * 0.064)
+
+
+def test_masks_of_0_and_1_go_without_saying(with_labels):
+    with (
+        h5py.File(with_labels / "keep.h5") as kept,
+        h5py.File(with_labels / "binary.h5") as binary,
+    ):
+        assert json.loads(kept.attrs["parameters"])["labels"] == "keep"
+        assert "labels" not in json.loads(binary.attrs["parameters"])
+
+
+def test_other_labels_are_computed_anew(with_labels, tmp_path, capsys):
+    assert run(with_labels / "p.zip", tmp_path / "o.h5", *SMALL) == 0
+    assert run(with_labels / "p.zip", tmp_path / "o.h5", *SMALL, "--labels", "keep") == 0
+    assert "2 studies: 2 written, 0 unchanged" in capsys.readouterr().out
+    assert set(np.unique(content(tmp_path / "o.h5")["mask", B])) == {0, 1, 3, 300}
+
+
+def of_zip(mask, folder, *options):
+    """Arrays and total measures of a study with another mask."""
+    images = study_images()
+    images["mask"] = mask
+    write_zip(folder / "p.zip", {A: images})
+    assert run(folder / "p.zip", folder / "o.h5", *SMALL, "--measures", folder / "m.csv") == 0
+    return content(folder / "o.h5"), read_table(folder / "m.csv")[-1]
+
+
+@pytest.mark.parametrize("drawn_on", ["petsuv", "ct"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_cropped_masks_give_what_the_whole_gives(drawn_on, turned, tmp_path):
+    grid = study_images()[drawn_on]
+    data = np.zeros(grid.shape, np.uint8)
+    data[5:11, 6:9, 4:10] = data[12:15, 9:11, 11:14] = 1
+    whole, total = of_zip(nibabel.Nifti1Image(data, grid.affine), tmp_path)
+    crop = nibabel.Nifti1Image(data, grid.affine).slicer[5:15, 6:11, 4:14]
+    if turned:
+        crop = crop.as_reoriented([[1, -1], [0, 1], [2, -1]])
+    part, total_of_crop = of_zip(crop, tmp_path)
+    for name, expected in whole.items():
+        np.testing.assert_array_equal(part[name], expected)
+    assert total_of_crop == total
+
+
+def test_oblique_mask_cropped_on_its_own_lattice_gives_what_the_whole_gives(tmp_path):
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", (9, -14, 25), degrees=True).as_matrix() * 1.7
+    affine[:3, 3] = -12.3, -9.7, -11.1
+    data = np.zeros((15, 13, 14), np.uint8)
+    data[3:9, 4:8, 5:9] = data[10:12, 8:11, 10:12] = 1
+    whole, total = of_zip(nibabel.Nifti1Image(data, affine), tmp_path)
+    crop = nibabel.Nifti1Image(data, affine).slicer[3:12, 4:11, 5:12]
+    part, total_of_crop = of_zip(crop, tmp_path)
+    np.testing.assert_array_equal(part["mask", A], whole["mask", A])
+    assert total_of_crop == total
+
+
+def test_lesions_that_touch_on_the_pet_are_measured_apart(tmp_path):
+    ct = study_images()["ct"]
+    data = np.zeros(ct.shape, np.uint8)
+    data[20:25, 20:30, 10:20] = data[26:31, 20:30, 10:20] = 1
+    _, total = of_zip(nibabel.Nifti1Image(data, ct.affine), tmp_path)
+    assert total["lesion_count"] == "2"
+    assert float(total["dmax_mm"]) > 6
+
+
+def test_lesion_between_the_voxels_of_the_pet_is_told(tmp_path, capsys):
+    ct = study_images()["ct"]
+    data = np.zeros(ct.shape, np.uint8)
+    pet = study_images()["petsuv"].affine
+    place_mm = pet @ (8.5, 8.5, 8.5, 1)
+    data[tuple(np.rint(np.linalg.inv(ct.affine) @ place_mm)[:3].astype(int))] = 1
+    _, total = of_zip(nibabel.Nifti1Image(data, ct.affine), tmp_path)
+    assert total["lesion_count"] == "0"
+    assert "fall between the voxels of the PET's own grid" in total["warnings"]
+    assert "missing in the measures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda mask: -(mask == 1).astype(np.int8), "the mask has labels from -1 to 0"),
+        (lambda mask: np.where(mask, -2, 0).astype(np.int16), "the mask has labels from -2 to 0"),
+        (lambda mask: mask * np.float32(0.5), "the mask has values that are not whole numbers"),
+        (lambda mask: mask + np.float32(1e-6), "the mask has values that are not whole numbers"),
+        (lambda mask: gaussian_filter(mask * 1.0, 0.7), "the mask has values that are not whole"),
+    ],
+)
+def test_foreign_masks_that_hold_no_labels_are_refused(change, words, tmp_path, capsys):
+    images = study_images()
+    mask = np.asanyarray(images["mask"].dataobj)
+    images["mask"] = nibabel.Nifti1Image(change(mask), images["mask"].affine)
+    write_zip(tmp_path / "p.zip", {A: images, B: study_images(1)})
+    assert run(tmp_path / "p.zip", tmp_path / "o.h5", *SMALL) == 3
+    assert f"error: {A}: {words}" in capsys.readouterr().err
+    assert {key for _, key in content(tmp_path / "o.h5")} == {B}
+
+
+def test_foreign_mask_with_an_offset_is_refused(tmp_path, capsys):
+    images = study_images()
+    mask = nibabel.Nifti1Image(images["mask"].get_fdata(), images["mask"].affine, dtype=np.uint8)
+    mask.header.set_slope_inter(1, 0.5)
+    images["mask"] = mask
+    write_zip(tmp_path / "p.zip", {A: images})
+    assert run(tmp_path / "p.zip", tmp_path / "o.h5", *SMALL) == 3
+    assert "values that are not whole numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("moved", "words"),
+    [
+        (("petsuv", "mask"), "the PET and the CT do not overlap in space"),
+        (("mask",), "the mask's labelled voxels and the PET do not overlap in space"),
+    ],
+)
+def test_foreign_images_that_lie_apart_are_refused(moved, words, tmp_path, capsys):
+    images = study_images()
+    for role in moved:
+        affine = images[role].affine.copy()
+        affine[2, 3] += 400
+        images[role] = nibabel.Nifti1Image(np.asanyarray(images[role].dataobj), affine)
+    write_zip(tmp_path / "p.zip", {A: images})
+    assert run(tmp_path / "p.zip", tmp_path / "o.h5", *SMALL) == 3
+    assert words in capsys.readouterr().err
+
+
+def test_what_the_zip_tells_already_is_told_once(tmp_path, capsys):
+    images = study_images()
+    everything = np.ones(images["mask"].shape, np.uint8)
+    images["mask"] = nibabel.Nifti1Image(everything, images["mask"].affine)
+    write_zip(tmp_path / "p.zip", {A: images})
+    run(tmp_path / "p.zip", tmp_path / "o.h5", *SMALL)
+    (implausible,) = (text for text in told(tmp_path / "o.h5") if "implausible volume" in text)
+    capsys.readouterr()
+    write_zip(tmp_path / "p.zip", {A: images}, records={A: {"warnings": [implausible]}})
+    run(tmp_path / "p.zip", tmp_path / "o.h5", *SMALL)
+    assert told(tmp_path / "o.h5").count(implausible) == 1
+    assert "implausible" not in capsys.readouterr().err
+
+
 # --- runs ------------------------------------------------------------------------------------
 
 

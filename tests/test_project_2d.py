@@ -12,6 +12,7 @@ from PIL import Image
 from project_zips import study_images, write_zip
 from scipy.ndimage import rotate
 
+import mergeh5
 import preprocessing
 import project_2d
 from common.hdf5 import studies
@@ -309,3 +310,49 @@ def test_what_is_no_hdf5_leaves_the_old_output(volumes, tmp_path, capsys):
     assert run(source, output, *FEW) == 1
     assert "v.h5: not an HDF5 file" in capsys.readouterr().err
     assert output.read_bytes() == before
+
+
+# --- labels ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A 3D file of label values, those of one study beyond 255."""
+    one, other = study_images(0), study_images(1)
+    large = other["mask"].get_fdata().astype(np.uint16) * 150
+    other["mask"] = type(other["mask"])(large, other["mask"].affine)
+    folder = tmp_path_factory.mktemp("labelled")
+    return make(folder / "v.h5", {A: one, B: other}, "--labels", "keep")
+
+
+def test_labels_are_projected_the_greatest_in_front(labelled, tmp_path):
+    pictures = ["--png", tmp_path / "png", "--gif", tmp_path / "gif"]
+    assert run(labelled, tmp_path / "p.h5", *FEW, *pictures) == 0
+    with h5py.File(tmp_path / "p.h5") as file, h5py.File(labelled) as source:
+        for key, labels in ((A, {0, 1, 2}), (B, {0, 150, 300})):
+            for group in ("mask", "mask_iso"):
+                found = file[group][f"{key}_060"]
+                assert found.dtype == source[group][key].dtype
+                assert set(np.unique(found[()])) == labels
+                turned = rotate(source[group][key][0], 60, axes=(1, 0), reshape=False, order=0)
+                np.testing.assert_array_equal(found[0], turned.max(axis=1))
+    assert mergeh5.main(["--verify", str(tmp_path / "p.h5"), str(labelled)]) == 0
+
+
+def test_a_stack_of_labels_has_masks_of_one_type(labelled, tmp_path):
+    assert run(labelled, tmp_path / "s.h5", *FEW, "--stack") == 0
+    assert run(labelled, tmp_path / "p.h5", *FEW) == 0
+    with h5py.File(tmp_path / "s.h5") as stack, h5py.File(tmp_path / "p.h5") as plain:
+        for row, key in enumerate(stack["key"].asstr()):
+            for group in ("mask", "mask_iso"):
+                assert stack[group].dtype == np.uint16
+                np.testing.assert_array_equal(stack[group][row], plain[group][key][()])
+    assert mergeh5.main(["--verify", str(tmp_path / "s.h5")]) == 0
+
+
+def test_labels_and_masks_of_0_and_1_are_not_merged_unless_allowed(labelled, volumes, tmp_path):
+    merge = [str(path) for path in (labelled, volumes, "-o", tmp_path / "m.h5")]
+    merge += ["--on-duplicate", "skip"]
+    assert mergeh5.main(merge) == 1
+    assert mergeh5.main([*merge, "--allow-mixed"]) == 0
+    assert mergeh5.main(["--verify", str(tmp_path / "m.h5")]) == 0

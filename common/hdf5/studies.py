@@ -8,8 +8,10 @@ A part of one study is written in the very layout of the final file, so that ass
 parts and merging finished files are the same raw copy (`hdf5_assembly`).
 
     image/<key>     (2, X, Y, Z) or (2, X, Z)    float, [0] = PET, [1] = CT
-    mask/<key>      (1, X, Y, Z) or (1, X, Z)    uint8
-    mask_iso/<key>  (1, X, Y, Z) or (1, X, Z)    uint8
+    mask/<key>      (1, X, Y, Z) or (1, X, Z)    uint8, of 0 and 1
+    mask_iso/<key>  (1, X, Y, Z) or (1, X, Z)    uint8, of 0 and 1
+
+Masks hold the label values, uint8 or uint16, where parameter `labels` is "keep".
 
 In a stacked 2D file ``image``, ``mask`` and ``mask_iso`` are datasets, (N, 2, X, Z) and
 (N, 1, X, Z), and the keys of their rows are in the dataset ``key``.
@@ -171,6 +173,9 @@ def _stored(content: bytes) -> bytes:
 
 GROUPS = ("image", "mask", "mask_iso")
 SCHEMA_VERSION = 1
+
+MASK_TYPES = ("uint8", "uint16")
+"""Of 0 and 1, and of label values up to 255; of label values beyond, and in every stack of them."""
 
 ATTRIBUTES_DIGEST = "attributes_sha256"
 """Attribute that holds the digest of all others."""
@@ -347,7 +352,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             image, *masks = (sound_dataset(path, file[group], key) for group in GROUPS)
             if image.shape[:1] != (2,) or any(m.shape != (1, *image.shape[1:]) for m in masks):
                 raise StageError(f"{path}: study {key} has shapes that do not fit: make it again")
-            if image.dtype.kind != "f" or any(mask.dtype != np.uint8 for mask in masks):
+            if image.dtype.kind != "f" or any(mask.dtype not in MASK_TYPES for mask in masks):
                 raise StageError(f"{path}: study {key} has types that do not fit: make it again")
             shapes[key] = image.shape
         return shapes

@@ -16,6 +16,7 @@ from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
     GROUPS,
+    MASK_TYPES,
     all_attributes,
     ending_loops,
     open_file,
@@ -54,7 +55,7 @@ def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a key of a file, whose parameters are given; nothing if sound."""
     with open_file(path) as file:
         if parameters.get("stack"):
-            return _stack_faults(file)
+            return _stack_faults(file, parameters)
         return _study_faults(file, key, parameters)
 
 
@@ -115,12 +116,17 @@ def _array_faults(
         return
     if image.dtype not in _IMAGE_TYPES or not _alike(image.dtype.name, parameters.get("dtype")):
         yield "image has another type than the file says"
-    if mask.dtype != np.uint8 or mask_iso.dtype != np.uint8:
-        yield "a mask has another type than uint8"
+    kept = "labels" in parameters
+    if not {mask.dtype.name, mask_iso.dtype.name} <= set(MASK_TYPES if kept else MASK_TYPES[:1]):
+        yield "a mask has another type than uint8, or uint16 of labels"
     if not (image >= 0).all() or not (image <= 1).all():
         yield "image has values outside 0 to 1"
-    if (mask > 1).any() or (mask_iso > mask).any():
-        yield "a mask has other values than 0 and 1, or mask_iso reaches beyond mask"
+    if not kept and (mask > 1).any():
+        yield "a mask has other values than 0 and 1"
+    # Where projections of labels overlap, the isocontour in front may be of a lower label.
+    beyond = mask_iso > mask if "angles" in parameters else (mask_iso > 0) & (mask_iso != mask)
+    if beyond.any():
+        yield "mask_iso reaches beyond mask, or has other labels"
 
 
 def _shape(parameters: Mapping[str, Any]) -> Sequence[int | None]:
@@ -168,7 +174,7 @@ def _slice_faults(
             yield f"{group} lacks project, hash, angle or spacing, or they are another slice's"
 
 
-def _stack_faults(file: h5py.File) -> list[str]:
+def _stack_faults(file: h5py.File, parameters: Mapping[str, Any]) -> list[str]:
     with ending_loops():
         names = [name.decode() for name in file[_STACK][()]]
     about = all_attributes(file[_STACK])
@@ -188,6 +194,7 @@ def _stack_faults(file: h5py.File) -> list[str]:
             continue
         if not np.array_equal(row_digest([array_digest(v) for v in values]), digests[row]):
             faults.append(f"{name} differs from its checksum")
-        if not all(((v >= 0) & (v <= 1)).all() for v in values):
+        of_0_to_1 = values[:1] if "labels" in parameters else values
+        if not all(((v >= 0) & (v <= 1)).all() for v in of_0_to_1):
             faults.append(f"{name} has values outside 0 to 1")
     return faults

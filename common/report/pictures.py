@@ -147,7 +147,7 @@ _MARGIN = 44
 
 def mip_frames(
     pet: NDArray[np.floating],
-    masks: NDArray[np.uint8],
+    masks: NDArray[np.unsignedinteger],
     angles: Sequence[float],
     suv_range: Sequence[float],
     spacing_mm: Sequence[float],
@@ -185,7 +185,7 @@ def _framing(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, in
 
 def _frame(
     pet: NDArray[np.floating],
-    mask: NDArray[np.uint8],
+    mask: NDArray[np.unsignedinteger],
     angle: float,
     suv_range: Sequence[float],
     size: tuple[int, int],
@@ -193,7 +193,8 @@ def _frame(
 ) -> Image.Image:
     shade = grey_of_suv(_in_units(pet, suv_range)).astype(np.uint8)
     picture = _upright(shade, orientation).resize(size, Image.Resampling.BILINEAR)
-    lesion = _upright(mask * np.uint8(255), orientation).resize(size, Image.Resampling.NEAREST)
+    shown = np.where(mask > 0, np.uint8(255), np.uint8(0))
+    lesion = _upright(shown, orientation).resize(size, Image.Resampling.NEAREST)
     inside = np.asarray(lesion) > 0
     canvas = Image.new("RGB", (size[0] + _MARGIN, size[1]), (255, 255, 255))
     canvas.paste(picture.convert("RGB"), (0, 0))

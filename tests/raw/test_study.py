@@ -295,6 +295,47 @@ def test_what_is_no_label_volume_is_refused(tmp_path, labels, reason):
     assert refusal(study).startswith(reason)
 
 
+@pytest.mark.parametrize("affine", [PET_AFFINE, CT_AFFINE], ids=["pet", "ct"])
+def test_a_nifti_mask_cropped_to_the_lesion_is_completed_on_its_image(tmp_path, affine):
+    study = layouts.nifti_mask_beside_dicom(tmp_path)
+    path = study / "MASK" / "lesions.nii.gz"
+    labels = LABELS if affine is PET_AFFINE else np.kron(LABELS, np.ones((2, 2, 1), np.uint8))
+    low, high = np.argwhere(labels).min(axis=0), np.argwhere(labels).max(axis=0)
+    crop = labels[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
+    there = affine.copy()
+    there[:3, 3] = (affine @ (*low, 1))[:3]
+    layouts.write_nifti(path, crop, there)
+    mask = read(study).mask
+    assert np.array_equal(mask.data, labels)
+    assert np.array_equal(mask.affine, affine)
+
+
+def one_file_a_lesion(folder):
+    """The hot rod in two halves, and a third lesion, each a file."""
+    study = layouts.nifti_mask_beside_dicom(folder)
+    (study / "MASK" / "lesions.nii.gz").unlink()
+    halves = [LABELS.copy(), LABELS.copy(), LABELS * 0]
+    halves[0][:, :, 3:] = halves[1][:, :, :3] = 0
+    halves[2][6, 6, 5] = 1
+    for name, labels in zip(("b", "a", "c"), halves, strict=True):
+        layouts.write_nifti(study / "MASK" / f"{name}.nii.gz", labels)
+    return study, halves
+
+
+def test_mask_files_that_one_pattern_names_are_united_in_the_order_of_their_names(tmp_path):
+    study, (second, first, third) = one_file_a_lesion(tmp_path)
+    images = read(study, {"mask": "MASK/*"})
+    assert np.array_equal(images.mask.data, first + 2 * second + 3 * third)
+    assert texts(images.warnings) == [
+        "3 mask files are united: they are labels 1 to 3 in the order of their names"
+    ]
+
+
+def test_several_mask_files_without_a_pattern_are_candidates(tmp_path):
+    study, _ = one_file_a_lesion(tmp_path)
+    assert refusal(study).startswith("3 candidates for mask (NIfTI file; NIfTI file; NIfTI file)")
+
+
 def test_an_empty_mask_is_allowed_where_asked_for(tmp_path):
     study = layouts.nifti_mask_beside_dicom(tmp_path)
     layouts.write_nifti(study / "MASK" / "lesions.nii.gz", LABELS * 0)
