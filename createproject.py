@@ -33,6 +33,7 @@ from common.raw.project import StudyFolder, files_of, image_bytes, list_files
 from common.raw.pseudonyms import studies_by_hash
 from common.raw.roles import ROLE_NAMES, Patterns
 from common.raw.study import Conversion, plan_study, read_study
+from common.raw.words import WORDS
 from common.run import cli, console, stage
 from common.run.output import exclusive, writing_part
 from common.run.pool import run_studies
@@ -103,8 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     files = parser.add_argument_group(
         "which file is what",
-        "glob on the path of a file or folder below the study, or on the SeriesDescription of a\n"
-        "DICOM series; case counts",
+        "DICOM is told by its Modality, NIfTI by whole words in its path below the study:\n"
+        + "".join(f"  {name}: {', '.join(words)}\n" for name, words in WORDS.items())
+        + "Where several or none fit, a pattern chooses: a glob on the path of a file or folder\n"
+        "below the study, or on the SeriesDescription of a DICOM series; case counts",
     )
     for role, name in ROLE_NAMES.items():
         files.add_argument(f"--{role}", metavar="PATTERN", help=f"choose the {name}")

@@ -5,6 +5,7 @@ What the images of a raw study take in memory, by the headers of a few of its fi
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,44 @@ def list_studies(project: Path) -> list[StudyFolder]:
     studies = [study for name, path in patients for study in _studies_of(text_of(name), path)]
     if not any(study.study for study in studies):
         raise StageError(
-            f"{project}: no study in it; it must hold <patient>/<study>/ folders, and you need "
+            f"{project}: no study in it: {_found_instead(project, studies)}; it must hold "
+            "<patient>/<study>/ folders (or be of nnU-Net's or BIDS's layout), and you need "
             "permission to read them"
         )
     return studies
+
+
+def _found_instead(project: Path, patients: Sequence[StudyFolder]) -> str:
+    """Say what lies where studies should be; no names."""
+    directly = _kinds_of_files(project)
+    if directly:
+        return f"{directly} directly in it: move each examination to <patient>/<study>/"
+    if any((Path(each.path) / "imagesTr").is_dir() for each in patients):
+        return "a folder in it is of nnU-Net's layout (imagesTr): give that folder"
+    in_patients = [kinds for each in patients if (kinds := _kinds_of_files(Path(each.path)))]
+    if in_patients:
+        return (
+            f"{len(in_patients)} of its {len(patients)} folders hold files directly (the first "
+            f"{in_patients[0]}): put a study's folder in between"
+        )
+    return "it is empty" if not patients else f"its {len(patients)} folders hold no folder of files"
+
+
+def _kinds_of_files(folder: Path) -> str:
+    """Return how many files of which kind lie directly in a folder, "" where none do."""
+    counts: Counter[str] = Counter()
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    except OSError:
+        return ""
+    for name in filter(_is_visible, names):
+        if is_nifti_name(name):
+            counts["NIfTI"] += 1
+        elif name.lower().endswith((".dcm", ".ima")) or "." not in name:
+            counts["DICOM-like"] += 1
+        elif name.lower().endswith((".zip", ".tar", ".gz", ".7z")):
+            counts["packed"] += 1
+    return ", ".join(f"{n} {kind} files" for kind, n in sorted(counts.items()))
 
 
 def _studies_of(patient: str, path: str) -> list[StudyFolder]:

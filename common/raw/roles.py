@@ -13,12 +13,10 @@ Where several fit, a pattern of the user decides; none is picked silently.
 
 import fnmatch
 import os
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from common.dicom.attributes import joined_text, tag_of
 from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
@@ -26,18 +24,11 @@ from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
 from common.raw.layouts import sidecar_of
 from common.raw.project import StudyFolder, files_of
+from common.raw.words import CT_WORDS, MASK_WORDS, PET_WORDS, roles_by_words, words
 
 # --- candidates ------------------------------------------------------------------------------
 
 ROLE_NAMES = {"ct": "CT", "pet": "PET", "mask": "mask", "header": "DICOM header"}
-
-MASK_WORDS = frozenset(
-    {"mask", "seg", "label", "roi", "gtv", "tumor", "tumour", "lesion", "lesions", "gt", "dseg"}
-)
-PET_WORDS = frozenset({"pet", "pt", "suv", "suvbw"})
-TRACER_WORDS = frozenset({"fdg"})
-CT_WORDS = frozenset({"ct", "gk", "lowdose"})
-"""Words in a NIfTI file's path that tell its role; that of a tracer only where no other does."""
 
 
 @dataclass(frozen=True)
@@ -120,33 +111,6 @@ def labels(candidate: Candidate) -> list[str]:
         return [file.name for file in candidate.files]
     files = candidate.files if isinstance(candidate, Series) else (candidate,)
     return [joined_text(files[0].header, "SeriesDescription"), *(file.name for file in files)]
-
-
-# --- words -----------------------------------------------------------------------------------
-
-
-def roles_by_words(name: str) -> frozenset[str]:
-    """Return the roles that the words in a NIfTI file's path tell, those of its last part first.
-
-    A mask is named after the image it was drawn on, so in one part a mask's words go first.
-    "PET/CT" names the examination; a part with words of PET and of CT besides may be either.
-    """
-    stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
-    for part in reversed(PurePath(stem).parts):
-        found = set(re.sub(r"\bpe?t ct\b", "", " ".join(words(part))).split())
-        if found & MASK_WORDS:
-            return frozenset({"mask"})
-        images = (("pet", PET_WORDS), ("ct", CT_WORDS))
-        if roles := frozenset(role for role, of_role in images if found & of_role):
-            return roles
-        if found & TRACER_WORDS:
-            return frozenset({"pet"})
-    return frozenset()
-
-
-def words(name: str) -> list[str]:
-    """Return the words of a name, in lower case."""
-    return re.findall(r"[^\W_]+", name.lower())
 
 
 # --- study files -----------------------------------------------------------------------------
@@ -304,7 +268,7 @@ def hints_of_roles(
     if n_nameless and missing and missing != ["header"]:
         yield (
             f"NIfTI files ({n_nameless}) have no word for a role in their path: choose with "
-            f"--{missing[0]} PATTERN"
+            + " ".join(f"--{role} PATTERN" for role in missing if role != "header")
         )
 
 

@@ -51,8 +51,8 @@ from common.raw.roles import (
     NiftiFiles,
     Roles,
     modality_of,
-    words,
 )
+from common.raw.words import words
 from common.suv.factors import SuvConversion, already_suv, spread_factors, suv_factors
 from common.suv.inputs import PetSeries
 

@@ -19,7 +19,8 @@ from common.dicom.files import DicomFile, Series
 from common.errors import IncompleteStudy, StageError, StudyError
 from common.hashing import pseudonym
 from common.raw.project import StudyFolder, list_files, list_studies
-from common.raw.roles import NiftiFile, Patterns, choose, find_roles, roles_by_words, survey
+from common.raw.roles import NiftiFile, Patterns, choose, find_roles, survey
+from common.raw.words import roles_by_words
 
 WORDS = {
     "ct": ["ct", "gk"],
