@@ -116,7 +116,7 @@ def _count_labelled(mask: Image, pet: Grid) -> tuple[int, int]:
     to_pet = np.linalg.inv(pet.affine) @ mask.affine
     upper = np.array(pet.shape)[:, None] - 0.5
     n_labelled = n_on_pet = 0
-    for k in range(mask.data.shape[2]):
+    for k in np.flatnonzero(mask.data.any(axis=(0, 1))):
         i, j = np.nonzero(mask.data[:, :, k])
         places = to_pet[:3, :2] @ (i, j) + (to_pet[:3, 2] * k + to_pet[:3, 3])[:, None]
         n_labelled += len(i)
