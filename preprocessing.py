@@ -25,6 +25,7 @@ from pathlib import Path
 
 from common import project_zip
 from common.errors import StageError, Warning
+from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5.merge import assemble
 from common.hdf5.studies import (
@@ -43,7 +44,7 @@ from common.run.output import exclusive, make_folder, write_beside, writing_besi
 from common.run.pool import call_apart
 from common.run.worker import Outcome
 from common.version import SOFTWARE
-from common.volumes import ORIENTATIONS, Recipe
+from common.volumes import Recipe
 
 EXAMPLES = """
   python preprocessing.py project.zip -o project_3d.h5

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import StageError, StudyError, Warning
+from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5 import merge
 from common.hdf5.studies import (
@@ -46,7 +47,6 @@ from common.run.output import exclusive, make_folder, write_beside, writing_besi
 from common.run.pool import call_apart
 from common.run.worker import Outcome
 from common.version import SOFTWARE
-from common.volumes import ORIENTATIONS
 
 EXAMPLES = """
   python project_2d.py all_3d.h5 -o all_2d.h5

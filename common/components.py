@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.geometry import slow_to_fast
+
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
 Voxels = npt.NDArray[np.int32]
@@ -126,7 +128,7 @@ class _Runs:
 
 
 def _runs(mask: Array) -> _Runs:
-    axes = sorted(range(3), key=lambda axis: -abs(mask.strides[axis]))
+    axes = slow_to_fast(mask)
     volume = mask.transpose(axes)
     lines = np.stack(np.nonzero(volume.any(axis=2)))
     labelled = np.zeros((lines.shape[1], volume.shape[2] + 2), dtype=bool)

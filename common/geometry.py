@@ -1,72 +1,28 @@
-"""A volume and where it lies. Pure.
-
-Voxel grids in space: where they lie, how their axes point, and the grid to resample to. Pure.
-"""
+"""Grids and images: where voxels lie, how their axes run, and the grid to resample to. Pure."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
-# --- image -----------------------------------------------------------------------------------
+Array = NDArray[Any]
+FloatArray = NDArray[np.float64]
+
+ORIENTATIONS = frozenset(
+    "".join(code)
+    for axes in itertools.permutations(("LR", "AP", "IS"))
+    for code in itertools.product(*axes)
+)
+"""The 48 codes of where array axes point to, such as LAS."""
 
 SAME_VOXEL = 0.1
 """Distance [voxels] within which voxels of two grids are the same: that of uneven slices."""
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """A volume and where it lies.
-
-    Attributes
-    ----------
-    data : (X, Y, Z) array
-        HU, SUV or labels.
-    affine : (4, 4) float64 array
-        Voxel index to RAS+ [mm].
-    """
-
-    data: NDArray[Any]
-    affine: NDArray[np.float64]
-
-    @property
-    def grid(self) -> Grid:
-        """The voxel grid."""
-        nx, ny, nz = self.data.shape
-        return Grid((nx, ny, nz), self.affine)
-
-
-def embedded(image: Image, other: Image) -> Image:
-    """Return an image on the grid of another of which its voxels are a part, 0 around it.
-
-    The image itself where its voxels are not those of the other.
-    """
-    to_other = np.linalg.inv(other.affine) @ image.affine
-    last = np.array(image.data.shape) - 1
-    corners = np.array(np.meshgrid(*((0, n) for n in last), indexing="ij")).reshape(3, -1)
-    start = np.rint(to_other[:3, 3]).astype(int)
-    there = to_other[:3, :3] @ corners + to_other[:3, 3:]
-    is_shift = np.abs(there - corners - start[:, np.newaxis]).max() <= SAME_VOXEL
-    if not is_shift or (start < 0).any() or (start + last >= other.data.shape).any():
-        return image
-    data = np.zeros(other.data.shape, image.data.dtype, order="F")
-    data[tuple(slice(a, a + n + 1) for a, n in zip(start, last, strict=True))] = image.data
-    return Image(data, other.affine)
-
-
-# --- grid ------------------------------------------------------------------------------------
-
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
-
-# Ends of the world's axes x, y, z: against them and along them.
-_ENDS = ("LR", "PA", "IS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +70,115 @@ class Grid:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size along x, y, z [mm]."""
-        dx, dy, dz = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)).tolist()
+        dx, dy, dz = edges_mm(self.affine).tolist()
         return dx, dy, dz
 
     @property
     def voxel_ml(self) -> float:
-        """Volume of one voxel [ml], of sheared grids too."""
-        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+        """Volume of one voxel [ml]."""
+        return voxel_ml(self.affine)
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A volume and where it lies.
+
+    Attributes
+    ----------
+    data : (X, Y, Z) array
+        HU, SUV or labels.
+    affine : (4, 4) float64 array
+        Voxel index to RAS+ [mm].
+    """
+
+    data: Array
+    affine: FloatArray
+
+    @property
+    def grid(self) -> Grid:
+        """The voxel grid."""
+        nx, ny, nz = self.data.shape
+        return Grid((nx, ny, nz), self.affine)
+
+
+def edges_mm(affine: FloatArray) -> FloatArray:
+    """Lengths of a voxel's edges along x, y, z [mm]."""
+    lengths_mm: FloatArray = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return lengths_mm
+
+
+def voxel_ml(affine: FloatArray) -> float:
+    """Volume of one voxel [ml], of sheared grids too."""
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+
+
+def inverse(affine: FloatArray) -> FloatArray:
+    """RAS+ mm -> voxel index, (4, 4), in the very floats of scipy, whose inverse nilearn takes.
+
+    Its arithmetic in a few lines for images whose axes are the world's, which spares most runs
+    the loading of scipy, and scipy itself for all others.
+    """
+    spacing = np.diag(affine)
+    aligned = np.diag(spacing)
+    aligned[:3, 3] = affine[:3, 3]
+    if not np.array_equal(affine, aligned):
+        from scipy import linalg
+
+        general: FloatArray = linalg.inv(affine)
+        return general
+    # What LAPACK computes of a matrix that is zero elsewhere.
+    inverted = np.diag(1 / spacing)
+    inverted[:3, 3] = -(affine[:3, 3] * (1 / spacing[:3]))
+    return inverted
+
+
+def voxel_map(source: Grid, target: Grid) -> FloatArray:
+    """Target index -> source index, (4, 4), in the very floats that nilearn computes."""
+    if np.array_equal(target.affine, source.affine):
+        return np.eye(4)
+    to_source: FloatArray = np.dot(inverse(source.affine), target.affine)
+    return to_source
+
+
+def moved(affine: FloatArray, points: Array) -> FloatArray:
+    """Points (3, N) after an affine map (4, 4)."""
+    there: FloatArray = affine[:3, :3] @ points + affine[:3, 3:]
+    return there
+
+
+def corners(shape: Sequence[int], margin: float = 0.0) -> Array:
+    """Indices (3, 8) of the corner voxels of a grid; with a margin of 0.5 those of its box."""
+    ends = [(-margin, n - 1 + margin) if margin else (0, n - 1) for n in shape]
+    return np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
+
+
+def within(indices: Array, shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Which places (n_axes, N), in voxels, lie inside the box of a grid's voxels, (n_axes, N)."""
+    upper = np.array(shape)[:, np.newaxis] - 0.5
+    inside: NDArray[np.bool_] = (indices >= -0.5) & (indices <= upper)
+    return inside
+
+
+def slow_to_fast(array: Array) -> list[int]:
+    """Axes of a volume in an order in which its memory is read from end to end."""
+    return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
+
+
+def embedded(image: Image, other: Image) -> Image:
+    """Return an image on the grid of another of which its voxels are a part, 0 around it.
+
+    The image itself where its voxels are not those of the other.
+    """
+    own = corners(image.data.shape)
+    there = moved(voxel_map(other.grid, image.grid), own)
+    start = np.rint(there[:, 0]).astype(int)
+    stop = start + image.data.shape
+    is_shift = np.abs(there - own - start[:, np.newaxis]).max() <= SAME_VOXEL
+    if not is_shift or (start < 0).any() or (stop > other.data.shape).any():
+        return image
+    data = np.zeros(other.data.shape, image.data.dtype, order="F")
+    data[tuple(map(slice, start, stop))] = image.data
+    return Image(data, other.affine)
 
 
 def orientation_of(affine: FloatArray) -> str:
@@ -129,29 +187,17 @@ def orientation_of(affine: FloatArray) -> str:
     Parameters
     ----------
     affine : (4, 4) array
-        Voxel -> RAS+ mm. An oblique axis counts as the anatomical axis it is closest to: of the
-        nearest rotation (polar decomposition), the axes are named in order of certainty, as by
-        ``io_orientation`` of nibabel.
+        Voxel -> RAS+ mm. An oblique axis counts as the anatomical axis it is closest to.
 
     Raises
     ------
     ValueError
         If the affine has an axis without direction.
     """
-    lengths_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    if not lengths_mm.all():
-        raise ValueError("affine has an axis without direction")
-    left, sizes, right = np.linalg.svd(affine[:3, :3] / lengths_mm)
-    kept = sizes > sizes.max() * 3 * np.finfo(np.float64).eps
-    rotation = left[:, kept] @ right[kept]
-    codes = ["", "", ""]
-    for axis in np.argsort(-(rotation**2).max(axis=0), kind="stable"):
-        world = np.abs(rotation[:, axis]).argmax()
-        if np.allclose(rotation[:, axis], 0):
-            raise ValueError("affine has an axis without direction")
-        codes[axis] = _ENDS[world][int(rotation[world, axis] > 0)]
-        rotation[world] = 0
-    return "".join(codes)
+    # Slow to load, as in `reorient`.
+    from nibabel import orientations
+
+    return "".join(orientations.ornt2axcodes(_axes_and_directions(affine)))
 
 
 def reorient(array: Array, affine: FloatArray, orientation: str) -> tuple[Array, FloatArray]:
@@ -176,26 +222,24 @@ def reorient(array: Array, affine: FloatArray, orientation: str) -> tuple[Array,
     ValueError
         If `orientation` is none of the 48 codes, or the affine has an axis without direction.
     """
-    wanted = _world_axes(orientation)
-    if sorted(wanted) != [0, 1, 2]:
+    from nibabel import orientations
+
+    if orientation not in ORIENTATIONS:
         raise ValueError(f"orientation {orientation!r} is not one each of L/R, A/P and S/I")
-    current = orientation_of(affine)
-    order = [_world_axes(current).index(axis) for axis in wanted]
-    change = np.zeros((4, 4))
-    change[3, 3] = 1
-    turns = []
-    for new, old in enumerate(order):
-        turns.append(1 if current[old] == orientation[new] else -1)
-        change[old, new] = turns[new]
-        change[old, 3] = array.shape[old] - 1 if turns[new] < 0 else 0
-    turned = array.transpose(order)[tuple(slice(None, None, turn) for turn in turns)]
-    return turned, affine @ change
+    wanted = orientations.axcodes2ornt(tuple(orientation))
+    change = orientations.ornt_transform(_axes_and_directions(affine), wanted)
+    turned = orientations.apply_orientation(array, change)
+    return turned, affine @ orientations.inv_ornt_aff(change, array.shape)
 
 
-def _world_axes(orientation: str) -> list[int]:
-    """World axis of each array axis; 3 for what is no end of any."""
-    axis_of = {end: axis for axis, ends in enumerate(_ENDS) for end in ends}
-    return [axis_of.get(end, 3) for end in orientation]
+def _axes_and_directions(affine: FloatArray) -> FloatArray:
+    """World axis, and 1 or -1 along it, of each array axis (3, 2), as nibabel has them."""
+    from nibabel import orientations
+
+    found: FloatArray = orientations.io_orientation(affine)
+    if np.isnan(found).any():
+        raise ValueError("affine has an axis without direction")
+    return found
 
 
 def target_grid(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Kind, StudyError, Warning
-from common.geometry import Grid, Image
+from common.geometry import Grid, Image, corners, moved, voxel_map, within
 
 Array = NDArray[Any]
 
@@ -33,10 +33,7 @@ def check_overlap(ct: Grid, pet: Grid) -> None:
 
 def _are_apart(one: Grid, other: Grid) -> bool:
     """Tell whether one grid's box lies beside that of another along an axis of the first."""
-    ends = [(-0.5, n - 0.5) for n in other.shape]
-    corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
-    to_one = np.linalg.inv(one.affine) @ other.affine
-    there = to_one[:3, :3] @ corners + to_one[:3, 3:]
+    there = moved(voxel_map(one, other), corners(other.shape, margin=0.5))
     upper = np.array(one.shape) - 0.5
     return bool((there.max(axis=1) <= -0.5).any() or (there.min(axis=1) >= upper).any())
 
@@ -113,12 +110,11 @@ def check_mask(mask: Image, pet: Grid, *, allow_empty: bool) -> tuple[Warning, .
 
 def _count_labelled(mask: Image, pet: Grid) -> tuple[int, int]:
     """Return the number of labelled voxels, and of those whose centre lies in the PET's box."""
-    to_pet = np.linalg.inv(pet.affine) @ mask.affine
-    upper = np.array(pet.shape)[:, None] - 0.5
+    to_pet = voxel_map(pet, mask.grid)
     n_labelled = n_on_pet = 0
     for k in np.flatnonzero(mask.data.any(axis=(0, 1))):
         i, j = np.nonzero(mask.data[:, :, k])
-        places = to_pet[:3, :2] @ (i, j) + (to_pet[:3, 2] * k + to_pet[:3, 3])[:, None]
+        there = moved(to_pet, np.stack([i, j, np.full_like(i, k)]))
         n_labelled += len(i)
-        n_on_pet += int(((places >= -0.5) & (places <= upper)).all(axis=0).sum())
+        n_on_pet += int(within(there, pet.shape).all(axis=0).sum())
     return n_labelled, n_on_pet

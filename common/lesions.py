@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.components import Components, Voxels, components, voxels_by_number
+from common.geometry import inverse, voxel_ml
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -157,7 +158,7 @@ def measure_lesions(
         taken = contour[tuple(groups.voxels)]
     values = suv[tuple(groups.voxels)]
     peaks = _peak_means(suv, groups.voxels, affine)
-    voxel_ml = _voxel_ml(affine)
+    ml = voxel_ml(affine)
     measures: list[Lesion] = []
     ends = (groups.starts + groups.sizes).tolist()
     for number, start, end in zip(numbers.tolist(), groups.starts.tolist(), ends, strict=True):
@@ -167,14 +168,14 @@ def measure_lesions(
         measures.append(
             Lesion(
                 label=number,
-                mtv_ml=suvs.size * voxel_ml,
+                mtv_ml=suvs.size * ml,
                 suv_max=float(suvs.max()),
                 suv_mean=float(suvs.mean()),
                 suv_peak=float(peaks[lesion].max()),
-                tlg_g=float(suvs.sum()) * voxel_ml,
-                iso_mtv_ml=iso_suvs.size * voxel_ml,
+                tlg_g=float(suvs.sum()) * ml,
+                iso_mtv_ml=iso_suvs.size * ml,
                 iso_suv_mean=float(iso_suvs.mean()) if iso_suvs.size else 0.0,
-                iso_tlg_g=float(iso_suvs.sum()) * voxel_ml,
+                iso_tlg_g=float(iso_suvs.sum()) * ml,
                 centroid_mm=_to_mm(groups.voxels[:, lesion].mean(axis=1), affine),
             )
         )
@@ -223,7 +224,7 @@ def dose_fraction(suv: Array, affine: FloatArray, weight_kg: float) -> float:
         Little above 1 at most where the scale of the SUV is right, for decay is corrected and
         no activity comes from nowhere; less by what was excreted or out of view.
     """
-    return float(suv.sum(dtype=np.float64)) * _voxel_ml(affine) / (1000 * weight_kg)
+    return float(suv.sum(dtype=np.float64)) * voxel_ml(affine) / (1000 * weight_kg)
 
 
 def _in_isocontour(
@@ -282,7 +283,7 @@ def _peak_sphere(affine: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
     """Voxel offsets (N, 3) touched by the 1 ml sphere, and the part of each inside it (N,)."""
     to_mm = affine[:3, :3]
     # Rows of the inverse are the normals of the voxel planes: how far the sphere reaches.
-    reach = np.ceil(_PEAK_RADIUS_MM * np.linalg.norm(np.linalg.inv(to_mm), axis=1) + 0.5)
+    reach = np.ceil(_PEAK_RADIUS_MM * np.linalg.norm(inverse(affine)[:3, :3], axis=1) + 0.5)
     offsets = np.stack(
         np.meshgrid(*(np.arange(-n, n + 1) for n in reach.astype(int)), indexing="ij"), axis=-1
     ).reshape(-1, 3)
@@ -302,7 +303,3 @@ def _peak_sphere(affine: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
 def _to_mm(voxel: FloatArray, affine: FloatArray) -> tuple[float, float, float]:
     x, y, z = (affine[:3, :3] @ voxel + affine[:3, 3]).tolist()
     return x, y, z
-
-
-def _voxel_ml(affine: FloatArray) -> float:
-    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000

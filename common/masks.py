@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Kind, StudyError, Warning
-from common.geometry import Grid, Image
+from common.geometry import Grid, Image, corners, moved, voxel_map
 
 SAME_LATTICE = 1e-3
 """Distance [voxels] up to which voxels of two grids are the same: what float32 affines leave."""
@@ -46,14 +46,13 @@ class _Part:
 
 def _part_of(grid: Grid, other: Grid) -> _Part | None:
     """Which voxels of `grid`, or of its lattice beyond it, those of the other are; None if none."""
-    to_grid = np.linalg.inv(grid.affine) @ other.affine
+    to_grid = voxel_map(grid, other)
     steps = np.rint(to_grid[:3, :3])
     if not np.array_equal(np.abs(steps) @ np.ones(3), np.ones(3)) or abs(np.linalg.det(steps)) != 1:
         return None
-    last = np.array(other.shape) - 1
-    corners = np.array(np.meshgrid(*((0, n) for n in last), indexing="ij")).reshape(3, -1)
-    there = to_grid[:3, :3] @ corners + to_grid[:3, 3:]
-    if np.abs(there - (steps @ corners + np.rint(to_grid[:3, 3:]))).max() > SAME_LATTICE:
+    own = corners(other.shape)
+    there = moved(to_grid, own)
+    if np.abs(there - (steps @ own + np.rint(to_grid[:3, 3:]))).max() > SAME_LATTICE:
         return None
     voxels = np.rint(there).astype(int)
     return _Part(

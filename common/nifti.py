@@ -1,12 +1,10 @@
-"""The header of a NIfTI-1 or -2 file, read from its bytes and checked.
+"""NIfTI in and out: any NIfTI-1 or -2 is read and checked, clean NIfTI-1 is written.
 
-The fields are those of nifti1.h and nifti2.h; the affines are to the bit those of nibabel, which
-itself takes long to load.
-
-NIfTI in and out: any NIfTI-1 or -2 is read and checked, clean NIfTI-1 is written.
-
-The only module that knows the format. Gzip is done by isal, several times faster than zlib.
+The only module that knows the format. Headers are nibabel's, which takes long to load: it is
+loaded by those who read or write a file. Gzip is done by isal, several times faster than zlib.
 """
+
+from __future__ import annotations
 
 import gzip
 import math
@@ -15,18 +13,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from isal import igzip, igzip_lib, isal_zlib
 from numpy.typing import NDArray
 
 from common.errors import StudyError
-from common.geometry import Image
-
-# --- nifti header ----------------------------------------------------------------------------
-
-Order = Literal["<", ">"]
+from common.geometry import Image, corners, edges_mm, inverse, moved, voxel_ml
 
 LARGEST_VOLUME = 2**31
 """Voxels beyond which a header is taken as damaged: five times a total-body CT."""
@@ -48,40 +42,16 @@ _LEAST_VOLUME = 0.1
 
 _LARGEST_EXTENSIONS = 1 << 24
 _METRES, _MICROMETRES = 1, 3
+_MAGIC = {348: b"n+1", 540: b"n+2"}
+"""By the header's size [bytes]: NIfTI-1 and -2."""
+
 _MAGIC_OF_HALVES = (b"ni1", b"ni2")
 
-_PLAIN_NUMBERS = {
-    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8",
-    1280: "u8",
-}  # fmt: skip
+_PLAIN_NUMBERS = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)
+"""Codes of integers and floats of up to 64 bits."""
+
 _OTHER_TYPES = (32, 128, 1536, 1792, 2048, 2304)
 """Complex numbers, colours, and numbers of 128 bits."""
-
-
-def _layout(size: int, **fields: tuple[str, int]) -> np.dtype[Any]:
-    """Fields by name: type and offset [bytes]."""
-    formats, offsets = zip(*fields.values(), strict=True)
-    named = {"names": [*fields], "formats": formats, "offsets": offsets, "itemsize": size}
-    return np.dtype(named)  # type: ignore[call-overload, no-any-return]
-
-
-_LAYOUTS = {
-    348: _layout(
-        348,
-        dim=("8i2", 40), datatype=("i2", 70), pixdim=("8f4", 76), vox_offset=("f4", 108),
-        scl_slope=("f4", 112), scl_inter=("f4", 116), xyzt_units=("u1", 123),
-        qform_code=("i2", 252), sform_code=("i2", 254), quaternion=("3f4", 256),
-        qoffset=("3f4", 268), srow=("(3,4)f4", 280), magic=("V3", 344),
-    ),
-    540: _layout(
-        540,
-        magic=("V3", 4), datatype=("i2", 12), dim=("8i8", 16), pixdim=("8f8", 104),
-        vox_offset=("i8", 168), scl_slope=("f8", 176), scl_inter=("f8", 184),
-        qform_code=("i4", 344), sform_code=("i4", 348), quaternion=("3f8", 352),
-        qoffset=("3f8", 376), srow=("(3,4)f8", 400), xyzt_units=("i4", 500),
-    ),
-}  # fmt: skip
-_MAGIC = {348: b"n+1", 540: b"n+2"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +81,7 @@ class NiftiHeader:
 
 def header_size(beginning: bytes, role: str) -> int:
     """Return the size of a header [bytes], which its first four bytes tell."""
-    for size in _LAYOUTS:
+    for size in _MAGIC:
         if beginning.ljust(4, bytes(1)) in (size.to_bytes(4, "little"), size.to_bytes(4, "big")):
             return size
     raise StudyError(f"the {role} is not NIfTI (no NIfTI header): check the file")
@@ -132,14 +102,17 @@ def parse_header(block: bytes, role: str) -> NiftiHeader:
     StudyError
         It is damaged, or says what can't be of one volume of plain numbers.
     """
-    order: Order = "<" if block[0] else ">"
-    fields = np.frombuffer(block, _LAYOUTS[len(block)].newbyteorder(order))[0]
-    _check_magic(fields["magic"].tobytes(), _MAGIC[len(block)], role)
+    from nibabel import Nifti1Header, Nifti2Header
+
+    header_class = {348: Nifti1Header, 540: Nifti2Header}[len(block)]
+    fields = header_class(block, endianness="<" if block[0] else ">", check=False)
+    _check_magic(fields["magic"].tobytes()[:3], _MAGIC[len(block)], role)
     shape = _volume_shape(fields, role)
     affine = _checked_affine(fields, shape, role)
-    stored = _voxel_type(fields, order, role)
+    stored = _voxel_type(fields, role)
     slope, intercept = _scaling(fields, role)
-    return NiftiHeader(shape, affine, stored, slope, intercept, _voxels_at(fields, role))
+    voxels_at = _voxels_at(fields, len(block), role)
+    return NiftiHeader(shape, affine, stored, slope, intercept, voxels_at)
 
 
 def _check_magic(magic: bytes, expected: bytes, role: str) -> None:
@@ -166,15 +139,12 @@ def _volume_shape(fields: Any, role: str) -> tuple[int, int, int]:
     return nx, ny, nz
 
 
-# --- where the volume lies -------------------------------------------------------------------
-
-
 def _checked_affine(fields: Any, shape: tuple[int, int, int], role: str) -> NDArray[np.float64]:
     if int(fields["xyzt_units"]) & 7 in (_METRES, _MICROMETRES):
         raise StudyError(
             f"the {role} is measured in metres or micrometres (xyzt_units): convert it to mm"
         )
-    sform = _sform(fields) if fields["sform_code"] else None
+    sform = fields.get_sform() if fields["sform_code"] else None
     qform = _qform(fields, role) if fields["qform_code"] else None
     stated = [affine for affine in (sform, qform) if affine is not None]
     if not stated:
@@ -185,8 +155,8 @@ def _checked_affine(fields: Any, shape: tuple[int, int, int], role: str) -> NDAr
     if not np.isfinite(stated).all():
         raise StudyError(f"the {role} has a non-finite affine (sform, qform): convert it again")
     affine = stated[0]
-    spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    if not abs(np.linalg.det(affine[:3, :3])) > _LEAST_VOLUME * spacing_mm.prod():
+    spacing_mm = edges_mm(affine)
+    if not 1000 * voxel_ml(affine) > _LEAST_VOLUME * spacing_mm.prod():
         raise StudyError(
             f"the {role} has a zero or degenerate affine (sform, qform): convert it again"
         )
@@ -196,7 +166,7 @@ def _checked_affine(fields: Any, shape: tuple[int, int, int], role: str) -> NDAr
             f"the {role} has voxels of {spacing_mm.min():.3g} to {spacing_mm.max():.3g} mm and is "
             f"{extent_mm:.3g} mm long (sform, qform), which cannot be: convert it again"
         )
-    apart_mm = _largest_distance_mm(stated[0], stated[-1], shape)
+    apart_mm = float(np.linalg.norm(moved(stated[0] - stated[-1], corners(shape)), axis=0).max())
     if apart_mm > LARGEST_DISAGREEMENT_MM:
         raise StudyError(
             f"the {role}'s sform and qform place voxels {apart_mm:.1f} mm apart: "
@@ -213,8 +183,8 @@ def _check_pixdim(fields: Any, affine: NDArray[np.float64], role: str) -> None:
     """
     n_axes = min(3, int(fields["dim"][0]))
     said_mm = np.abs(np.asarray(fields["pixdim"][1 : n_axes + 1], dtype=np.float64))
-    steps_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    apart_mm = 1 / np.sqrt((np.linalg.inv(affine[:3, :3]) ** 2).sum(axis=1))
+    steps_mm = edges_mm(affine)
+    apart_mm = 1 / edges_mm(inverse(affine).T)
     least, most = 1 - PIXDIM_TOLERANCE, 1 + PIXDIM_TOLERANCE
     fits = (said_mm >= least * apart_mm[:n_axes]) & (said_mm <= most * steps_mm[:n_axes])
     if not (fits | (said_mm == 0)).all():
@@ -225,53 +195,23 @@ def _check_pixdim(fields: Any, affine: NDArray[np.float64], role: str) -> None:
         )
 
 
-def _sform(fields: Any) -> NDArray[np.float64]:
-    affine = np.eye(4)
-    affine[:3] = fields["srow"]
-    return affine
-
-
 def _qform(fields: Any, role: str) -> NDArray[np.float64]:
-    """Rotation by a unit quaternion whose real part is not stored (METHOD 2 of nifti1.h)."""
-    imaginary = fields["quaternion"].astype(np.longdouble)
-    real_squared = 1 - imaginary @ imaginary
-    rounding = 3 * np.finfo(fields["quaternion"].dtype).eps
-    spacing_mm = fields["pixdim"][1:4].astype(fields["pixdim"].dtype.newbyteorder("="))
-    if not real_squared > -rounding or (spacing_mm < 0).any():
-        raise StudyError(f"the {role} has a damaged orientation (qform): export it again")
-    real = np.sqrt(real_squared) if real_squared >= rounding else np.longdouble(0)
+    from nibabel.spatialimages import HeaderDataError
+
     # As the reference implementation reads it: many writers leave it 0.
-    spacing_mm[2] *= -1 if fields["pixdim"][0] < 0 else 1
-    affine = np.eye(4)
-    affine[:3, :3] = _rotation(real, *imaginary) @ np.diag(spacing_mm)
-    affine[:3, 3] = fields["qoffset"]
+    fields["pixdim"][0] = -1 if fields["pixdim"][0] < 0 else 1
+    try:
+        if not np.isfinite(fields.get_qform_quaternion()).all():
+            raise ValueError("not finite")
+        affine: NDArray[np.float64] = fields.get_qform()
+    except (ValueError, HeaderDataError) as error:
+        raise StudyError(
+            f"the {role} has a damaged orientation (qform): export it again"
+        ) from error
     return affine
 
 
-def _rotation(w: Any, x: Any, y: Any, z: Any) -> Any:
-    scale = 2.0 / (w * w + x * x + y * y + z * z)
-    sx, sy, sz = x * scale, y * scale, z * scale
-    return np.array(
-        [
-            [1 - (y * sy + z * sz), x * sy - w * sz, x * sz + w * sy],
-            [x * sy + w * sz, 1 - (x * sx + z * sz), y * sz - w * sx],
-            [x * sz - w * sy, y * sz + w * sx, 1 - (x * sx + y * sy)],
-        ]
-    )
-
-
-def _largest_distance_mm(
-    first: NDArray[np.float64], second: NDArray[np.float64], shape: tuple[int, int, int]
-) -> float:
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij"), float)
-    shift = (first - second) @ corners.reshape(4, -1)
-    return float(np.sqrt((shift[:3] ** 2).sum(axis=0)).max())
-
-
-# --- what its voxels are ---------------------------------------------------------------------
-
-
-def _voxel_type(fields: Any, order: Order, role: str) -> np.dtype[Any]:
+def _voxel_type(fields: Any, role: str) -> np.dtype[Any]:
     code = int(fields["datatype"])
     if code in _OTHER_TYPES:
         raise StudyError(
@@ -279,7 +219,8 @@ def _voxel_type(fields: Any, order: Order, role: str) -> np.dtype[Any]:
         )
     if code not in _PLAIN_NUMBERS:
         raise StudyError(f"the {role} has a damaged NIfTI header (datatype): export it again")
-    return np.dtype(order + _PLAIN_NUMBERS[code])
+    stored: np.dtype[Any] = fields.get_data_dtype()
+    return stored
 
 
 def _scaling(fields: Any, role: str) -> tuple[float, float]:
@@ -294,15 +235,13 @@ def _scaling(fields: Any, role: str) -> tuple[float, float]:
     return slope, intercept
 
 
-def _voxels_at(fields: Any, role: str) -> int:
+def _voxels_at(fields: Any, size: int, role: str) -> int:
     offset = float(fields["vox_offset"])
-    extensions = offset - fields.dtype.itemsize
+    extensions = offset - size
     if not (0 <= extensions <= _LARGEST_EXTENSIONS and offset.is_integer()):
         raise StudyError(f"the {role} has a damaged NIfTI header (vox_offset): export it again")
     return int(offset)
 
-
-# --- nifti -----------------------------------------------------------------------------------
 
 _SHEAR_MM = 0.1
 """Deviation from perpendicular axes along a volume beyond which no qform is written."""

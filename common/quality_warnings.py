@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from common.components import components, voxels_above_zero
 from common.errors import Kind, Warning
-from common.geometry import Grid
+from common.geometry import Grid, corners, moved, voxel_map, within
 from common.resampling import separable
 
 LEAST_UPTAKE_SUV = 0.5
@@ -48,10 +48,8 @@ def _labelled(ids: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np
 
 def _within(voxels: NDArray[np.integer], grid: Grid, other: Grid) -> NDArray[np.bool_]:
     """Which voxels (N, 3) of a grid have their centre in a voxel of the other."""
-    to_other = np.linalg.inv(other.affine) @ grid.affine
-    there = voxels @ to_other[:3, :3].T + to_other[:3, 3]
-    inside = (there >= -0.5) & (there <= np.array(other.shape) - 0.5)
-    return np.asarray(inside.all(axis=1))
+    there = moved(voxel_map(other, grid), voxels.T)
+    return np.asarray(within(there, other.shape).all(axis=0))
 
 
 def _outside(lost_ids: NDArray[np.integer], source: Grid) -> Iterator[Warning]:
@@ -157,8 +155,7 @@ def clipped_uptake(
 
 def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[Warning]:
     """Say how much uptake lies where the CT does not reach."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in pet.shape], indexing="ij"))
-    if _within(corners.reshape(3, -1).T, pet, ct).all():
+    if _within(corners(pet.shape).T, pet, ct).all():
         return []
     uncovered = _uncovered_voxels(suv, pet, ct)
     if not uncovered:
@@ -188,11 +185,11 @@ def _uncovered_voxels(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> int:
 
 def _covered_box(pet: Grid, ct: Grid) -> tuple[slice, ...]:
     """Voxels of a PET whose centres lie in a CT of parallel axes."""
-    to_ct = np.linalg.inv(ct.affine) @ pet.affine
+    to_ct = voxel_map(ct, pet)
     box = []
     for axis, n in enumerate(pet.shape):
         ct_axis = np.abs(to_ct[:3, axis]).argmax()
         there = to_ct[ct_axis, axis] * np.arange(n) + to_ct[ct_axis, 3]
-        covered = np.flatnonzero((there >= -0.5) & (there <= ct.shape[ct_axis] - 0.5))
+        covered = np.flatnonzero(within(there[np.newaxis], ct.shape[ct_axis : ct_axis + 1]))
         box.append(slice(covered[0], covered[-1] + 1) if covered.size else slice(0, 0))
     return tuple(box)

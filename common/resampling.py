@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.geometry import Grid
+from common.geometry import Grid, slow_to_fast, voxel_map
 from common.spline_axes import (
     AxisStep,
     as_slice,
     axis_lines,
     axis_step,
     nearest_on_line,
-    voxel_map,
 )
 
 Array = npt.NDArray[Any]
@@ -79,8 +78,8 @@ def resample_cubic(
         return _nilearn_cubic(volume, source, target, fill_value, clip)
     finish = _Finish(volume.dtype.kind == "u", _bounds(volume, clip))
 
-    slow_to_fast = _memory_order(volume)
-    lines = [lines[axis] for axis in slow_to_fast]
+    order = slow_to_fast(volume)
+    lines = [lines[axis] for axis in order]
     steps = [axis_step(line, finish.precision) for line in lines]
     out = np.empty([line.n_target for line in lines], dtype=np.float32)
     inside = out[tuple(step.rows for step in steps)]
@@ -88,7 +87,7 @@ def resample_cubic(
     if inside.size < out.size:
         out[...] = fill_value
     if inside.size:
-        used = volume.transpose(slow_to_fast)[tuple(step.used for step in steps)]
+        used = volume.transpose(order)[tuple(step.used for step in steps)]
         _resample_planes(used, steps, inside, finish)
     out = np.moveaxis(out, (0, 1, 2), [line.target_axis for line in lines])
     if not all(line.exact for line in lines):
@@ -116,13 +115,13 @@ def resample_nearest(labels: Array, source: Grid, target: Grid) -> Array:
     lines = axis_lines(source, target)
     if lines is None or not all(line.exact for line in lines):
         return _scipy_nearest(labels, source, target)
-    slow_to_fast = _memory_order(labels)
-    lines = [lines[axis] for axis in slow_to_fast]
+    order = slow_to_fast(labels)
+    lines = [lines[axis] for axis in order]
     out = np.zeros([line.n_target for line in lines], dtype=labels.dtype)
     nearest = [nearest_on_line(line) for line in lines]
     inside = [np.flatnonzero(line >= 0) for line in nearest]
     slow, rows, columns = (line[axis] for line, axis in zip(nearest, inside, strict=True))
-    volume = labels.transpose(slow_to_fast)
+    volume = labels.transpose(order)
     # Most lines hold no label, and zeros are there already.
     found = np.asarray(volume.any(axis=2))[np.ix_(slow, rows)]
     picked = volume[np.repeat(slow, found.sum(axis=1)), np.broadcast_to(rows, found.shape)[found]]
@@ -156,11 +155,6 @@ def _outside(source: Grid, target: Grid) -> npt.NDArray[np.bool_]:
     ones = np.broadcast_to(np.uint8(1), source.shape)
     outside: npt.NDArray[np.bool_] = _scipy_nearest(ones, source, target) == 0
     return outside
-
-
-def _memory_order(array: Array) -> list[int]:
-    """Axes from the slowest to the fastest: in this order memory is read from end to end."""
-    return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
 
 
 @dataclass(frozen=True)

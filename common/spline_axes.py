@@ -2,8 +2,8 @@
 
 Which voxels lie inside the field of view, and which neighbour is nearest at half a voxel, hangs
 on the last bit of a coordinate. Here are the very floats of nilearn and scipy: their arithmetic
-in a few lines for images whose axes are the world's, which spares most runs the loading of
-scipy, and their own functions for all others.
+in a few lines where the axes are not turned, which spares most runs the loading of scipy, and
+their own functions for all others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.geometry import Grid
+from common.geometry import Grid, voxel_map
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -80,30 +80,6 @@ class AxisStep:
         """Target voxels that `blocks` make."""
         stops: list[int] = [block.rows.stop for block in self.blocks]
         return max(stops)
-
-
-def voxel_map(source: Grid, target: Grid) -> FloatArray:
-    """Target index -> source index, (4, 4), in the very floats that nilearn computes."""
-    if np.array_equal(target.affine, source.affine):
-        return np.eye(4)
-    to_source: FloatArray = np.dot(_inverse(source.affine), target.affine)
-    return to_source
-
-
-def _inverse(affine: FloatArray) -> FloatArray:
-    spacing = np.diag(affine)
-    aligned = np.diag(spacing)
-    aligned[:3, 3] = affine[:3, 3]
-    if not np.array_equal(affine, aligned):
-        # Slow to load, and needed for turned images only.
-        from scipy import linalg
-
-        general: FloatArray = linalg.inv(affine)
-        return general
-    # What LAPACK computes of a matrix that is zero elsewhere.
-    inverse = np.diag(1 / spacing)
-    inverse[:3, 3] = -(affine[:3, 3] * (1 / spacing[:3]))
-    return inverse
 
 
 def axis_lines(source: Grid, target: Grid) -> list[Line] | None:
@@ -191,6 +167,15 @@ def as_slice(indices: npt.NDArray[np.int_]) -> slice:
     return slice(first, stop if stop >= 0 else None, step)
 
 
+def cubic_basis(fraction: FloatArray) -> FloatArray:
+    """Weights (n, 4) of the cubic B-spline at n places, each a fraction [0, 1) past a voxel.
+
+    They are those of the voxel before, the voxel itself, and the two after it.
+    """
+    t, u = fraction, 1 - fraction
+    return np.stack([u**3, 4 - 3 * t**2 * (1 + u), 4 - 3 * u**2 * (1 + t), t**3], axis=1) / 6
+
+
 def spline_matrix(position: FloatArray, n_source: int) -> FloatArray:
     """Cubic spline interpolation along a line whose values go on mirrored beyond its ends.
 
@@ -211,15 +196,17 @@ def spline_matrix(position: FloatArray, n_source: int) -> FloatArray:
     sqrt(3) (sqrt(3) - 2)^distance, and the cubic B-spline has four weights.
     """
     floor = np.floor(position)
-    t, u = position - floor, 1 - (position - floor)
-    basis = np.stack([u**3, 4 - 3 * t**2 * (1 + u), 4 - 3 * u**2 * (1 + t), t**3], axis=1) / 6
     taps, reach = np.arange(-1, 3), np.arange(-_REACH, _REACH + 2)
     prefilter = 3**0.5 * _POLE ** np.abs(taps[:, None] - reach)
     period = max(1, 2 * (n_source - 1))
     source = (floor[:, None].astype(int) + reach) % period
     mirrored = np.minimum(source, period - source) if n_source > 1 else source
     matrix = np.zeros((len(position), n_source))
-    np.add.at(matrix, (np.arange(len(position))[:, None], mirrored), basis @ prefilter)
+    np.add.at(
+        matrix,
+        (np.arange(len(position))[:, None], mirrored),
+        cubic_basis(position - floor) @ prefilter,
+    )
     return matrix
 
 

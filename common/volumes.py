@@ -3,7 +3,6 @@
 Pure. The steps of `preprocessing.py` in their order; arrays in, arrays out.
 """
 
-import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -33,13 +32,6 @@ from common.quality_warnings import (
     unmeasured_lesions,
 )
 from common.resampling import resample_cubic, resample_nearest, separable
-
-ORIENTATIONS = frozenset(
-    "".join(code)
-    for axes in itertools.permutations(("LR", "AP", "IS"))
-    for code in itertools.product(*axes)
-)
-"""The 48 codes of where array axes point to, such as LAS."""
 
 AIR_HU = -1024
 """Fills the target grid where the CT does not reach [HU]."""

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg, ndimage
 
-from common.spline_axes import Line, nearest_on_line, spline_matrix, voxel_map
+from common.geometry import voxel_map
+from common.spline_axes import Line, nearest_on_line, spline_matrix
 
 steps = st.sampled_from((0.5, 1.0, 2.0, 1.5, 2 / 3, 1 + 2**-52)) | st.floats(0.2, 3)
 starts = st.sampled_from((0.0, 0.5, -0.5, 1e-14, -1e-14)) | st.floats(-3, 3)

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from common.geometry import Grid, Image
+from common.geometry import ORIENTATIONS, Grid, Image
 from common.volumes import (
-    ORIENTATIONS,
     Recipe,
     Volume,
     half_precision,

@@ -151,6 +151,11 @@ def required_numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.fl
     return np.array([_parse_number(value, label) for value in values])
 
 
+def to_ras(lps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return points or vectors (..., 3) of DICOM's LPS coordinates in RAS+, without a -0."""
+    return lps * (-1.0, -1.0, 1.0) + 0.0
+
+
 def items(header: Dataset, keyword: str) -> list[Dataset]:
     """Return the items of a sequence; none where it is absent.
 

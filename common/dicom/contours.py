@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import StudyError
+from common.geometry import inverse
 
 # Of the slice spacing. Contours are drawn on slices and written with 2 or 3 decimals: rounding
 # moves them by less than a hundredth of a slice, a drawing on other slices by tenths.
@@ -87,7 +88,7 @@ def fill_contours(
     StudyError
         Points or grid are no usable numbers, or contours are there and none lies on a slice.
     """
-    to_voxels = _inverse(affine)
+    to_voxels = _to_voxels(affine)
     inside = np.zeros(shape, dtype=bool, order="F")
     found: Counter[str] = Counter()
     on_grid = []
@@ -107,11 +108,11 @@ def fill_contours(
     return FilledContours(inside, _sentences(found))
 
 
-def _inverse(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _to_voxels(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     matrix = np.asarray(affine, dtype=np.float64)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.linalg.det(matrix[:3, :3]):
         raise StudyError("the image has no usable affine: its contours can't be placed")
-    return np.linalg.inv(matrix).astype(np.float64)
+    return inverse(matrix)
 
 
 def _voxel_points(

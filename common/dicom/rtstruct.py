@@ -10,14 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from common.dicom.attributes import items, joined_text, number, tag_of, whole_number
+from common.dicom.attributes import items, joined_text, number, tag_of, to_ras, whole_number
 from common.dicom.contours import fill_contours
 from common.dicom.masks import Mask, matching, names_by_number, refusing_malformed
 from common.errors import Kind, StudyError, Warning
 
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-
-_LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 
 def read_rtstruct(
@@ -134,5 +132,4 @@ def _points_mm(contour: Dataset) -> NDArray[np.float64]:
             f"{tag_of('ContourData')} has {len(lps_mm)} points, "
             f"{tag_of('NumberOfContourPoints')} says {declared:.0f}: export the RTSTRUCT again"
         )
-    ras_mm: NDArray[np.float64] = lps_mm * _LPS_TO_RAS
-    return ras_mm
+    return to_ras(lps_mm)

@@ -26,6 +26,7 @@ from common.dicom.attributes import (
     joined_text,
     number,
     tag_of,
+    to_ras,
     whole_number,
 )
 from common.dicom.masks import LabelArray, Mask, matching, names_by_number, refusing_malformed
@@ -45,8 +46,6 @@ ORIENTATION_TOLERANCE = 2e-3
 
 LARGEST_MM, SMALLEST_MM = 1e4, 1e-3
 """Beyond 10 m from the origin, and for spacings below 1 um, numbers are damaged."""
-
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 FloatArray = NDArray[np.float64]
 
@@ -113,14 +112,10 @@ def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
             "give the mask as NIfTI"
         )
     affine = np.eye(4)
-    affine[:3] = np.column_stack(
-        [cosines[0] * column_mm, cosines[1] * row_mm, step, positions[first]]
-    )
+    columns = (cosines[0] * column_mm, cosines[1] * row_mm, step, positions[first])
+    affine[:3] = to_ras(np.array(columns)).T
     return FramePlaces(
-        slice_of_frame,
-        n_steps + 1,
-        _LPS_TO_RAS @ affine,
-        [Warning(Kind.MASK, note) for note in notes],
+        slice_of_frame, n_steps + 1, affine, [Warning(Kind.MASK, note) for note in notes]
     )
 
 

@@ -23,6 +23,7 @@ from common.dicom.attributes import (
     required_numbers,
     tag_of,
     texts,
+    to_ras,
     whole_number,
 )
 from common.dicom.files import DicomFile, Series
@@ -172,7 +173,6 @@ LARGEST_VOLUME = 2**31
 _SAME_DIRECTION = 1e-3
 _SAME_SPACING = 1e-3
 _MOVING = ("DYNAMIC", "GATED")
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,9 +335,12 @@ def _signs_of_loss(slices: Sequence[Slice], role: str) -> tuple[Warning, ...]:
 
 def _affine(first: Slice, step_mm: NDArray[np.float64]) -> NDArray[np.float64]:
     row_spacing_mm, column_spacing_mm = first.pixel_spacing_mm
+    columns_mm = (
+        first.orientation[:3] * column_spacing_mm,
+        first.orientation[3:] * row_spacing_mm,
+        step_mm,
+        first.position_mm,
+    )
     affine = np.eye(4)
-    affine[:3, 0] = first.orientation[:3] * column_spacing_mm
-    affine[:3, 1] = first.orientation[3:] * row_spacing_mm
-    affine[:3, 2] = step_mm
-    affine[:3, 3] = first.position_mm
-    return _LPS_TO_RAS @ affine
+    affine[:3] = to_ras(np.array(columns_mm)).T
+    return affine

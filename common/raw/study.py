@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from common.dicom.attributes import items, joined_text, required_number, required_numbers, tag_of
+from common.dicom.attributes import (
+    items,
+    joined_text,
+    required_number,
+    required_numbers,
+    tag_of,
+    to_ras,
+)
 from common.dicom.files import DicomFile, Series
 from common.dicom.masks import (
     contoured_images,
@@ -31,7 +38,7 @@ from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
-from common.geometry import Image, embedded
+from common.geometry import Image, embedded, inverse
 from common.image_checks import check_labels, check_mask, check_overlap
 from common.lesions import dose_fraction
 from common.masks import completed, united
@@ -79,9 +86,9 @@ class Planes(NamedTuple):
         """Voxel indices of both in an image, (2, n, 3)."""
         columns_mm, rows_mm = ((self.matrix - 1) * self.spacing_mm[:, ::-1]).T[..., np.newaxis]
         diagonal_mm = columns_mm * self.orientation[:, :3] + rows_mm * self.orientation[:, 3:]
-        corners_mm = np.stack([self.position_mm, self.position_mm + diagonal_mm]) * (-1, -1, 1)
-        to_voxel = np.linalg.inv(image.affine)
-        return np.asarray(corners_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3])
+        ends_mm = to_ras(np.stack([self.position_mm, self.position_mm + diagonal_mm]))
+        to_voxel = inverse(image.affine)
+        return np.asarray(ends_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3])
 
 
 def planes_of_headers(header: Series | Stack) -> Planes | None:
@@ -109,9 +116,9 @@ def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[War
 
     Where the user trusts them, that is returned as a warning.
     """
-    corners = planes.first_and_last_pixel_in(image)
-    voxels = first, last = np.rint(corners)
-    on_voxels = np.abs(corners[0] - first).max() <= ON_GRID_VOXELS
+    ends = planes.first_and_last_pixel_in(image)
+    voxels = first, last = np.rint(ends)
+    on_voxels = np.abs(ends[0] - first).max() <= ON_GRID_VOXELS
     end = np.array(image.data.shape) - 1
     inside = np.array_equal(voxels, np.clip(voxels, 0, end))
     extents = np.sort(np.abs(last - first))
