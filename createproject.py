@@ -28,6 +28,7 @@ from typing import cast
 from common import project_zip
 from common.errors import IncompleteStudy, StudyError, Warning
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
+from common.nifti import load_library
 from common.raw import mapping, pseudonyms, roles
 from common.raw.project import StudyFolder, files_of, image_bytes, list_files
 from common.raw.pseudonyms import studies_by_hash
@@ -203,6 +204,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def create_project(options: argparse.Namespace) -> list[Outcome]:
     """Convert what is new or changed and replace the zip and the mapping."""
+    load_library()
     with exclusive(options.output, force=options.force, lock=options.lock):
         folders = pseudonymised(options)
         known = mapping.read(options.mapping)

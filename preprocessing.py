@@ -36,7 +36,7 @@ from common.hdf5.studies import (
     read_keys,
 )
 from common.hdf5.training_study import Laps, place_study, write_study
-from common.nifti import write_nifti_file
+from common.nifti import load_library, write_nifti_file
 from common.report.lesion_table import lesion_table
 from common.run import cli, stage
 from common.run.console import PROGRESS
@@ -248,6 +248,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         dtype=options.dtype,
         labels=options.labels,
     )
+    load_library()
     with exclusive(options.output, force=options.force, lock=options.lock):
         archived = project_zip.read_directory(options.zip)
         if not archived:

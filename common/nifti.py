@@ -7,6 +7,7 @@ loaded by those who read or write a file. Gzip is done by isal, several times fa
 from __future__ import annotations
 
 import gzip
+import importlib
 import math
 import os
 import zlib
@@ -263,6 +264,11 @@ _QFORM_FIELDS = (
 _SLAB_VOXELS = 1 << 20
 _BLOCK_VOXELS = 1 << 17
 """Read at a time: they stay in the processor's cache for what is done next."""
+
+
+def load_library() -> None:
+    """Load nibabel now, so that workers that are forked afterwards need not."""
+    importlib.import_module("nibabel")
 
 
 def is_nifti_name(name: str) -> bool:
