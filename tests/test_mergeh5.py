@@ -345,12 +345,12 @@ def test_sound_files_verify(made, capsys):
 
 
 def test_a_dataset_that_crashes_its_reader_is_one_damaged_dataset(made, monkeypatch, capsys):
-    faults_of = mergeh5.hdf5_check.faults_of
+    faults_of = mergeh5.faults_of
 
     def crash_on_b(path, key, parameters):
         return os.abort() if key == B else faults_of(path, key, parameters)
 
-    monkeypatch.setattr(mergeh5.hdf5_check, "faults_of", crash_on_b)
+    monkeypatch.setattr(mergeh5, "faults_of", crash_on_b)
     assert run("--verify", made["one"], made["two"], "--jobs", 2) == 3
     out, err = capsys.readouterr()
     assert out == "4 datasets: 3 sound, 1 failed\n"

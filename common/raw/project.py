@@ -107,7 +107,7 @@ def _found_instead(project: Path, patients: Sequence[StudyFolder]) -> str:
     directly = _kinds_of_files(project)
     if directly:
         return f"{directly} directly in it: move each examination to <patient>/<study>/"
-    if any((Path(each.path) / "imagesTr").is_dir() for each in patients):
+    if any(os.path.isdir(os.path.join(each.path, "imagesTr")) for each in patients):
         return "a folder in it is of nnU-Net's layout (imagesTr): give that folder"
     in_patients = [kinds for each in patients if (kinds := _kinds_of_files(Path(each.path)))]
     if in_patients:
