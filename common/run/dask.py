@@ -142,12 +142,16 @@ def _refuse_other_environment(expected: Mapping[str, str]) -> None:
 
 logger = logging.getLogger("tumorvolume")
 
+CONNECT_S = 15
+"""How long a scheduler may take to answer at first."""
+
+NO_WORKER_S = 600
+"""How long a scheduler may be without any worker."""
+
 _POLL_S = 0.1
 _LOOK_S = 1.0
-_CONNECT_S = 15
 _CLOSE_S = 5
 _ANSWER_S = 30
-_NO_WORKER_S = 600
 _TELL_S = 60
 
 _TALKATIVE = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -244,7 +248,7 @@ def _client(address: str, jobs: int | None, n_tasks: int) -> Iterator[Any]:
     try:
         place = _scheduler_address(address)
         _await_scheduler(place)
-        client = distributed.Client(place, timeout=_CONNECT_S, set_as_default=False)
+        client = distributed.Client(place, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise StageError(
             f"--dask {address}: no scheduler answers there: check the address, and that it runs"
@@ -279,10 +283,10 @@ def _await_scheduler(address: str) -> None:
     place = get_address_host_port(address)
     # Encrypted ones speak when they are spoken to.
     speaks_first = "://" not in address or address.startswith("tcp://")
-    deadline = time.monotonic() + _CONNECT_S
+    deadline = time.monotonic() + CONNECT_S
     while True:
         try:
-            with socket.create_connection(place, timeout=_CONNECT_S) as connection:
+            with socket.create_connection(place, timeout=CONNECT_S) as connection:
                 if not speaks_first or connection.recv(1):
                     return
                 raise ConnectionError("closed")
@@ -340,7 +344,7 @@ def _room(client: Any, jobs: int | None) -> Iterator[int]:
             n_workers = _count_workers(client)
         if n_workers:
             last_seen = now
-        elif now - last_seen > _NO_WORKER_S:
+        elif now - last_seen > NO_WORKER_S:
             raise StageError(
                 "no worker has been connected to the dask scheduler for ten minutes: start "
                 "workers, and run again; finished studies are kept"

@@ -27,6 +27,9 @@ def behave(payload):
         return [argument]
     if kind == "sleep":
         time.sleep(argument)
+    elif kind == "wait for":
+        while not argument.exists():
+            time.sleep(0.02)
     elif kind == "raise":
         raise ERRORS[argument]
     elif kind == "say":
