@@ -23,10 +23,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from common import project_zip
-from common.errors import IncompleteStudy, StudyError, Warning
+from common.errors import IncompleteStudy, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
 from common.nifti import load_library
 from common.raw import mapping, pseudonyms, roles
@@ -36,9 +35,9 @@ from common.raw.roles import ROLE_NAMES, Patterns
 from common.raw.study import Conversion, plan_study, read_study
 from common.raw.words import WORDS
 from common.run import cli, console, stage
+from common.run.fan_out import run_studies
 from common.run.output import exclusive, writing_part
-from common.run.pool import run_studies
-from common.run.worker import Outcome, Status, Task
+from common.run.worker import Job, Outcome, Status, Written
 from common.suv.factors import SUV_UNITS
 from common.version import SOFTWARE
 
@@ -212,21 +211,19 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
         studies, outcomes = plan(folders, options)
         for outcome in outcomes:
             stage.report(outcome, known_skips)
-        outcomes += stage.run_stage(
-            options.output,
-            studies,
-            stage.present_content(
-                options.output, functools.partial(read_finished, known=known), force=options.force
+        converting = stage.Stage(
+            output=options.output,
+            studies=studies,
+            worker=convert_study,
+            assemble=functools.partial(project_zip.assemble, project=options.name),
+            read_finished=functools.partial(read_finished, known=known),
+            write_beside=lambda path, done: write_mapping(
+                path, folders, studies, [*outcomes, *done], options
             ),
-            convert_study,
-            functools.partial(project_zip.assemble, project=options.name),
-            options.jobs,
-            lambda path, done: write_mapping(path, folders, studies, [*outcomes, *done], options),
             known_skips=known_skips,
-            dask=options.dask,
         )
-    order = {study_hash: i for i, study_hash in enumerate(folders)}
-    return sorted(outcomes, key=lambda outcome: order[outcome.hash])
+        outcomes = outcomes + stage.run_stage(converting, cli.engine(options), force=options.force)
+    return sorted(outcomes, key=lambda outcome: outcome.hash)
 
 
 def pseudonymised(options: argparse.Namespace) -> dict[str, StudyFolder]:
@@ -239,7 +236,7 @@ def pseudonymised(options: argparse.Namespace) -> dict[str, StudyFolder]:
 
 def plan(
     folders: Mapping[str, StudyFolder], options: argparse.Namespace
-) -> tuple[list[stage.Study], list[Outcome]]:
+) -> tuple[list[Job], list[Outcome]]:
     """Return the studies to be in the zip, and the outcomes of folders that can't be listed."""
     patterns = Patterns({r: p for r in ROLE_NAMES if (p := getattr(options, r)) is not None})
     conversion = Conversion(
@@ -264,29 +261,29 @@ def plan(
         there = replace(folder, path=os.path.abspath(folder.path))
         raw = RawStudy(there, options.name, patterns, conversion)
         studies.append(
-            stage.Study(
+            Job(
                 study_hash,
                 fingerprint([*fixed, study_hash, seen]),
                 raw,
-                memory_bytes=sum(file.size or 0 for file in files),
+                memory=sum(file.size or 0 for file in files),
             )
         )
     return with_memory(studies), outcomes
 
 
-def with_memory(studies: Sequence[stage.Study]) -> list[stage.Study]:
+def with_memory(studies: Sequence[Job]) -> list[Job]:
     """Return studies whose size of files is replaced by what their workers take at most [bytes].
 
     To look into every study would take longer than planning: those of the largest files stand
     for all.
     """
-    sizes = {study.hash: study.memory_bytes for study in studies}
-    for study in sorted(studies, key=lambda study: study.memory_bytes)[-N_LOOKED_INTO:]:
+    sizes = {study.hash: study.memory for study in studies}
+    for study in sorted(studies, key=lambda study: study.memory)[-N_LOOKED_INTO:]:
         with suppress(StudyError):
-            folder = study.payload.folder
+            folder = study.work.folder
             sizes[study.hash] = image_bytes(folder.path, files_of(folder))
     return [
-        replace(study, memory_bytes=MEMORY_BASE + MEMORY_PER_BYTE * sizes[study.hash])
+        replace(study, memory=MEMORY_BASE + MEMORY_PER_BYTE * sizes[study.hash])
         for study in studies
     ]
 
@@ -309,20 +306,20 @@ def read_finished(path: Path, known: Sequence[mapping.Row]) -> dict[str, str]:
     return finished
 
 
-def convert_study(task: stage.PartTask) -> Sequence[Warning]:
-    """Convert one study and write its part; return its warnings."""
-    raw: RawStudy = task.payload
+def convert_study(job: Job) -> Written:
+    """Convert one study and write its part."""
+    raw: RawStudy = job.work
     found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     images = read_study(found, raw.conversion)
-    with writing_part(task.part) as temporary:
-        project_zip.write_part(temporary, raw.project, task.hash, images.by_role, images.record)
-    return images.warnings
+    with writing_part(job.part) as temporary:
+        project_zip.write_part(temporary, raw.project, job.hash, images.by_role, images.record)
+    return Written(images.warnings)
 
 
 def write_mapping(
     zip_path: Path | None,
     folders: Mapping[str, StudyFolder],
-    studies: Sequence[stage.Study],
+    studies: Sequence[Job],
     outcomes: Sequence[Outcome],
     options: argparse.Namespace,
 ) -> None:
@@ -365,30 +362,46 @@ def write_mapping(
 def dry_run(options: argparse.Namespace) -> list[Outcome]:
     """Read headers, print what would be done with each study, write nothing."""
     folders = pseudonymised(options)
-    studies, outcomes = plan(folders, options)
-    tasks = [Task(study.hash, study.payload) for study in studies]
-    outcomes += run_studies(
-        describe_study,
-        tasks,
-        stage.worker_processes(options.jobs, options.dask, studies),
-        dask=options.dask,
+    studies, listed = plan(folders, options)
+    engine = cli.engine(options)
+    looked_at = run_studies(
+        foresee_study, studies, stage.worker_processes(engine, studies), dask=engine.dask
     )
-    no_cells = [""] * (len(TABLE_HEADING) - 3)
-    cells = {o.hash: o.warnings or (o.status, *no_cells, o.reason) for o in outcomes}
-    rows = [(study_hash, *cells[study_hash]) for study_hash in folders]
+    foreseen = {
+        outcome.hash: outcome.made or Foreseen(outcome.status, remarks=outcome.reason)
+        for outcome in [*listed, *looked_at]
+    }
+    rows = [(study_hash, *foreseen[study_hash].cells) for study_hash in sorted(foreseen)]
     console.say_table([TABLE_HEADING, *rows])
-    return [Outcome(study_hash, cast(Status, cells[study_hash][0])) for study_hash in folders]
+    return [Outcome(study_hash, foreseen[study_hash].status) for study_hash in sorted(foreseen)]
 
 
-def describe_study(raw: RawStudy) -> Sequence[str]:
-    """Return the cells of a study in the table of a dry run."""
+@dataclass(frozen=True)
+class Foreseen:
+    """What would become of a study, by its headers."""
+
+    status: Status
+    by_role: tuple[str, ...] = ("",) * len(ROLE_NAMES)
+    suv_rule: str = ""
+    remarks: str = ""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its row in the table of a dry run, after the hash."""
+        return (self.status, *self.by_role, self.suv_rule, self.remarks)
+
+
+def foresee_study(job: Job) -> Foreseen:
+    """Read a study's headers and say what would become of it."""
+    raw: RawStudy = job.work
     found = roles.survey(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
-    cells = [found.summary(role) for role in ROLE_NAMES]
+    by_role = tuple(found.summary(role) for role in ROLE_NAMES)
     try:
         planned = plan_study(roles.choose(found), raw.conversion)
     except StudyError as error:
-        return [status_of(error), *cells, "", str(error)]
-    return ["written", *cells, planned.suv_rule, "; ".join(map(str, planned.warnings))]
+        return Foreseen(status_of(error), by_role, remarks=str(error))
+    remarks = "; ".join(map(str, planned.warnings))
+    return Foreseen("written", by_role, planned.suv_rule, remarks)
 
 
 def dry_closing_line(outcomes: Sequence[Outcome], output: Path) -> str:

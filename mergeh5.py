@@ -25,7 +25,7 @@ from typing import Any
 from common import splits
 from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
-from common.hdf5 import merge as hdf5_assembly
+from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     read_all_attributes,
     read_attributes,
@@ -37,9 +37,10 @@ from common.hdf5.studies import (
 )
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
 from common.run import cli, stage
+from common.run.fan_out import run_studies
 from common.run.output import exclusive, make_folder, replace_output, write_beside
-from common.run.pool import call_apart, run_studies
-from common.run.worker import Outcome, Status, Task
+from common.run.pool import in_own_process
+from common.run.worker import Job, Outcome, Status
 from common.version import SOFTWARE
 
 EXAMPLES = """
@@ -80,18 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="write nothing: check every dataset of the files, by --jobs worker processes (copying "
         "takes one); status 3 where one is damaged",
     )
-    merging = parser.add_argument_group("merging")
-    merging.add_argument(
+    group = parser.add_argument_group("merging")
+    group.add_argument(
         "--on-duplicate",
         choices=("error", "skip", "replace"),
         default="error",
         help="where files hold the same study with other content: stop (default), keep the first "
         "file's, or take the last file's",
     )
-    merging.add_argument(
+    group.add_argument(
         "--allow-mixed", action="store_true", help="merge files that were made with other options"
     )
-    merging.add_argument(
+    group.add_argument(
         "--link",
         action="store_true",
         help="write an index of links to the inputs instead of copies; keep them together",
@@ -170,10 +171,10 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
 def checked_plan(options: argparse.Namespace) -> MergePlan:
     """Plan in a process of its own; where libhdf5 ends that, name the file."""
     try:
-        plan: MergePlan = call_apart(plan_merge, options)
+        plan: MergePlan = in_own_process(plan_merge, options)
     except WorkerCrashed:
         for path in options.inputs:
-            call_apart(read_all_attributes, path)
+            in_own_process(read_all_attributes, path)
         raise
     return plan
 
@@ -190,7 +191,7 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         refuse_mixed_suv_types(sources)
     projects: dict[str, str] = {}
     if options.splits is not None:
-        for path, keys in hdf5_assembly.keys_by_file(sources).items():
+        for path, keys in merging.keys_by_file(sources).items():
             projects |= read_attributes(path, keys, "project")
     return MergePlan(parameters, sources, projects)
 
@@ -223,7 +224,7 @@ def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
     Those of zips of another make, whose type is unknown, go with any.
     """
     first: tuple[str, Path] | None = None
-    for path, keys in hdf5_assembly.keys_by_file(sources).items():
+    for path, keys in merging.keys_by_file(sources).items():
         for suv_type in read_attributes(path, keys, "suv_type").values():
             if suv_type == "unknown":
                 continue
@@ -244,7 +245,7 @@ def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]
     sources: dict[str, Path] = {}
     for path in inputs:
         for key in read_shapes(path):
-            if key not in sources or hdf5_assembly.same_content(key, sources[key], path):
+            if key not in sources or merging.same_content(key, sources[key], path):
                 sources.setdefault(key, path)
             elif on_duplicate == "error":
                 raise StageError(
@@ -263,7 +264,7 @@ def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
     if options.force or not options.output.exists():
         return False
     try:
-        return bool(call_apart(holds, options.output, plan, options.link))
+        return bool(in_own_process(holds, options.output, plan, options.link))
     except WorkerKilled:
         raise
     except StageError:
@@ -275,9 +276,9 @@ def holds(path: Path, plan: MergePlan, linked: bool) -> bool:
     return (
         read_parameters(path) == plan.parameters
         and read_keys(path) == sorted(plan.sources)
-        and hdf5_assembly.holds_links(path) == linked
-        and hdf5_assembly.read_digests(dict.fromkeys(plan.sources, path))
-        == hdf5_assembly.read_digests(plan.sources)
+        and merging.holds_links(path) == linked
+        and merging.read_digests(dict.fromkeys(plan.sources, path))
+        == merging.read_digests(plan.sources)
     )
 
 
@@ -285,9 +286,9 @@ def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
     """Replace the output by copies of, or links to, the studies in the plan."""
     made_by = {"parameters": plan.parameters, "software": SOFTWARE}
     assemble = (
-        functools.partial(hdf5_assembly.assemble_links, **made_by, folder=options.output.parent)
+        functools.partial(merging.assemble_links, **made_by, folder=options.output.parent)
         if options.link
-        else functools.partial(hdf5_assembly.assemble, **made_by)
+        else functools.partial(merging.assemble, **made_by)
     )
 
     def write_what_goes_beside(path: Path) -> None:
@@ -321,24 +322,24 @@ def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
 
 def verify(options: argparse.Namespace) -> list[Outcome]:
     """Check every dataset of every file, and go on after a damaged one."""
-    tasks, unreadable = [], set()
+    stored, unreadable = [], set()
     for path in options.inputs:
         try:
-            keys, parameters = call_apart(keys_to_check, path)
+            keys, parameters = in_own_process(keys_to_check, path)
         except StageError as error:
             logger.error("%s", error)
             unreadable.add(path)
             continue
-        tasks += [
-            Task(key, StoredDatasets(path, key, parameters))
+        stored += [
+            Job(key, "", StoredDatasets(path, key, parameters))
             for key in keys
             if cli.in_shard(study_of(key, parameters), options.shard)
         ]
-    outcomes = run_studies(verify_datasets, tasks, options.jobs, stage.report)
+    outcomes = run_studies(verify_datasets, stored, options.jobs, stage.report)
     if all(outcome.status == "written" for outcome in outcomes):
         for path in (path for path in options.inputs if path not in unreadable):
             try:
-                call_apart(read_indices, path)
+                in_own_process(read_indices, path)
             except StageError as error:
                 logger.error("%s", error)
                 unreadable.add(path)
@@ -358,15 +359,21 @@ class StoredDatasets:
     parameters: Mapping[str, Any]
 
 
-def verify_datasets(stored: StoredDatasets) -> Sequence[str]:
-    """Hold an image and its masks against their digests and attributes; return no warnings."""
+def verify_datasets(job: Job) -> None:
+    """Hold an image and its masks against their digests and attributes.
+
+    Raises
+    ------
+    StudyError
+        They differ, or can't be read.
+    """
+    stored: StoredDatasets = job.work
     try:
         faults = faults_of(stored.path, stored.key, stored.parameters)
     except StageError as error:
         raise StudyError(str(error)) from error
     if faults:
         raise StudyError(f"{'; '.join(faults)} in {stored.path}: make that file again")
-    return ()
 
 
 def verify_line(outcomes: Sequence[Outcome], output: Path | None) -> str:

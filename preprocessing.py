@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import project_zip
-from common.errors import StageError, Warning
+from common.errors import StageError
 from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5.merge import assemble
@@ -35,14 +35,14 @@ from common.hdf5.studies import (
     read_fingerprints,
     read_keys,
 )
-from common.hdf5.training_study import Laps, place_study, write_study
+from common.hdf5.training_study import StepTimes, place_study, write_study
 from common.nifti import load_library, write_nifti_file
 from common.report.lesion_table import lesion_table
 from common.run import cli, stage
 from common.run.console import PROGRESS
 from common.run.output import exclusive, make_folder, write_beside, writing_beside, writing_part
-from common.run.pool import call_apart
-from common.run.worker import Outcome
+from common.run.pool import in_own_process
+from common.run.worker import Job, Outcome, Written
 from common.version import SOFTWARE
 from common.volumes import Recipe
 
@@ -73,7 +73,6 @@ class ZippedStudy:
     recipe: Recipe
     compression: str
     nifti_folder: Path | None
-    fingerprint: str
     profile: bool
 
 
@@ -272,31 +271,25 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                     options.output.resolve(),
                     path.resolve(),
                     outcomes,
-                    options.jobs,
+                    cli.engine(options),
                     SOFTWARE,
-                    options.dask,
                 )
 
-        return stage.run_stage(
-            options.output,
-            studies,
-            stage.present_content(
-                options.output,
-                functools.partial(call_apart, read_fingerprints),
-                force=options.force,
-            ),
-            preprocess_study,
-            functools.partial(assemble, parameters=recipe.parameters, software=SOFTWARE),
-            options.jobs,
-            write_what_goes_beside,
-            failures_of="preprocessing",
-            dask=options.dask,
+        preprocessing = stage.Stage(
+            output=options.output,
+            studies=studies,
+            worker=preprocess_study,
+            assemble=functools.partial(assemble, parameters=recipe.parameters, software=SOFTWARE),
+            read_finished=functools.partial(in_own_process, read_fingerprints),
+            write_beside=write_what_goes_beside,
+            name="preprocessing",
         )
+        return stage.run_stage(preprocessing, cli.engine(options), force=options.force)
 
 
 def plan(
     archived: Mapping[str, project_zip.ArchivedStudy], recipe: Recipe, options: argparse.Namespace
-) -> list[stage.Study]:
+) -> list[Job]:
     """Return this shard's studies."""
     studies = []
     for study_hash, study in archived.items():
@@ -304,17 +297,24 @@ def plan(
             continue
         made_from = [SOFTWARE, study.content, recipe.parameters, options.compression]
         digest = fingerprint(made_from)
-        payload = ZippedStudy(
+        work = ZippedStudy(
             options.zip.resolve(),
             study,
             recipe,
             options.compression,
             options.save_nifti and options.save_nifti.absolute(),
-            digest,
             options.profile,
         )
         beside = nifti_paths(options.save_nifti, study_hash).values() if options.save_nifti else ()
-        studies.append(stage.Study(study_hash, digest, payload, tuple(beside), memory_bytes(study)))
+        studies.append(
+            Job(
+                study_hash,
+                digest,
+                work,
+                beside=tuple(beside),
+                memory=memory_bytes(study),
+            )
+        )
     return studies
 
 
@@ -340,30 +340,30 @@ def nifti_paths(folder: Path, study_hash: str) -> dict[str, Path]:
 # --- one study -------------------------------------------------------------------------------
 
 
-def preprocess_study(task: stage.PartTask) -> Sequence[Warning]:
-    """Bring one study onto the target grid and write its part; return its warnings."""
-    work: ZippedStudy = task.payload
-    laps = Laps()
-    placed = place_study(work.zip_path, work.study, work.recipe, laps)
-    with writing_part(task.part, task.beside) as temporary:
+def preprocess_study(job: Job) -> Written:
+    """Bring one study onto the target grid and write its part."""
+    work: ZippedStudy = job.work
+    times = StepTimes()
+    placed = place_study(work.zip_path, work.study, work.recipe, times)
+    with writing_part(job.part, job.beside) as temporary:
         write_study(
             temporary,
             work.study,
             placed,
             work.recipe,
             work.compression,
-            work.fingerprint,
+            job.fingerprint,
             SOFTWARE,
         )
         if work.nifti_folder is not None:
-            for name, path in nifti_paths(work.nifti_folder, task.hash).items():
+            for name, path in nifti_paths(work.nifti_folder, job.hash).items():
                 with writing_beside(path) as nifti:
                     write_nifti_file(nifti, placed.images[name])
-    laps.end("writing")
-    logger.info("%s: resampled %s", task.hash, placed.ways)
+    times.end("writing")
+    logger.info("%s: resampled %s", job.hash, placed.how_resampled)
     if work.profile:
-        logger.log(PROGRESS, "%s: %s", task.hash, laps)
-    return placed.warnings
+        logger.log(PROGRESS, "%s: %s", job.hash, times)
+    return Written(placed.warnings)
 
 
 # --- measures --------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def preprocess_study(task: stage.PartTask) -> Sequence[Warning]:
 
 def write_measures(path: Path, studies_file: Path) -> None:
     """Write the measures kept in an HDF5 file as CSV."""
-    write_beside(path, call_apart(measures_table, studies_file))
+    write_beside(path, in_own_process(measures_table, studies_file))
 
 
 def measures_table(studies_file: Path) -> str:

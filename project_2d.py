@@ -13,9 +13,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import csv
 import functools
-import io
 import logging
 import math
 import sys
@@ -26,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import StageError, StudyError, Warning
+from common.errors import StageError, StudyError
 from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5 import merge
@@ -43,9 +41,9 @@ from common.hdf5.studies import (
 )
 from common.projection import angle_name, projection_angles
 from common.run import cli, stage
-from common.run.output import exclusive, make_folder, write_beside, writing_beside, writing_part
-from common.run.pool import call_apart
-from common.run.worker import Outcome
+from common.run.output import exclusive, make_folder, write_table, writing_beside, writing_part
+from common.run.pool import in_own_process
+from common.run.worker import Job, Outcome, Written
 from common.version import SOFTWARE
 
 EXAMPLES = """
@@ -72,7 +70,6 @@ class StoredStudy:
     angles: tuple[float, ...]
     slab: int | None
     parameters: Mapping[str, Any]
-    fingerprint: str
     compression: str
     gif: Path | None
     png: Path | None
@@ -174,7 +171,7 @@ def csv_path(output: Path) -> Path:
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
     with exclusive(options.output, force=options.force, lock=options.lock):
-        source = call_apart(read_source, options.input, options.shard)
+        source = in_own_process(read_source, options.input, options.shard)
         parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
@@ -190,23 +187,18 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             if path is not None:
                 write_list(options, source, by_key, outcomes)
 
-        return stage.run_stage(
-            options.output,
-            studies,
-            stage.present_content(
-                options.output,
-                functools.partial(call_apart, merge.read_projected),
-                force=options.force,
-            ),
-            project_study,
-            functools.partial(
+        projecting = stage.Stage(
+            output=options.output,
+            studies=studies,
+            worker=project_study,
+            assemble=functools.partial(
                 assemble_projections, by_key=by_key, parameters=parameters, stack=options.stack
             ),
-            options.jobs,
-            list_projections,
-            failures_of="project_2d",
-            dask=options.dask,
+            read_finished=functools.partial(in_own_process, merge.read_projected),
+            write_beside=list_projections,
+            name="project_2d",
         )
+        return stage.run_stage(projecting, cli.engine(options), force=options.force)
 
 
 def assemble_projections(
@@ -238,9 +230,7 @@ def read_source(path: Path, shard: tuple[int, int]) -> Source:
     return Source(parameters, shapes, digests, read_attributes(path, keys, "project"))
 
 
-def plan(
-    options: argparse.Namespace, source: Source, parameters: Mapping[str, Any]
-) -> list[stage.Study]:
+def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, Any]) -> list[Job]:
     """Return this shard's studies."""
     if not source.shapes:
         raise StageError(f"{options.input}: no study in it: nothing to project")
@@ -250,20 +240,19 @@ def plan(
     studies = []
     for key, digests in source.digests.items():
         made_from = [SOFTWARE, digests, parameters, slab, options.compression]
-        payload = StoredStudy(
+        work = StoredStudy(
             options.input.resolve(),
             key,
             options.all_angles,
             slab,
             parameters,
-            fingerprint(made_from),
             options.compression,
             options.gif and options.gif.absolute(),
             options.png and options.png.absolute(),
         )
         beside = [f / f"{key}.{kind}" for kind in ("gif", "png") if (f := getattr(options, kind))]
-        memory_bytes = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])
-        studies.append(stage.Study(key, payload.fingerprint, payload, tuple(beside), memory_bytes))
+        memory = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])
+        studies.append(Job(key, fingerprint(made_from), work, beside=tuple(beside), memory=memory))
     return studies
 
 
@@ -276,21 +265,20 @@ def write_list(
     """Write the CSV that lists the projections in the order of their keys."""
     held = {outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")}
     keys = sorted(key for key, study in by_key.items() if study in held)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("number", "hash", "angle", "project", "dataset"))
+    rows = []
     for number, key in enumerate(keys):
         study_hash, _, angle = key.rpartition("_")
-        writer.writerow((number, study_hash, angle, source.projects.get(study_hash, ""), key))
-    write_beside(csv_path(options.output), text.getvalue())
+        rows.append((number, study_hash, angle, source.projects.get(study_hash, ""), key))
+    heading = ("number", "hash", "angle", "project", "dataset")
+    write_table(csv_path(options.output), heading, rows)
 
 
 # --- one study -------------------------------------------------------------------------------
 
 
-def project_study(task: stage.PartTask) -> Sequence[Warning]:
+def project_study(job: Job) -> Written:
     """Project one study from all angles and write its part."""
-    work: StoredStudy = task.payload
+    work: StoredStudy = job.work
     image, attributes = read_dataset(work.path, "image", work.key)
     check_attributes(attributes)
     # Slow to load, and of no use where nothing is new.
@@ -311,11 +299,11 @@ def project_study(task: stage.PartTask) -> Sequence[Warning]:
         "hash": work.key,
         "spacing": np.array(attributes["spacing"])[[0, 2]],
     }
-    with writing_part(task.part, task.beside) as temporary:
+    with writing_part(job.part, job.beside) as temporary:
         with create_file(temporary, work.parameters, SOFTWARE) as file:
             for i, angle in enumerate(work.angles):
                 for group in GROUPS:
-                    more = {"fingerprint": work.fingerprint} if group == "image" else {}
+                    more = {"fingerprint": job.fingerprint} if group == "image" else {}
                     write_dataset(
                         file,
                         group,
@@ -325,7 +313,7 @@ def project_study(task: stage.PartTask) -> Sequence[Warning]:
                         work.compression,
                     )
         write_pictures(work, mips, attributes)
-    return ()
+    return Written()
 
 
 def check_attributes(attributes: Mapping[str, Any]) -> None:

@@ -200,7 +200,7 @@ def half_precision(values: NDArray[np.float32]) -> NDArray[np.float16]:
     return rounded.astype(np.uint16).view(np.float16)
 
 
-def losses(
+def resampling_warnings(
     pet: Image, lesions: Image, ct: Volume, suv: Volume, placed: Volume, recipe: Recipe
 ) -> list[Warning]:
     """Return warnings of what the target grid, the SUV range or the CT's reach loses."""
@@ -246,7 +246,7 @@ def measures(
     }
 
 
-def doubts(
+def plausibility_warnings(
     pet: Image,
     mask: Image,
     lesions: Image,

@@ -189,7 +189,7 @@ def test_damage_ends_in_a_plausible_result_or_in_a_named_refusal(
     monkeypatch.setattr("common.run.stage.run_studies", run_here)
     if subject.kind != "hdf5":  # libhdf5 crashes, or never ends: its work is always done apart
         monkeypatch.setattr(
-            "common.run.output.call_apart", lambda call, *arguments: call(*arguments)
+            "common.run.output.in_own_process", lambda call, *arguments: call(*arguments)
         )
     cases = [
         lambda seed=seed: case(sound, tmp_path / f"{seed}", subject, seed) for seed in range(CASES)

@@ -649,9 +649,7 @@ def test_text_of_an_unexpected_error_in_a_study_is_dropped(
     assert planted(text) == []
 
 
-@pytest.mark.parametrize(
-    "step", ["pseudonymised", "plan", "stage.present_content", "write_mapping"]
-)
+@pytest.mark.parametrize("step", ["pseudonymised", "plan", "stage.run_stage", "write_mapping"])
 def test_text_of_an_unexpected_error_of_the_run_is_dropped(
     ward, tmp_path, monkeypatch, capfd, step
 ):

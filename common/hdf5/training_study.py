@@ -20,8 +20,6 @@ from common.plausibility import summary_of, weight_of
 from common.volumes import (
     Recipe,
     Volume,
-    doubts,
-    losses,
     measures,
     number_lesions,
     on_pet,
@@ -29,6 +27,8 @@ from common.volumes import (
     place_ct,
     place_labels,
     place_pet,
+    plausibility_warnings,
+    resampling_warnings,
     training_image,
 )
 
@@ -69,7 +69,7 @@ class PlacedStudy:
         return {name: Image(array, self.ct.grid.affine) for name, array in arrays.items()}
 
     @property
-    def ways(self) -> str:
+    def how_resampled(self) -> str:
         """How each image was resampled, in words."""
         volumes = {"CT": self.ct, "PET": self.suv, "mask": self.lesions}
         return ", ".join(
@@ -78,7 +78,7 @@ class PlacedStudy:
         )
 
 
-class Laps:
+class StepTimes:
     """Seconds spent in the named steps of one study."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Laps:
 
 
 def place_study(
-    zip_path: Path, study: project_zip.ArchivedStudy, recipe: Recipe, laps: Laps
+    zip_path: Path, study: project_zip.ArchivedStudy, recipe: Recipe, times: StepTimes
 ) -> PlacedStudy:
     """Read the images of a study, at no time CT and PET both, and resample them.
 
@@ -110,32 +110,34 @@ def place_study(
     if study.missing:
         raise IncompleteStudy("no " + ", no ".join(study.missing))
     original_ct = project_zip.read_image(zip_path, study, "ct")
-    laps.end("reading")
+    times.end("reading")
     ct_grid, ct_summary = original_ct.grid, summary_of(original_ct)
     ct = place_ct(original_ct, recipe)
     del original_ct
-    laps.end("resampling")
+    times.end("resampling")
     pet = project_zip.read_image(zip_path, study, "petsuv")
     check_overlap(ct_grid, pet.grid)
     labels = check_labels(project_zip.read_image(zip_path, study, "mask"))
     warnings = [*check_mask(labels, pet.grid, allow_empty=True)]
     labels = completed(labels, pet.grid, ct_grid)
     lesions = number_lesions(labels)
-    laps.end("reading")
+    times.end("reading")
     suv = place_pet(pet, ct, recipe)
     placed = place_labels(lesions, ct, recipe)
     kept = recipe.labels == "keep"
-    laps.end("resampling")
+    times.end("resampling")
     outlined = place_labels(labels, ct, recipe) if kept else placed
     mask, mask_iso = outline(suv, outlined, recipe)
-    laps.end("isocontour")
-    warnings += losses(pet, lesions, ct, suv, placed, recipe)
+    times.end("isocontour")
+    warnings += resampling_warnings(pet, lesions, ct, suv, placed, recipe)
     pet_lesions, weight_kg = on_pet(lesions, pet), weight_of(_provenance(study))
     pet_labels = on_pet(labels, pet) if kept else None
     found = measures(pet, pet_lesions, pet_labels, weight_kg, recipe)
     fraction = found["study"]["dose_fraction"]
-    warnings += doubts(pet, labels, lesions, pet_lesions, ct_summary, fraction, weight_kg)
-    laps.end("measures")
+    warnings += plausibility_warnings(
+        pet, labels, lesions, pet_lesions, ct_summary, fraction, weight_kg
+    )
+    times.end("measures")
     told = {warning.text for warning in _told(study)}
     new = [warning for warning in warnings if warning.text not in told]
     return PlacedStudy(ct, suv, placed, mask, mask_iso, found, new)

@@ -1,9 +1,7 @@
-"""The quality-control page of an HDF5 file: a card a study, each rendered by a worker.
+"""The quality-control page of an HDF5 file: one self-contained HTML file, a card a study.
 
-The quality-control page: one self-contained HTML file, a card a study, no network, no identity.
-
-`study_card` renders one study; cards are made by the workers, each into a file of its own, and
-`write_page` puts them behind the page's head. The markup is in ``report.html.j2``.
+Each card is rendered by a worker into a file of its own; `write_page` puts them behind the page's
+head. No network, no identity. The markup is in ``report.html.j2``.
 """
 
 import itertools
@@ -32,11 +30,11 @@ from common.report.pictures import (
     voxel_of,
 )
 from common.run.atomic import clear_write_errors
+from common.run.fan_out import run_studies
 from common.run.output import parts_folder, writing_beside
-from common.run.pool import call_apart, run_studies
-from common.run.worker import Outcome, Task
-
-# --- report cards ----------------------------------------------------------------------------
+from common.run.pool import in_own_process
+from common.run.stage import Engine
+from common.run.worker import Job, Outcome
 
 logger = logging.getLogger("tumorvolume")
 
@@ -45,12 +43,11 @@ logger = logging.getLogger("tumorvolume")
 class Card:
     """What a worker needs to render one study's card.
 
-    The HDF5 file, where the card goes, and how many lesions at most have a picture of their own.
+    The HDF5 file, and how many lesions at most have a picture of their own.
     """
 
     studies_file: Path
     key: str
-    path: Path
     n_lesions: int
 
 
@@ -59,9 +56,8 @@ def write_report(
     output: Path,
     studies_file: Path,
     outcomes: Sequence[Outcome],
-    jobs: int | None,
+    engine: Engine,
     software: str,
-    dask: str | None = None,
 ) -> None:
     """Write the page; one that shows just these studies already is left as it is.
 
@@ -71,14 +67,12 @@ def write_report(
         The page; the stage's output; the HDF5 file that is to take its place, or it itself.
     outcomes : sequence of Outcome
         Of the run that made the file: who is not in it is told with the reason.
-    jobs : int, optional
-        Worker processes.
+    engine : Engine
+        Who renders the cards.
     software : str
         Another version's page is made anew.
-    dask : str, optional
-        Address of a dask scheduler whose workers do the work.
     """
-    digests = call_apart(read_all_digests, studies_file)
+    digests = in_own_process(read_all_digests, studies_file)
     absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
     listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
     mark = fingerprint([software, digests, listed])
@@ -87,19 +81,18 @@ def write_report(
     folder = parts_folder(output) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
     n_lesions = FEW_LESIONS if len(digests) > MANY_STUDIES else MANY_LESIONS
-    tasks = [
-        Task(key, Card(studies_file, key, folder / f"{key}.html", n_lesions)) for key in digests
+    jobs = [
+        Job(key, "", Card(studies_file, key, n_lesions), part=folder / f"{key}.html")
+        for key in digests
     ]
-    rendered = run_studies(render_card, tasks, jobs, dask=dask, notes=folder)
+    rendered = run_studies(render_card, jobs, engine.n_workers, dask=engine.dask, notes=folder)
     hidden = [outcome for outcome in rendered if outcome.status != "written"]
     for outcome in hidden:
         logger.warning("%s: is not shown in the report: %s", outcome.hash, outcome.reason)
     absent += hidden
     # A worker that was killed may have left half a card.
     shown = [
-        task.payload.path
-        for task, outcome in zip(tasks, rendered, strict=True)
-        if outcome.status == "written"
+        job.part for job, outcome in zip(jobs, rendered, strict=True) if outcome.status == "written"
     ]
     cards = itertools.chain(
         (failed_card(o.hash, o.status, o.reason).encode() for o in absent),
@@ -110,8 +103,9 @@ def write_report(
         write_page(stream, output.stem, "" if hidden else mark, cards)
 
 
-def render_card(card: Card) -> Sequence[Warning]:
-    """Render one study of an HDF5 file."""
+def render_card(job: Job) -> None:
+    """Render one study of an HDF5 file into its part."""
+    card: Card = job.work
     image, attributes = read_dataset(card.studies_file, "image", card.key)
     mask, _ = read_dataset(card.studies_file, "mask", card.key)
     mask_iso, of_contour = read_dataset(card.studies_file, "mask_iso", card.key)
@@ -131,12 +125,12 @@ def render_card(card: Card) -> Sequence[Warning]:
         warnings_from(texts, kinds),
         card.n_lesions,
     )
-    with clear_write_errors(card.path):
-        card.path.write_bytes(html.encode())
-    return ()
+    path = job.part
+    with clear_write_errors(path):
+        path.write_bytes(html.encode())
 
 
-# --- report ----------------------------------------------------------------------------------
+# --- the markup ------------------------------------------------------------------------------
 
 TEMPLATE = "report.html.j2"
 

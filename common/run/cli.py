@@ -1,7 +1,4 @@
-"""Paths that the options name: status 2 where one can't be read or written, before any work.
-
-What the four scripts share: options, logging, exit status and the closing line.
-"""
+"""What the four scripts share: options, checks of their paths, exit status and closing line."""
 
 import argparse
 import difflib
@@ -24,11 +21,16 @@ from common.run.atomic import lock_file
 from common.run.machine import available_cpus
 from common.run.output import parts_folder
 from common.run.signals import interruptible
-from common.run.stage import failures_file
-from common.run.worker import Outcome, traceback_without_text
+from common.run.stage import Engine, failures_file
+from common.run.worker import (
+    NOT_ENOUGH_MEMORY,
+    Outcome,
+    traceback_without_text,
+    unexpected,
+)
 from common.version import SOFTWARE
 
-# --- path checks -----------------------------------------------------------------------------
+# --- paths that the options name -------------------------------------------------------------
 
 
 @contextmanager
@@ -127,8 +129,6 @@ def check_folder(target: argparse.ArgumentParser, path: Path, options: argparse.
     if not beside and not os.access(there, os.W_OK | os.X_OK):
         target.error(f"folder {there} can't be written to: see its permissions")
 
-
-# --- cli -------------------------------------------------------------------------------------
 
 DONE = 0
 FATAL = 1
@@ -229,6 +229,11 @@ def add_run_options(target: argparse.ArgumentParser, *, cluster: bool = True) ->
     )
     run.add_argument("--debug", action="store_true", help="show tracebacks")
     run.add_argument("--version", action="version", version=SOFTWARE)
+
+
+def engine(options: argparse.Namespace) -> Engine:
+    """Return who does the work, by --jobs and --dask."""
+    return Engine(options.jobs, options.dask)
 
 
 def positive_int(text: str) -> int:
@@ -336,10 +341,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, StageError):
         return str(error)
     if isinstance(error, MemoryError):
-        return "not enough memory: use fewer --jobs"
+        return NOT_ENOUGH_MEMORY
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'a file'}"
-    return f"unexpected {type(error).__name__}: run again with --debug and report it"
+    return unexpected(error)
 
 
 def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:

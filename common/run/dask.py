@@ -1,10 +1,6 @@
-"""A study in a worker process of a dask cluster, which this code shares with code of others.
+"""Studies on a dask.distributed cluster: the workers, jobs and parts of the pool, elsewhere.
 
-Knows no dask: `dask_cluster` sends here, pickled, what is to be done.
-
-Studies on a dask.distributed cluster: the workers, tasks and parts of the pool, elsewhere.
-
-The one module that knows dask, which is loaded only when asked for. The scheduler retries what a
+The one file that knows dask, which is loaded only when asked for. The scheduler retries what a
 lost worker had under way. A study that has killed its worker process three times is failed; it
 alone, since what was begun and never ended is noted beside the parts: the scheduler's own count
 blames studies that were only waiting for the same worker.
@@ -40,13 +36,13 @@ import threadpoolctl
 
 from common.errors import StageError
 from common.run.atomic import clear_write_errors
-from common.run.machine import default_jobs
-from common.run.pool import LOCAL_CLUSTER, keep_memory
+from common.run.machine import LOCAL_CLUSTER, default_jobs
+from common.run.pool import keep_memory
 from common.run.signals import uninterrupted
-from common.run.worker import Line, Outcome, Task, Worker, attempt, keep_log_lines, saying_nothing
+from common.run.worker import Job, Line, Outcome, Worker, attempt, keep_log_lines, saying_nothing
 from common.version import VERSION
 
-# --- dask worker -----------------------------------------------------------------------------
+# --- a study in a worker process of the cluster ----------------------------------------------
 
 Answer = tuple[Outcome | StageError, list[Line]]
 
@@ -61,7 +57,7 @@ _one_at_a_time = threading.Lock()
 
 
 def attempt_on_worker(
-    worker: bytes, task: bytes, note: Path | None, expected: Mapping[str, str]
+    worker: bytes, job: bytes, note: Path | None, expected: Mapping[str, str]
 ) -> Answer:
     """Attempt a study in a worker process of the cluster; return its outcome and log lines."""
     # It comes with dask.
@@ -75,7 +71,7 @@ def attempt_on_worker(
         try:
             _refuse_other_environment(expected)
             try:
-                work, study = cloudpickle.loads(worker), cloudpickle.loads(task)
+                work, study = cloudpickle.loads(worker), cloudpickle.loads(job)
             except Exception as error:
                 raise StageError(
                     f"a dask worker cannot load the work ({type(error).__name__}): restart it"
@@ -87,25 +83,25 @@ def attempt_on_worker(
         return outcome, lines
 
 
-def _attempt(worker: Worker, task: Task) -> Outcome:
+def _attempt(worker: Worker, job: Job) -> Outcome:
     try:
-        return attempt(worker, task)
+        return attempt(worker, job)
     except SystemExit:
         # Dask would end the process, and log why.
-        return Outcome(task.hash, "failed", "it ended its worker process: report it")
+        return Outcome(job.hash, "failed", "it ended its worker process: report it")
 
 
-def killer(task: Task) -> Outcome:
+def _killed_too_often(job: Job) -> Outcome:
     """Return the outcome of a study that workers do not survive."""
     return Outcome(
-        task.hash,
+        job.hash,
         "failed",
         "it has killed its worker process three times, probably for want of memory: give the "
         "workers more",
     )
 
 
-def _attempt_noted(worker: Worker, task: Task, note: Path) -> Outcome:
+def _attempt_noted(worker: Worker, job: Job, note: Path) -> Outcome:
     """Attempt a study, unless it has killed its worker too often before."""
     if not note.parent.is_dir():
         raise StageError(
@@ -116,7 +112,7 @@ def _attempt_noted(worker: Worker, task: Task, note: Path) -> Outcome:
         deaths = stream.tell()
         stream.write(b".")
     try:
-        return killer(task) if deaths >= MOST_DEATHS else _attempt(worker, task)
+        return _killed_too_often(job) if deaths >= MOST_DEATHS else _attempt(worker, job)
     finally:
         note.unlink(missing_ok=True)
 
@@ -138,7 +134,7 @@ def _refuse_other_environment(expected: Mapping[str, str]) -> None:
             )
 
 
-# --- dask cluster ----------------------------------------------------------------------------
+# --- studies on the cluster, in the parent ---------------------------------------------------
 
 logger = logging.getLogger("tumorvolume")
 
@@ -158,18 +154,18 @@ _TALKATIVE = ("distributed", "distributed.client", "tornado", "tornado.applicati
 
 
 def run_on_cluster(
-    worker: Worker, tasks: Sequence[Task], address: str, jobs: int | None, notes: Path | None
+    worker: Worker, jobs: Sequence[Job], address: str, most: int | None, notes: Path | None
 ) -> Generator[tuple[int, Outcome]]:
-    """Yield the number of each task and its outcome, in the order in which they end.
+    """Yield the number of each job and its outcome, in the order in which they end.
 
     Parameters
     ----------
     worker : function
-    tasks : sequence of Task
+    jobs : sequence of Job
         All their paths are absolute.
     address : str
         Of the scheduler, or the path of its scheduler file, or "local".
-    jobs : int, optional
+    most : int, optional
         Workers of a local cluster; elsewhere, how many studies may be under way at once.
     notes : Path, optional
         Folder that all workers share, for notes on the studies under way; without it the
@@ -181,20 +177,20 @@ def run_on_cluster(
         Raised by a worker for all; no scheduler there, or none any more; workers with another
         software; no worker for ten minutes.
     """
-    if not tasks:
+    if not jobs:
         return
-    with uninterrupted() as raise_interruption, _client(address, jobs, len(tasks)) as client:
+    with uninterrupted() as raise_interruption, _client(address, most, len(jobs)) as client:
         raise_interruption()
-        send = _sender(client, worker, tasks, notes)
-        waiting = deque(range(len(tasks)))
+        send = _sender(client, worker, jobs, notes)
+        waiting = deque(range(len(jobs)))
         under_way: dict[str, tuple[int, Any]] = {}
         lost: Counter[int] = Counter()
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        room = _room(client, None if address == LOCAL_CLUSTER else jobs)
+        room = _room(client, None if address == LOCAL_CLUSTER else most)
         while waiting or under_way:
             raise_interruption()
-            most = next(room)
-            while waiting and len(under_way) < most:
+            at_once = next(room)
+            while waiting and len(under_way) < at_once:
                 index = waiting.popleft()
                 future = send(index)
                 under_way[future.key] = index, future
@@ -216,7 +212,7 @@ def run_on_cluster(
                 lost[index] += 1
                 waiting.append(index)
             else:
-                yield index, killer(tasks[index])
+                yield index, _killed_too_often(jobs[index])
 
 
 def _outcome(outcome: Outcome | StageError, lines: Sequence[Line]) -> Outcome:
@@ -231,7 +227,7 @@ def _outcome(outcome: Outcome | StageError, lines: Sequence[Line]) -> Outcome:
 
 
 @contextmanager
-def _client(address: str, jobs: int | None, n_tasks: int) -> Iterator[Any]:
+def _client(address: str, most: int | None, n_jobs: int) -> Iterator[Any]:
     """Yield a client of the cluster; at the end what is under way is given up."""
     import distributed
 
@@ -240,7 +236,7 @@ def _client(address: str, jobs: int | None, n_tasks: int) -> Iterator[Any]:
         logging.getLogger(name).propagate = False
     if address == LOCAL_CLUSTER:
         with (
-            _local_cluster(min(jobs or default_jobs(0), n_tasks)) as cluster,
+            _local_cluster(min(most or default_jobs(0), n_jobs)) as cluster,
             distributed.Client(cluster, set_as_default=False) as client,
         ):
             yield client
@@ -334,7 +330,7 @@ def _local_cluster(n_workers: int) -> Iterator[Any]:
                 cluster.close(timeout=_CLOSE_S)
 
 
-def _room(client: Any, jobs: int | None) -> Iterator[int]:
+def _room(client: Any, most: int | None) -> Iterator[int]:
     """Yield how many studies may be under way: two a worker process, so that none waits."""
     n_workers, last_look, last_seen, last_told = 0, 0.0, time.monotonic(), 0.0
     while True:
@@ -352,7 +348,7 @@ def _room(client: Any, jobs: int | None) -> Iterator[int]:
         elif now - last_told > _TELL_S and now - last_seen > _LOOK_S:
             last_told = now
             logger.warning("no worker is connected to the dask scheduler: waiting for one")
-        yield max(1, jobs or 0, 0 if jobs else 2 * n_workers)
+        yield max(1, most or 0, 0 if most else 2 * n_workers)
 
 
 def _count_workers(client: Any) -> int:
@@ -371,9 +367,9 @@ def _scheduler_gone() -> StageError:
 
 
 def _sender(
-    client: Any, worker: Worker, tasks: Sequence[Task], notes: Path | None
+    client: Any, worker: Worker, jobs: Sequence[Job], notes: Path | None
 ) -> Callable[[int], Any]:
-    """Return what submits the task of a number and returns its future."""
+    """Return what submits the job of a number and returns its future."""
     import cloudpickle
 
     function = _portable(cloudpickle.dumps(worker))
@@ -382,13 +378,13 @@ def _sender(
     numbers = iter(range(sys.maxsize))
 
     def send(index: int) -> Any:
-        task = tasks[index]
-        note = None if notes is None else notes / f"{task.hash}.begun.tmp"
+        job = jobs[index]
+        note = None if notes is None else notes / f"{job.hash}.begun.tmp"
         return client.submit(
             function,
-            cloudpickle.dumps(task),
+            cloudpickle.dumps(job),
             note,
-            key=f"{task.hash}-{run}-{next(numbers)}",
+            key=f"{job.hash}-{run}-{next(numbers)}",
             pure=False,
             retries=0,
         )
@@ -432,7 +428,7 @@ def _portable(worker: bytes) -> Callable[[bytes, Path | None], Answer | str]:
     root = str(Path(__file__).resolve().parents[2])
     expected = environment()
 
-    def attempt_there(task: bytes, note: Path | None) -> Answer | str:
+    def attempt_there(job: bytes, note: Path | None) -> Answer | str:
         import sys
 
         if root not in sys.path:
@@ -444,6 +440,6 @@ def _portable(worker: bytes) -> Callable[[bytes, Path | None], Answer | str]:
                 f"a dask worker cannot load this software ({type(error).__name__}): workers need "
                 "the file system and the packages of this machine"
             )
-        return attempt_on_worker(worker, task, note, expected)
+        return attempt_on_worker(worker, job, note, expected)
 
     return attempt_there

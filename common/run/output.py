@@ -3,10 +3,12 @@
 While a run is under way, ``OUTPUT.parts/`` holds finished parts, in the layout of the output.
 """
 
+import csv
+import io
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from common.run.atomic import (
     temporary_beside,
     writing,
 )
-from common.run.pool import call_apart
+from common.run.pool import in_own_process
 
 Assemble = Callable[[Path, Mapping[str, Path]], None]
 """Writes the file at the given path from a mapping of hash to a file that holds the study.
@@ -69,6 +71,15 @@ def write_beside(path: Path, text: str) -> None:
         temporary.write_bytes(content)
 
 
+def write_table(path: Path, heading: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Replace a CSV file at once; one that holds the rows already is left as it is."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heading)
+    writer.writerows(rows)
+    write_beside(path, text.getvalue())
+
+
 def replace_output(
     output: Path,
     assemble: Assemble,
@@ -85,7 +96,7 @@ def replace_output(
         parts.mkdir(exist_ok=True)
         real = behind_links(output)
         with writing(real, parts / f"assembled.tmp{output.suffix}") as temporary:
-            call_apart(_assemble, output, assemble, temporary, sources)
+            in_own_process(_assemble, output, assemble, temporary, sources)
             before_replacing(temporary)
         # The new file is there; some file systems can't make sure of a folder.
         with suppress(OSError):

@@ -1,6 +1,4 @@
-"""Worker processes of this machine: how they begin and end, and one call in one of its own.
-
-Fan-out of studies over a multiprocessing.Pool, with progress and without a way to hang.
+"""Worker processes of this machine: one call in its own, or studies over a multiprocessing.Pool.
 
 A worker always runs in a worker process, for one job too: a decoder that crashes, or the kernel
 out of memory, takes one study along and not the run. What a Pool alone does not do is added
@@ -26,24 +24,21 @@ from typing import Any
 import threadpoolctl
 
 from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
-from common.run.console import progress
-from common.run.machine import default_jobs
 from common.run.signals import uninterrupted
 from common.run.worker import (
+    NOT_ENOUGH_MEMORY,
+    Job,
     Line,
     Outcome,
-    Task,
     Worker,
     attempt,
     keep_log_lines,
     say_nothing,
     traceback_without_text,
+    unexpected,
 )
 
 logger = logging.getLogger("tumorvolume")
-
-
-# --- processes -------------------------------------------------------------------------------
 
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -57,7 +52,7 @@ CONTEXT: Any = multiprocessing.get_context(START_METHOD)
 _CALL_POLL_S = 0.05
 
 
-def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns in a worker process of its own; a crash of it is an error.
 
     Function, arguments and result are picklable. Where the process ends in the middle, a first
@@ -112,12 +107,10 @@ def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...
     except StudyError as raised:
         error = StageError(str(raised))
     except MemoryError:
-        error = StageError("not enough memory: use fewer --jobs")
+        error = StageError(NOT_ENOUGH_MEMORY)
     except Exception as raised:
         logger.debug("%s", traceback_without_text(raised))
-        error = StageError(
-            f"unexpected {type(raised).__name__}: run again with --debug and report it"
-        )
+        error = StageError(unexpected(raised))
     sender.send((result, error, lines))
 
 
@@ -148,7 +141,7 @@ def why_it_ended(exit_code: int | None) -> str:
     return f"the worker process was killed ({cause}): report it"
 
 
-# --- in a worker process ---------------------------------------------------------------------
+# --- what a worker process is ----------------------------------------------------------------
 
 
 def become_worker() -> list[Line]:
@@ -205,11 +198,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, never)
 
 
-# --- parallel --------------------------------------------------------------------------------
-
-
-LOCAL_CLUSTER = "local"
-"""The address that stands for a dask cluster of this run's own, on this machine."""
+# --- studies over the pool -------------------------------------------------------------------
 
 _POLL_S = 0.05
 _LOOK_S = 0.2
@@ -218,53 +207,9 @@ _DEATH_S = 1.0
 _MOST_BREAKDOWNS = 3
 
 
-def run_studies(
-    worker: Worker,
-    tasks: Sequence[Task],
-    jobs: int | None = None,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-    dask: str | None = None,
-    notes: Path | None = None,
-) -> list[Outcome]:
-    """Run `worker` on the payload of every task and return the outcomes in task order.
-
-    A `StudyError`, any other exception, and the death of a worker process each fail one study.
-    `on_outcome` is called with each outcome as it comes. `jobs` defaults to the CPUs. With `dask`,
-    the address of a scheduler, its workers do the work, and take notes in the folder `notes`.
-
-    Raises
-    ------
-    StageError
-        Raised by a worker for all (a full disk), or workers that keep dying without work.
-    """
-    outcomes: dict[int, Outcome] = {}
-    with (
-        progress(len(tasks)) as advance,
-        closing(_run(worker, tasks, jobs, dask, notes)) as results,
-    ):
-        for index, outcome in results:
-            outcomes[index] = outcome
-            on_outcome(outcome)
-            advance(outcome)
-    return [outcomes[index] for index in range(len(tasks))]
-
-
-def _run(
-    worker: Worker, tasks: Sequence[Task], jobs: int | None, dask: str | None, notes: Path | None
-) -> Generator[tuple[int, Outcome]]:
-    if dask is None:
-        return _run_in_pool(worker, tasks, jobs or default_jobs(0))
-    # Slow to load, and not there for those who do not ask for it.
-    from common.run.dask import run_on_cluster
-
-    return run_on_cluster(worker, tasks, dask, jobs, notes)
-
-
-# --- in a worker process ---------------------------------------------------------------------
-
 _worker: Worker
 _running: Any
-"""Shared array: the process that runs each task, 0 before and -1 after."""
+"""Shared array: the process that runs each job, 0 before and -1 after."""
 _lines: list[Line]
 
 
@@ -275,17 +220,17 @@ def _initialise(worker: Worker, running: Any) -> None:
 
 
 def _attempt_in_worker(
-    numbered: tuple[int, Task],
+    numbered: tuple[int, Job],
 ) -> tuple[int, Outcome | StageError, list[Line]]:
-    index, task = numbered
+    index, job = numbered
     _lines.clear()
     _running[index] = os.getpid()
     outcome: Outcome | StageError
     try:
-        outcome = attempt(_worker, task)
+        outcome = attempt(_worker, job)
     except StageError as error:
         outcome = error
-    # Not in a `finally`: a worker that exits in the middle has not ended its task.
+    # Not in a `finally`: a worker that exits in the middle has not ended its job.
     _running[index] = -1
     return index, outcome, list(_lines)
 
@@ -293,16 +238,22 @@ def _attempt_in_worker(
 # --- the pool, in the parent -----------------------------------------------------------------
 
 
-def _run_in_pool(
-    worker: Worker, tasks: Sequence[Task], jobs: int
+def run_in_pool(
+    worker: Worker, jobs: Sequence[Job], n_workers: int
 ) -> Generator[tuple[int, Outcome]]:
-    """Yield the number of each task and its outcome, with a new pool where one broke down."""
-    todo = dict(enumerate(tasks))
+    """Yield the number of each job and its outcome, with a new pool where one broke down.
+
+    Raises
+    ------
+    StageError
+        Raised by a worker for all (a full disk), or workers that keep dying without work.
+    """
+    todo = dict(enumerate(jobs))
     breakdowns = 0
     while todo:
         n_before = len(todo)
         patience_s = _PATIENCE_S * 2**breakdowns
-        with closing(_until_breakdown(worker, dict(todo), jobs, patience_s)) as results:
+        with closing(_until_breakdown(worker, dict(todo), n_workers, patience_s)) as results:
             for index, outcome in results:
                 del todo[index]
                 yield index, outcome
@@ -312,18 +263,18 @@ def _run_in_pool(
 
 
 def _until_breakdown(
-    worker: Worker, todo: Mapping[int, Task], jobs: int, patience_s: float
+    worker: Worker, todo: Mapping[int, Job], n_workers: int, patience_s: float
 ) -> Generator[tuple[int, Outcome]]:
     """Yield outcomes until all are there, or none runs and none comes for `patience_s`.
 
-    A worker that dies in its task holds none of the pool's locks: the study failed, the pool
-    puts another worker in its place. One that dies between tasks may have taken a task, a result
+    A worker that dies in its job holds none of the pool's locks: the study failed, the pool
+    puts another worker in its place. One that dies between jobs may have taken a job, a result
     or a lock along: then nothing moves any more, and what is left needs a new pool.
     """
     left = dict(todo)
     with (
         uninterrupted() as raise_interruption,
-        _pool(worker, max(left) + 1, min(jobs, len(left))) as (pool, running),
+        _pool(worker, max(left) + 1, min(n_workers, len(left))) as (pool, running),
     ):
         results = pool.imap_unordered(_attempt_in_worker, list(left.items()))
         processes = {p.pid: p for p in multiprocessing.active_children()}
@@ -347,7 +298,7 @@ def _until_breakdown(
             last_look = time.monotonic()
             busy = {index for index in left if running[index] > 0}
             orphans = {index for index in busy if running[index] not in alive}
-            # Seen twice: in between, one that had just begun or ended its task is told apart.
+            # Seen twice: in between, one that had just begun or ended its job is told apart.
             for index in sorted(orphans & suspects):
                 yield index, _killed(left.pop(index), processes.get(running[index]))
             suspects = orphans
@@ -357,18 +308,18 @@ def _until_breakdown(
                 return
 
 
-def _killed(task: Task, process: BaseProcess | None) -> Outcome:
+def _killed(job: Job, process: BaseProcess | None) -> Outcome:
     # One that was born and died between two looks is not known.
     code = process.exitcode if process is not None else None
-    return Outcome(task.hash, "failed", why_it_ended(code))
+    return Outcome(job.hash, "failed", why_it_ended(code))
 
 
 @contextmanager
-def _pool(worker: Worker, n_tasks: int, n_workers: int) -> Iterator[tuple[Pool, Any]]:
-    """Yield a pool and the array that its workers mark the tasks in, and end both."""
+def _pool(worker: Worker, n_jobs: int, n_workers: int) -> Iterator[tuple[Pool, Any]]:
+    """Yield a pool and the array that its workers mark the jobs in, and end both."""
     others = set(multiprocessing.active_children())
     with clear_start_errors():
-        running = CONTEXT.RawArray("l", n_tasks)
+        running = CONTEXT.RawArray("l", n_jobs)
         pool = CONTEXT.Pool(n_workers, _initialise, (worker, running))
     try:
         yield pool, running

@@ -1,4 +1,4 @@
-"""What every stage shares: lock, parts, resuming, keeping what is unchanged, atomic replacement.
+"""What every stage does with its studies: plan, compute, replace.
 
 A stage plans its studies; each worker writes one finished part file, in the layout of the final
 output, into ``OUTPUT.parts/``; the stage assembles parts and kept studies into a file beside it,
@@ -6,16 +6,14 @@ which then replaces OUTPUT. A part's name holds the fingerprint of its input and
 part of other options or of an older version is never taken for this one's.
 """
 
-import csv
-import io
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from common.errors import StageError, WorkerKilled
+from common.run import output as outputs
 from common.run.atomic import (
     clear_write_errors,
     list_temporaries,
@@ -23,65 +21,140 @@ from common.run.atomic import (
     temporary_beside,
 )
 from common.run.console import PROGRESS
-from common.run.machine import default_jobs
-from common.run.output import Assemble, parts_folder, replace_output, write_beside
-from common.run.pool import LOCAL_CLUSTER, run_studies
-from common.run.worker import Outcome, Task, Worker
+from common.run.fan_out import run_studies
+from common.run.machine import LOCAL_CLUSTER, default_jobs
+from common.run.worker import Job, Outcome, Worker
 
 logger = logging.getLogger("tumorvolume")
 
+ReadFinished = Callable[[Path], Mapping[str, str]]
+"""Returns the fingerprints, by hash, of the studies that a present output holds."""
 
-@dataclass(frozen=True)
-class Study:
-    """One study in the plan.
-
-    Attributes
-    ----------
-    hash : str
-    fingerprint : str
-        Digest of all that its part depends on: input, options of value, layout version.
-    payload : object
-        What the worker needs besides the path of its part; picklable.
-    beside : tuple of Path
-        Files besides OUTPUT that its worker writes; where one is missing, it runs again.
-    memory_bytes : int
-        What its worker takes at most, roughly; 0 where unknown.
-    """
-
-    hash: str
-    fingerprint: str
-    payload: Any
-    beside: tuple[Path, ...] = ()
-    memory_bytes: int = 0
-
-    @property
-    def all_beside(self) -> bool:
-        """Whether every file that the worker writes beside OUTPUT is there."""
-        return all(path.exists() for path in self.beside)
-
-
-@dataclass(frozen=True)
-class PartTask:
-    """What a worker gets: the study's payload and where its finished part goes.
-
-    `beside` are the files besides OUTPUT that it writes; see `Study`.
-    """
-
-    hash: str
-    payload: Any
-    part: Path
-    beside: tuple[Path, ...] = ()
-
-
-BeforeReplacing = Callable[[Path | None, Sequence[Outcome]], None]
+WriteBeside = Callable[[Path | None, Sequence[Outcome]], None]
 """Called with the path of the complete new output, before it takes its place, and the outcomes;
 with OUTPUT itself where nothing changed, with None where the old output is left for want of any
 study."""
 
 
-def present_content(
-    output: Path, read: Callable[[Path], Mapping[str, str]], *, force: bool
-) -> Mapping[str, str] | None:
+def _write_nothing(path: Path | None, outcomes: Sequence[Outcome]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage does.
+
+    Attributes
+    ----------
+    output : Path
+        Locked by the caller (`exclusive`).
+    studies : sequence of Job
+        All that the output shall hold; their hashes differ.
+    worker : function
+        Gets a `Job` with its part's path, writes the part (`writing_part`), returns `Written`.
+    assemble : function
+        Writes the whole output from parts and kept studies.
+    read_finished : function
+        See `ReadFinished`.
+    write_beside : function
+        See `WriteBeside`.
+    name : str
+        Where failed studies are to be listed beside the output: what the list calls the stage.
+    known_skips : dict of hash to reason
+        Skipped studies that an earlier run told of already.
+    """
+
+    output: Path
+    studies: Sequence[Job]
+    worker: Worker
+    assemble: outputs.Assemble
+    read_finished: ReadFinished
+    write_beside: WriteBeside = _write_nothing
+    name: str = ""
+    known_skips: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who does the work: worker processes (None: as many as fit), or those of a dask scheduler."""
+
+    n_workers: int | None = None
+    dask: str | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is kept of the old output, and what is to be computed.
+
+    Attributes
+    ----------
+    kept : set of hash
+    todo : sequence of Job
+        Without finished parts.
+    parts : dict of hash to Path
+        Of all studies that are not kept.
+    finished : dict of hash to fingerprint
+        What the old output holds; {} also where that is not known.
+    is_known : bool
+        Whether it is known what the old output holds.
+    """
+
+    kept: Set[str]
+    todo: Sequence[Job]
+    parts: Mapping[str, Path]
+    finished: Mapping[str, str]
+    is_known: bool
+
+
+def run_stage(stage: Stage, engine: Engine, *, force: bool = False) -> list[Outcome]:
+    """Compute what is missing, then replace the output; return the outcomes in study order.
+
+    Parameters
+    ----------
+    stage : Stage
+    engine : Engine
+    force : bool
+        Compute all studies anew.
+
+    Raises
+    ------
+    StageError
+        No study at all could be written, and the old output would be lost; or a full disk.
+    """
+    plan = _plan(stage, force=force)
+    outcomes = _compute(stage, plan, engine)
+    _replace(stage, plan, outcomes)
+    return outcomes
+
+
+# --- plan ------------------------------------------------------------------------------------
+
+
+def _plan(stage: Stage, *, force: bool) -> _Plan:
+    present = present_content(stage.output, stage.read_finished, force=force)
+    finished = present or {}
+    _remove_replaced(stage)
+    folder = outputs.parts_folder(stage.output)
+    kept = {
+        job.hash
+        for job in stage.studies
+        if finished.get(job.hash) == job.fingerprint and job.has_all_beside
+    }
+    parts = {
+        job.hash: folder / _part_name(job, stage.output)
+        for job in stage.studies
+        if job.hash not in kept
+    }
+    todo = [
+        replace(job, part=parts[job.hash], beside=tuple(path.absolute() for path in job.beside))
+        for job in stage.studies
+        if job.hash in parts and not (parts[job.hash].exists() and job.has_all_beside)
+    ]
+    _report_plan(stage, len(kept), len(todo), finished)
+    return _Plan(kept, todo, parts, finished, present is not None)
+
+
+def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping[str, str] | None:
     """Return the fingerprints by hash that `read` finds in OUTPUT; {} where there is none.
 
     None where they are not known: by `force`, or because it is damaged, which is said.
@@ -104,131 +177,123 @@ def present_content(
         return None
 
 
-def run_stage(
-    output: Path,
-    studies: Sequence[Study],
-    finished: Mapping[str, str] | None,
-    worker: Worker,
-    assemble: Assemble,
-    jobs: int | None,
-    before_replacing: BeforeReplacing = lambda path, outcomes: None,
-    failures_of: str = "",
-    known_skips: Mapping[str, str] | None = None,
-    dask: str | None = None,
-) -> list[Outcome]:
-    """Compute what is missing, then replace the output; return the outcomes in study order.
+def _part_name(job: Job, output: Path) -> str:
+    return f"{job.hash}.{job.fingerprint[:16]}{output.suffix}"
 
-    Parameters
-    ----------
-    output : Path
-        Locked by the caller (`exclusive`).
-    studies : sequence of Study
-        All that the output shall hold; their hashes differ.
-    finished : dict of hash to fingerprint, or None
-        What the present output holds (`present_content`).
-    worker : function
-        Gets a `PartTask`, writes the part (`writing_part`) and returns warnings.
-    assemble : function
-        Writes the whole output from parts and kept studies.
-    jobs : int, optional
-        Worker processes; by default what CPUs and memory suffice for.
-    before_replacing : function, optional
-        See `BeforeReplacing`.
-    failures_of : str
-        The stage's name, where failed studies are to be listed beside the output.
-    known_skips : dict of hash to reason, optional
-        Skipped studies that an earlier run told of already.
-    dask : str, optional
-        Address of a dask scheduler whose workers do the work.
 
-    Raises
-    ------
-    StageError
-        No study at all could be written, and the old output would be lost; or a full disk.
+def _remove_replaced(stage: Stage) -> None:
+    """Remove what a run with other options, that never ended, has put beside OUTPUT.
+
+    Its part of the study tells; else OUTPUT would be kept with files beside it that do not fit.
     """
-    parts = parts_folder(output)
-    finished, is_known = finished or {}, finished is not None
-    _remove_replaced(parts, studies, output)
-    kept = [s for s in studies if finished.get(s.hash) == s.fingerprint and s.all_beside]
-    kept_hashes = {study.hash for study in kept}
-    part_of = {s.hash: parts / _part_name(s, output) for s in studies if s.hash not in kept_hashes}
-    todo = [
-        s for s in studies if s.hash in part_of and not (part_of[s.hash].exists() and s.all_beside)
-    ]
-    _report_plan(studies, kept, todo, finished)
-    with clear_write_errors(output):
-        if part_of:
-            parts.mkdir(exist_ok=True)
-            list_temporaries(parts, (path for study in todo for path in study.beside))
-    tasks = [Task(s.hash, _part_task(s, part_of[s.hash])) for s in todo]
-    try:
-        computed = {
-            outcome.hash: outcome
-            for outcome in run_studies(
-                worker,
-                tasks,
-                worker_processes(jobs, dask, todo),
-                lambda outcome: report(outcome, known_skips or {}),
-                dask,
-                parts,
-            )
-        }
-    finally:
-        remove_listed(parts)
-    if dask is not None and part_of:
-        # A file server's client may remember that parts were not there; this makes it look again.
-        os.listdir(parts)
-    outcomes = [
-        Outcome(study.hash, "unchanged")
-        if study.hash in kept_hashes
-        else computed.get(study.hash, Outcome(study.hash, "written"))
-        for study in studies
-    ]
-    sources = {study.hash: output for study in kept}
-    sources |= {o.hash: part_of[o.hash] for o in outcomes if o.status == "written"}
-    if failures_of:
-        _list_failures(output, failures_of, outcomes)
-    would_be_lost = output.exists() and not sources and (finished or not is_known)
-    is_unchanged = output.exists() and sources.keys() == finished.keys() == kept_hashes
-    if would_be_lost or is_unchanged:
-        with clear_write_errors(output):
-            before_replacing(None if would_be_lost else output, outcomes)
-    else:
-        _report_dropped(finished, outcomes)
-        replace_output(output, assemble, sources, lambda path: before_replacing(path, outcomes))
-    if would_be_lost:
-        raise StageError(f"{output}: left as it was, for no study could be written: see above")
-    return outcomes
+    output = stage.output
+    parts = outputs.parts_folder(output)
+    beside = {job.hash: job for job in stage.studies if job.beside}
+    for part in sorted(parts.iterdir()) if beside and parts.is_dir() else ():
+        job = beside.get(part.name.removesuffix(output.suffix).rpartition(".")[0])
+        if job is not None and part.name != _part_name(job, output):
+            for path in (*job.beside, part):
+                path.unlink(missing_ok=True)
 
 
-def worker_processes(jobs: int | None, dask: str | None, todo: Sequence[Study]) -> int | None:
-    """Return how many worker processes to start; None where a cluster has its own."""
-    if jobs is not None or dask not in (None, LOCAL_CLUSTER):
-        return jobs
-    needed = max((study.memory_bytes for study in todo), default=0)
-    jobs = default_jobs(needed)
-    logger.info("%d worker processes; the largest study takes about %.1f GB", jobs, needed / 1e9)
-    return jobs
-
-
-def _part_task(study: Study, part: Path) -> PartTask:
-    # Workers of a cluster are in other folders.
-    beside = tuple(path.absolute() for path in study.beside)
-    return PartTask(study.hash, study.payload, part, beside)
-
-
-def _report_plan(
-    studies: Sequence[Study],
-    kept: Sequence[Study],
-    todo: Sequence[Study],
-    finished: Mapping[str, str],
-) -> None:
-    resumed = len(studies) - len(kept) - len(todo)
-    logger.info("%d studies: %d unchanged, %d to compute", len(studies), len(kept), len(todo))
+def _report_plan(stage: Stage, n_kept: int, n_todo: int, finished: Mapping[str, str]) -> None:
+    n_studies = len(stage.studies)
+    resumed = n_studies - n_kept - n_todo
+    logger.info("%d studies: %d unchanged, %d to compute", n_studies, n_kept, n_todo)
     if resumed:
         logger.log(PROGRESS, "resuming: %d studies are finished already", resumed)
-    vanished = finished.keys() - {study.hash for study in studies}
+    vanished = finished.keys() - {job.hash for job in stage.studies}
     _report_absent("are no longer in the input", vanished)
+
+
+# --- compute ---------------------------------------------------------------------------------
+
+
+def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
+    """Have the workers write the parts that are missing."""
+    parts = outputs.parts_folder(stage.output)
+    with clear_write_errors(stage.output):
+        if plan.parts:
+            parts.mkdir(exist_ok=True)
+            list_temporaries(parts, (path for job in plan.todo for path in job.beside))
+    try:
+        computed = run_studies(
+            stage.worker,
+            plan.todo,
+            worker_processes(engine, plan.todo),
+            lambda outcome: report(outcome, stage.known_skips),
+            engine.dask,
+            parts,
+        )
+    finally:
+        remove_listed(parts)
+    if engine.dask is not None and plan.parts:
+        # A file server's client may remember that parts were not there; this makes it look again.
+        os.listdir(parts)
+    found = {outcome.hash: outcome for outcome in computed}
+    return [
+        Outcome(job.hash, "unchanged")
+        if job.hash in plan.kept
+        else found.get(job.hash, Outcome(job.hash, "written"))
+        for job in stage.studies
+    ]
+
+
+def worker_processes(engine: Engine, studies: Sequence[Job]) -> int | None:
+    """Return how many worker processes to start; None where a cluster has its own."""
+    if engine.n_workers is not None or engine.dask not in (None, LOCAL_CLUSTER):
+        return engine.n_workers
+    needed = max((job.memory for job in studies), default=0)
+    n_workers = default_jobs(needed)
+    logger.info(
+        "%d worker processes; the largest study takes about %.1f GB", n_workers, needed / 1e9
+    )
+    return n_workers
+
+
+# --- replace ---------------------------------------------------------------------------------
+
+
+def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome]) -> None:
+    """Put a new output in OUTPUT's place, unless it would be the same or empty."""
+    output = stage.output
+    sources = dict.fromkeys((job.hash for job in stage.studies if job.hash in plan.kept), output)
+    sources |= {o.hash: plan.parts[o.hash] for o in outcomes if o.status == "written"}
+    if stage.name:
+        _list_failures(output, stage.name, outcomes)
+    would_be_lost = output.exists() and not sources and (plan.finished or not plan.is_known)
+    is_unchanged = output.exists() and sources.keys() == plan.finished.keys() == plan.kept
+    if would_be_lost or is_unchanged:
+        with clear_write_errors(output):
+            stage.write_beside(None if would_be_lost else output, outcomes)
+    else:
+        _report_dropped(plan.finished, outcomes)
+        outputs.replace_output(
+            output, stage.assemble, sources, lambda path: stage.write_beside(path, outcomes)
+        )
+    if would_be_lost:
+        raise StageError(f"{output}: left as it was, for no study could be written: see above")
+
+
+def failures_file(output: Path) -> Path:
+    """Return where failed studies are listed."""
+    return output.with_name(f"{output.stem}_failed.csv")
+
+
+def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> None:
+    """Write ``OUTPUT_failed.csv``; where no study failed, there is none."""
+    path = failures_file(output)
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if not failed:
+        for stale in (path, temporary_beside(path)):
+            stale.unlink(missing_ok=True)
+        return
+    rows = ((outcome.hash, stage, outcome.reason) for outcome in failed)
+    outputs.write_table(path, ("hash", "stage", "reason"), rows)
+    logger.log(PROGRESS, "failed studies are listed in %s", path)
+
+
+# --- what is said of studies -----------------------------------------------------------------
 
 
 def _report_dropped(finished: Mapping[str, str], outcomes: Sequence[Outcome]) -> None:
@@ -256,41 +321,3 @@ def report(outcome: Outcome, known_skips: Mapping[str, str] | None = None) -> No
         logger.log(level, "%s: skipped, %s", outcome.hash, outcome.reason)
     else:
         logger.info("%s: %s", outcome.hash, outcome.status)
-
-
-def failures_file(output: Path) -> Path:
-    """Return where failed studies are listed."""
-    return output.with_name(f"{output.stem}_failed.csv")
-
-
-def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> None:
-    """Write ``OUTPUT_failed.csv``; where no study failed, there is none."""
-    path = failures_file(output)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if not failed:
-        for stale in (path, temporary_beside(path)):
-            stale.unlink(missing_ok=True)
-        return
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("hash", "stage", "reason"))
-    writer.writerows((outcome.hash, stage, outcome.reason) for outcome in failed)
-    write_beside(path, text.getvalue())
-    logger.log(PROGRESS, "failed studies are listed in %s", path)
-
-
-def _part_name(study: Study, output: Path) -> str:
-    return f"{study.hash}.{study.fingerprint[:16]}{output.suffix}"
-
-
-def _remove_replaced(parts: Path, studies: Sequence[Study], output: Path) -> None:
-    """Remove what a run with other options, that never ended, has put beside OUTPUT.
-
-    Its part of the study tells; else OUTPUT would be kept with files beside it that do not fit.
-    """
-    beside = {study.hash: study for study in studies if study.beside}
-    for part in sorted(parts.iterdir()) if beside and parts.is_dir() else ():
-        study = beside.get(part.name.removesuffix(output.suffix).rpartition(".")[0])
-        if study is not None and part.name != _part_name(study, output):
-            for path in (*study.beside, part):
-                path.unlink(missing_ok=True)

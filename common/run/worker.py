@@ -1,7 +1,7 @@
 """What a worker process does with one study, whoever runs it: a pool, or a dask cluster.
 
-A worker function is module-level, takes one study's task and returns its warnings; all that it
-makes it writes itself. Whatever it raises becomes the study's outcome. It says nothing: log
+A worker function is module-level, takes one study's job and returns what is to be said of it; all
+that it makes it writes itself. Whatever it raises becomes the study's outcome. It says nothing: log
 lines go back with the outcome, and what libraries say, which may quote headers, goes nowhere.
 """
 
@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import IncompleteStudy, StageError, StudyError, Warning
@@ -19,11 +20,61 @@ from common.errors import IncompleteStudy, StageError, StudyError, Warning
 logger = logging.getLogger("tumorvolume")
 
 Status = Literal["written", "unchanged", "skipped", "failed"]
-Worker = Callable[[Any], Sequence[Warning]]
 Line = tuple[int, str]
 """Level and text of a log line that a worker leaves to its parent to write."""
 
 _LIBRARIES = ("pydicom", "highdicom", "nibabel", "nilearn")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One study, from the plan to its worker.
+
+    Attributes
+    ----------
+    hash : str
+        What it is known by.
+    fingerprint : str
+        Digest of all that its part depends on: input, options of value, layout version.
+    work : object
+        What the worker needs besides; picklable.
+    part : Path
+        Where its finished part goes; set by the stage.
+    beside : tuple of Path
+        Files besides the output that its worker writes; where one is missing, it runs again.
+    memory : int
+        What its worker takes at most, roughly [bytes]; 0 where unknown.
+    """
+
+    hash: str
+    fingerprint: str
+    work: Any
+    part: Path = Path()
+    beside: tuple[Path, ...] = ()
+    memory: int = 0
+
+    @property
+    def has_all_beside(self) -> bool:
+        """Whether every file that the worker writes beside the output is there."""
+        return all(path.exists() for path in self.beside)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a worker says of a study that it has written.
+
+    Attributes
+    ----------
+    warnings : sequence of Warning
+    private : object
+        What the private mapping alone may hold.
+    """
+
+    warnings: Sequence[Warning] = ()
+    private: Any = None
+
+
+Worker = Callable[[Job], Any]
 
 
 @dataclass(frozen=True)
@@ -36,27 +87,33 @@ class Outcome:
     status : "written", "unchanged", "skipped" or "failed"
     reason : str
         Why it was skipped or failed.
-    warnings : tuple of Warning
     private : str
         More on the reason, for the private mapping alone.
+    made : object
+        What the worker returned: `Written` from those of a stage.
     """
 
     hash: str
     status: Status
     reason: str = ""
-    warnings: tuple[Warning, ...] = ()
     private: str = ""
+    made: Any = None
+
+    @property
+    def warnings(self) -> Sequence[Warning]:
+        """Warnings of a study that was written."""
+        return self.made.warnings if isinstance(self.made, Written) else ()
 
 
-@dataclass(frozen=True)
-class Task:
-    """One study's work: the hash it is known by and what its worker needs (picklable)."""
-
-    hash: str
-    payload: Any
+NOT_ENOUGH_MEMORY = "not enough memory: use fewer --jobs"
 
 
-def attempt(worker: Worker, task: Task) -> Outcome:
+def unexpected(error: Exception, again: str = "again") -> str:
+    """Return what to say of an error that no one foresaw; its text may quote a header."""
+    return f"unexpected {type(error).__name__}: run {again} with --debug and report it"
+
+
+def attempt(worker: Worker, job: Job) -> Outcome:
     """Call the worker and return how the study ended.
 
     Raises
@@ -65,22 +122,18 @@ def attempt(worker: Worker, task: Task) -> Outcome:
         Raised by the worker: no study can go on.
     """
     try:
-        return Outcome(task.hash, "written", warnings=tuple(worker(task.payload)))
+        return Outcome(job.hash, "written", made=worker(job))
     except IncompleteStudy as error:
-        return Outcome(task.hash, "skipped", str(error), private=error.private)
+        return Outcome(job.hash, "skipped", str(error), private=error.private)
     except StudyError as error:
-        return Outcome(task.hash, "failed", str(error), private=error.private)
+        return Outcome(job.hash, "failed", str(error), private=error.private)
     except StageError:
         raise
     except MemoryError:
-        return Outcome(task.hash, "failed", "not enough memory: use fewer --jobs")
+        return Outcome(job.hash, "failed", NOT_ENOUGH_MEMORY)
     except Exception as error:
-        logger.debug("%s: %s", task.hash, traceback_without_text(error))
-        return Outcome(
-            task.hash,
-            "failed",
-            f"unexpected {type(error).__name__}: run this study again with --debug and report it",
-        )
+        logger.debug("%s: %s", job.hash, traceback_without_text(error))
+        return Outcome(job.hash, "failed", unexpected(error, "this study again"))
 
 
 def traceback_without_text(error: BaseException) -> str:

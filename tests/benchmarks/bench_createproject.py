@@ -36,11 +36,11 @@ import sys, time
 from pathlib import Path
 import createproject
 from common.raw.roles import Patterns
-from common.run.stage import PartTask
+from common.run.worker import Job
 from common.raw.study import Conversion
 start = time.perf_counter()
 raw = createproject.RawStudy(sys.argv[1], "bench", Patterns(), Conversion())
-createproject.convert_study(PartTask(hash="0" * 10, payload=raw, part=Path(sys.argv[2], "part")))
+createproject.convert_study(Job("0" * 10, "", raw, part=Path(sys.argv[2], "part")))
 print(time.perf_counter() - start)
 """
 

@@ -29,11 +29,11 @@ from examples import phantom
 RUN = """
 import importlib, json, resource, sys, time
 began = time.perf_counter()
-from common import stage
+from common.run import stage
 expected, processes = [], stage.worker_processes
-def noting(jobs, dask, todo):
-    expected.extend(study.memory_bytes for study in todo)
-    return processes(jobs, dask, todo)
+def noting(engine, todo):
+    expected.extend(job.memory for job in todo)
+    return processes(engine, todo)
 stage.worker_processes = noting
 script, arguments = sys.argv[1], sys.argv[2:]
 status = importlib.import_module(script).main(arguments)

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from common.errors import IncompleteStudy, StageError, StudyError
+from common.run.worker import Written
 
 SECRET = "Doe^Jane"
 
@@ -20,11 +21,11 @@ ERRORS = {
 }
 
 
-def behave(payload):
-    """Do as the payload says: a kind of behaviour, and its argument."""
-    kind, argument = payload
+def behave(job):
+    """Do as the job says: a kind of behaviour, and its argument."""
+    kind, argument = job.work
     if kind == "warn":
-        return [argument]
+        return Written((argument,))
     if kind == "sleep":
         time.sleep(argument)
     elif kind == "wait for":
@@ -41,10 +42,10 @@ def behave(payload):
     elif kind == "die":
         die(*argument)
     elif kind == "pid":
-        return [str(os.getpid())]
+        return Written((str(os.getpid()),))
     elif kind == "status":
-        return [Path("/proc/self/status").read_text()]
-    return []
+        return Written((Path("/proc/self/status").read_text(),))
+    return Written()
 
 
 def die(folder: Path, times: int) -> None:

@@ -308,8 +308,8 @@ def test_a_study_that_cannot_be_shown_is_told_and_the_next_run_shows_it(tmp_path
 
 
 def test_half_a_card_of_a_killed_worker_is_not_in_the_page(tmp_path, monkeypatch, capfd):
-    def killed(card):
-        card.path.write_text('<article id="half"')
+    def killed(job):
+        job.part.write_text('<article id="half"')
         os.abort()
 
     archive = project_zips.write_zip(

@@ -300,16 +300,16 @@ def test_closed_streams_do_not_stop_a_run(closed, tmp_path):
     code = tmp_path / "script.py"
     code.write_text(
         HEAD
-        + "from common.run.pool import run_studies\n"
-        + "from common.run.worker import Task\n"
-        + "def work(path):\n"
-        + "    with open(path, 'w') as stream:\n"
+        + "from common.run.fan_out import run_studies\n"
+        + "from common.run.worker import Job, Written\n"
+        + "def work(job):\n"
+        + "    with open(job.work, 'w') as stream:\n"
         + "        os.write(1, b'x'); os.write(2, b'x'); stream.write('whole')\n"
-        + "    return []\n"
+        + "    return Written()\n"
         + "def stage():\n"
         + "    log.warning('x')\n"
-        + "    work('whole')\n"
-        + "    return run_studies(work, [Task('a', 'part')], 1)\n"
+        + "    work(Job('', '', 'whole'))\n"
+        + "    return run_studies(work, [Job('a', '', 'part')], 1)\n"
         + "sys.exit(cli.run(options, stage))\n"
     )
     run = subprocess.run(

@@ -26,8 +26,8 @@ import createproject
 import preprocessing
 import project_2d
 from common.errors import StageError
-from common.run import cli, dask, pool
-from common.run.worker import Outcome, Task
+from common.run import cli, dask, fan_out
+from common.run.worker import Job, Outcome
 
 distributed = pytest.importorskip("distributed", reason="dask[distributed] is not installed")
 dask_utils = pytest.importorskip("dask.utils", reason="dask[distributed] is not installed")
@@ -131,8 +131,8 @@ def at_line(words: str, do: Callable[[], object]) -> Iterator[None]:
 
 
 def run_studies(cluster: Cluster, notes: Path | None, *payloads, **more) -> list[Outcome]:
-    tasks = [Task(f"study{number}", payload) for number, payload in enumerate(payloads)]
-    return pool.run_studies(behave, tasks, dask=cluster.address, notes=notes, **more)
+    jobs = [Job(f"study{number}", "", payload) for number, payload in enumerate(payloads)]
+    return fan_out.run_studies(behave, jobs, dask=cluster.address, notes=notes, **more)
 
 
 def folders(tmp_path: Path, *names: str) -> list[Path]:
@@ -239,7 +239,7 @@ def test_a_bounded_number_of_studies_is_under_way(cluster, tmp_path, jobs, bound
             go.touch()
 
         with meanwhile(wait_and_see):
-            run_studies(cluster, tmp_path, *[("wait for", go)] * 40, jobs=jobs)
+            run_studies(cluster, tmp_path, *[("wait for", go)] * 40, n_workers=jobs)
     assert max(seen) == bound
 
 
@@ -271,8 +271,8 @@ def test_the_dashboard_shows_each_study_by_its_hash(cluster, tmp_path):
             go.touch()
 
         with meanwhile(note_names):
-            tasks = [Task(each, ("wait for", go)) for each in sorted(hashes)]
-            pool.run_studies(behave, tasks, dask=cluster.address, notes=tmp_path)
+            jobs = [Job(each, "", ("wait for", go)) for each in sorted(hashes)]
+            fan_out.run_studies(behave, jobs, dask=cluster.address, notes=tmp_path)
     assert names == hashes
 
 

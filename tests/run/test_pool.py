@@ -18,8 +18,9 @@ import pytest
 
 from common.errors import IncompleteStudy, StageError, StudyError, WorkerCrashed, WorkerKilled
 from common.run import machine, pool
-from common.run.pool import call_apart, run_studies
-from common.run.worker import Outcome, Task
+from common.run.fan_out import run_studies
+from common.run.pool import in_own_process
+from common.run.worker import Job, Outcome, Written
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -27,19 +28,19 @@ GIB = 1 << 30
 pytestmark = pytest.mark.timeout(120)
 
 
-def tasks(*payloads) -> list[Task]:
-    return [Task(f"study{number}", payload) for number, payload in enumerate(payloads)]
+def jobs_of(*payloads) -> list[Job]:
+    return [Job(f"study{number}", "", payload) for number, payload in enumerate(payloads)]
 
 
 def statuses(outcomes: list[Outcome]) -> list[str]:
     return [outcome.status for outcome in outcomes]
 
 
-def behave(payload):
-    """A worker that does as its payload says."""
-    kind, _, argument = str(payload).partition(" ")
+def behave(job):
+    """A worker that does as its job says."""
+    kind, _, argument = str(job.work).partition(" ")
     if kind == "warn":
-        return [argument]
+        return Written([argument])
     if kind == "sleep":
         time.sleep(float(argument))
     elif kind == "raise":
@@ -66,8 +67,8 @@ def behave(payload):
         logging.getLogger("pydicom").warning("Doe^Jane")
         logging.getLogger("tumorvolume").info("said nothing")
     elif kind == "pid":
-        return [str(os.getpid())]
-    return []
+        return Written([str(os.getpid())])
+    return Written()
 
 
 def die_with_lock(name):
@@ -79,13 +80,13 @@ def die_with_lock(name):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def once(marker):
+def once(job):
     """Die in the first attempt, between two studies; succeed in the second."""
-    path, lock = marker
+    path, lock = job.work
     if not path.exists():
         path.touch()
         die_with_lock(lock)
-    return []
+    return Written()
 
 
 # --- outcomes ---------------------------------------------------------------------------------
@@ -93,15 +94,15 @@ def once(marker):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_outcomes_come_in_the_order_of_tasks_whatever_takes_longest(jobs):
-    outcomes = run_studies(behave, tasks("sleep 0.3", "sleep 0.1", "warn a lesion is lost"), jobs)
+    outcomes = run_studies(behave, jobs_of("sleep 0.3", "sleep 0.1", "warn a lesion is lost"), jobs)
     assert [outcome.hash for outcome in outcomes] == ["study0", "study1", "study2"]
     assert statuses(outcomes) == ["written"] * 3
-    assert outcomes[2].warnings == ("a lesion is lost",)
+    assert outcomes[2].warnings == ["a lesion is lost"]
 
 
 def test_each_outcome_is_told_once_as_it_comes():
     told = []
-    outcomes = run_studies(behave, tasks(*["sleep 0.01"] * 20), 4, told.append)
+    outcomes = run_studies(behave, jobs_of(*["sleep 0.01"] * 20), 4, told.append)
     assert sorted(told, key=lambda o: o.hash) == sorted(outcomes, key=lambda o: o.hash)
     assert len(told) == 20
 
@@ -123,7 +124,7 @@ def test_each_outcome_is_told_once_as_it_comes():
     ],
 )
 def test_an_error_fails_its_study_and_no_other(error, outcome):
-    bad, good = run_studies(behave, tasks(f"raise {error}", "warn fine"), 1)
+    bad, good = run_studies(behave, jobs_of(f"raise {error}", "warn fine"), 1)
     assert (bad.status, bad.reason, bad.private) == outcome
     assert good.status == "written"
 
@@ -131,7 +132,7 @@ def test_an_error_fails_its_study_and_no_other(error, outcome):
 def test_a_stage_error_ends_the_run_at_once():
     began = time.monotonic()
     with pytest.raises(StageError, match="the disk is full"):
-        run_studies(behave, tasks("raise StageError", "sleep 60"), 2)
+        run_studies(behave, jobs_of("raise StageError", "sleep 60"), 2)
     assert time.monotonic() - began < 20
 
 
@@ -160,7 +161,9 @@ def test_no_tasks_need_no_worker():
 )
 def test_a_killed_worker_fails_its_study_and_the_others_complete(how, reason, jobs):
     began = time.monotonic()
-    outcomes = run_studies(behave, tasks("warn a", how, "sleep 0.2", "warn b", how, "warn c"), jobs)
+    outcomes = run_studies(
+        behave, jobs_of("warn a", how, "sleep 0.2", "warn b", how, "warn c"), jobs
+    )
     assert statuses(outcomes) == ["written", "failed", "written", "written", "failed", "written"]
     assert outcomes[1].reason == outcomes[4].reason == reason
     assert time.monotonic() - began < 20
@@ -168,19 +171,19 @@ def test_a_killed_worker_fails_its_study_and_the_others_complete(how, reason, jo
 
 def test_work_of_other_studies_goes_on_when_a_worker_is_killed(tmp_path):
     """A study under way in another worker is not begun anew."""
-    outcomes = run_studies(note_start, tasks((tmp_path, 0.8), None, (tmp_path, 0.8)), 2)
+    outcomes = run_studies(note_start, jobs_of((tmp_path, 0.8), None, (tmp_path, 0.8)), 2)
     assert statuses(outcomes) == ["written", "failed", "written"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def note_start(payload):
-    if payload is None:
+def note_start(job):
+    if job.work is None:
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
-    folder, seconds = payload
+    folder, seconds = job.work
     (folder / str(time.monotonic_ns())).touch()
     time.sleep(seconds)
-    return []
+    return Written()
 
 
 @pytest.mark.parametrize("lock", ["_rlock", "_wlock"])
@@ -189,7 +192,7 @@ def test_a_worker_killed_with_a_lock_of_the_pool_stops_nothing(lock, jobs, tmp_p
     monkeypatch.setattr(pool, "_PATIENCE_S", 0.5)
     began = time.monotonic()
     quick = [(tmp_path, "")] * 4
-    outcomes = run_studies(once, tasks(*quick, (tmp_path / "dead", lock), *quick), jobs)
+    outcomes = run_studies(once, jobs_of(*quick, (tmp_path / "dead", lock), *quick), jobs)
     assert statuses(outcomes) == ["written"] * 9
     assert time.monotonic() - began < 30
 
@@ -198,7 +201,7 @@ def test_workers_that_always_die_between_studies_end_the_run(monkeypatch):
     monkeypatch.setattr(pool, "_PATIENCE_S", 0.2)
     monkeypatch.setattr(pool, "_MOST_BREAKDOWNS", 2)
     with pytest.raises(StageError, match="worker processes die before they begin"):
-        run_studies(behave, tasks("die_with _rlock", "die_with _rlock"), 2)
+        run_studies(behave, jobs_of("die_with _rlock", "die_with _rlock"), 2)
 
 
 @pytest.mark.parametrize("n_workers", [2, 3])
@@ -216,17 +219,17 @@ def test_idle_workers_that_are_killed_cost_nothing(n_workers, tmp_path):
                 process.kill()
 
     payloads = [busy, *[None] * (n_workers - 1)]
-    outcomes = run_studies(long_if_path, tasks(*payloads), n_workers, kill_the_idle)
+    outcomes = run_studies(long_if_path, jobs_of(*payloads), n_workers, kill_the_idle)
     assert statuses(outcomes) == ["written"] * n_workers
 
 
-def long_if_path(path):
-    if path is not None:
-        path.write_text(str(os.getpid()))
+def long_if_path(job):
+    if job.work is not None:
+        job.work.write_text(str(os.getpid()))
         time.sleep(1)
     else:
         time.sleep(0.1)
-    return []
+    return Written()
 
 
 def test_workers_end_at_once_when_their_parent_is_killed(tmp_path):
@@ -234,7 +237,7 @@ def test_workers_end_at_once_when_their_parent_is_killed(tmp_path):
     code = (
         "import sys; sys.path[:0] = [{root!r}, {tests!r}]\n"
         "import test_pool as t\n"
-        "t.run_studies(t.never_yield, t.tasks({folder!r}, {folder!r}), 2)\n"
+        "t.run_studies(t.never_yield, t.jobs_of({folder!r}, {folder!r}), 2)\n"
     ).format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         deadline = time.monotonic() + 60
@@ -249,10 +252,10 @@ def test_workers_end_at_once_when_their_parent_is_killed(tmp_path):
         time.sleep(0.01)
 
 
-def never_yield(folder):
-    (Path(folder) / str(os.getpid())).touch()
+def never_yield(job):
+    (Path(job.work) / str(os.getpid())).touch()
     sum(range(10**11))  # one bytecode: the interpreter's lock is held for an hour
-    return []
+    return Written()
 
 
 def is_alive(pid: int) -> bool:
@@ -280,14 +283,14 @@ def logged(monkeypatch) -> Iterator[list[logging.LogRecord]]:
 
 
 def test_only_log_lines_leave_a_worker_and_the_parent_writes_them(capfd, logged):
-    run_studies(behave, tasks("say", "say"), 1)
+    run_studies(behave, jobs_of("say", "say"), 1)
     assert [record.getMessage() for record in logged] == ["said nothing"] * 2
     assert {record.process for record in logged} == {os.getpid()}
     assert capfd.readouterr() == ("", "")
 
 
 def test_an_unexpected_error_is_traced_without_its_text(logged):
-    run_studies(behave, tasks("raise ValueError"), 1)
+    run_studies(behave, jobs_of("raise ValueError"), 1)
     [line] = [record.getMessage() for record in logged]
     assert line.startswith("study0: Traceback ")
     assert line.endswith("\nValueError")
@@ -298,8 +301,8 @@ def test_an_unexpected_error_is_traced_without_its_text(logged):
 # --- one call in a process of its own ---------------------------------------------------------
 
 
-def test_a_call_apart_does_its_work_in_another_process():
-    assert call_apart(os.getpid) != os.getpid()
+def test_a_call_in_a_process_of_its_own_does_its_work_in_another_process():
+    assert in_own_process(os.getpid) != os.getpid()
 
 
 def memory_status() -> str:
@@ -310,7 +313,7 @@ def memory_status() -> str:
 @pytest.mark.skipif("THP_enabled" not in memory_status(), reason="this system has no such pages")
 def test_workers_do_without_huge_pages():
     assert "THP_enabled:\t1" in memory_status()
-    assert "THP_enabled:\t0" in call_apart(memory_status)
+    assert "THP_enabled:\t0" in in_own_process(memory_status)
 
 
 @pytest.mark.parametrize(
@@ -322,9 +325,9 @@ def test_workers_do_without_huge_pages():
         ("signal 11", r"the worker process was killed \(signal 11\)"),
     ],
 )
-def test_a_call_apart_that_fails_is_a_stage_error(payload, reason):
+def test_a_call_in_a_process_of_its_own_that_fails_is_a_stage_error(payload, reason):
     with pytest.raises(StageError, match=reason):
-        call_apart(behave, payload)
+        in_own_process(behave, Job("", "", payload))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +335,7 @@ def test_a_call_apart_that_fails_is_a_stage_error(payload, reason):
 )
 def test_who_was_killed_is_told_from_who_crashed(number, kind):
     with pytest.raises(kind):
-        call_apart(behave, f"signal {number}")
+        in_own_process(behave, Job("", "", f"signal {number}"))
 
 
 def test_no_room_for_worker_processes_is_said(monkeypatch):
@@ -341,7 +344,7 @@ def test_no_room_for_worker_processes_is_said(monkeypatch):
 
     monkeypatch.setattr(pool.CONTEXT, "RawArray", no_room)
     with pytest.raises(StageError, match=r"cannot be started \(No space left on device\)"):
-        run_studies(behave, tasks("warn a"), 1)
+        run_studies(behave, jobs_of("warn a"), 1)
 
 
 # --- CPUs and memory --------------------------------------------------------------------------

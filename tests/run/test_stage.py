@@ -19,31 +19,32 @@ from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled
 from common.run import output as outputs
 from common.run import stage
 from common.run.output import exclusive, write_beside, writing_part
-from common.run.stage import PartTask, Study, present_content, run_stage
+from common.run.stage import Engine, Stage, present_content, run_stage
+from common.run.worker import Job, Written
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def work(task: PartTask):
+def work(job: Job):
     """Write the payload as the study's part, and note the attempt beside it."""
-    attempts = task.part.parent.parent / "attempts"
+    attempts = job.part.parent.parent / "attempts"
     with open(attempts, "a") as stream:
-        stream.write(f"{task.hash}\n")
-    if task.payload == "fails":
+        stream.write(f"{job.hash}\n")
+    if job.work == "fails":
         raise StudyError("no weight: give one")
-    if task.payload == "incomplete":
+    if job.work == "incomplete":
         raise IncompleteStudy("no mask")
-    if isinstance(task.payload, OSError):
-        raise_while_writing(task)
-    with writing_part(task.part) as temporary:
-        temporary.write_text(f"{task.hash} {task.payload}\n")
-    return ["a lesion is lost"] if task.payload == "lossy" else []
+    if isinstance(job.work, OSError):
+        raise_while_writing(job)
+    with writing_part(job.part) as temporary:
+        temporary.write_text(f"{job.hash} {job.work}\n")
+    return Written(["a lesion is lost"] if job.work == "lossy" else [])
 
 
-def raise_while_writing(task: PartTask):
-    with writing_part(task.part) as temporary:
+def raise_while_writing(job: Job):
+    with writing_part(job.part) as temporary:
         temporary.write_text("half")
-        raise task.payload
+        raise job.work
 
 
 def assemble(path, sources):
@@ -54,8 +55,14 @@ def assemble(path, sources):
     path.write_text("\n".join([*lines, ""]))
 
 
-def studies(**payloads) -> list[Study]:
-    return [Study(name, f"of {payload} " * 9, payload) for name, payload in payloads.items()]
+def studies(**payloads) -> list[Job]:
+    return [Job(name, f"of {payload} " * 9, payload) for name, payload in payloads.items()]
+
+
+def run(output, plan, finished, worker, assembling, n_workers):
+    """Run a stage on an output that holds `finished`; None: that is not known."""
+    told = Stage(output, plan, worker, assembling, lambda path: finished)
+    return run_stage(told, Engine(n_workers))
 
 
 class Folder:
@@ -69,7 +76,8 @@ class Folder:
     def run(self, plan, **options):
         self.attempts.write_text("")
         with exclusive(self.output):
-            outcomes = run_stage(self.output, plan, self.known, work, assemble, 2, **options)
+            told = Stage(self.output, plan, work, assemble, lambda path: self.known, **options)
+            outcomes = run_stage(told, Engine(2))
         self.known = {
             study.hash: study.fingerprint
             for study, outcome in zip(plan, outcomes, strict=True)
@@ -184,7 +192,7 @@ def test_a_vanished_study_stays_out_and_is_named(folder, logged):
 
 def test_a_study_whose_file_beside_is_gone_is_computed_again(folder, tmp_path):
     beside = tmp_path / "picture"
-    plan = [Study("a", "1", "x", beside=(beside,))]
+    plan = [Job("a", "1", "x", beside=(beside,))]
     folder.run(plan)
     assert folder.run(plan) == ["written"]
     beside.touch()
@@ -258,22 +266,22 @@ def test_a_skip_that_is_known_is_told_quietly_unless_its_reason_is_new(folder, l
 def test_failures_are_listed_while_there_are_any(folder, tmp_path):
     listed = tmp_path / "out_failed.csv"
     for _ in range(2):
-        folder.run(studies(a="fails", b="1"), failures_of="preprocessing")
+        folder.run(studies(a="fails", b="1"), name="preprocessing")
         with open(listed, newline="") as stream:
             assert list(csv.DictReader(stream)) == [
                 {"hash": "a", "stage": "preprocessing", "reason": "no weight: give one"}
             ]
-    folder.run(studies(a="1", b="1"), failures_of="preprocessing")
+    folder.run(studies(a="1", b="1"), name="preprocessing")
     assert not listed.exists()
 
 
 def test_default_jobs_follow_the_largest_study_to_compute(folder, logged, monkeypatch):
     asked = []
     monkeypatch.setattr(stage, "default_jobs", lambda needed: asked.append(needed) or 1)
-    plan = [Study("a", "1", "x", memory_bytes=7), Study("b", "1", "x", memory_bytes=3_000_000_000)]
+    plan = [Job("a", "1", "x", memory=7), Job("b", "1", "x", memory=3_000_000_000)]
     for finished, jobs in (({}, None), ({"b": "1"}, None), ({}, 2)):
         with exclusive(folder.output):
-            run_stage(folder.output, plan, finished, work, assemble, jobs)
+            run(folder.output, plan, finished, work, assemble, jobs)
     assert asked == [3_000_000_000, 7]
     assert "1 worker processes; the largest study takes about 3.0 GB" in text_of(logged)
 
@@ -311,7 +319,7 @@ def fill(path, sources, number):
 def test_a_failed_assembly_leaves_the_old_output_and_the_parts(assembling, reason, folder):
     folder.run(studies(a="1"))
     with pytest.raises(StageError, match=reason), exclusive(folder.output):
-        run_stage(folder.output, studies(a="2"), {}, work, assembling, 1)
+        run(folder.output, studies(a="2"), {}, work, assembling, 1)
     assert folder.output.read_text() == "a 1\n"
     assert folder.left == ["out.txt", "out.txt.parts"]
     assert len(list((folder.output.parent / "out.txt.parts").iterdir())) == 1
@@ -330,12 +338,8 @@ def test_a_part_that_cannot_be_written_ends_the_run_and_leaves_no_half(number, f
 
 def test_what_goes_before_the_replacement_sees_the_complete_new_output(folder):
     seen = []
-    folder.run(
-        studies(a="1"), before_replacing=lambda path, outcomes: seen.append(path.read_text())
-    )
-    folder.run(
-        studies(a="1"), before_replacing=lambda path, outcomes: seen.append(path.read_text())
-    )
+    folder.run(studies(a="1"), write_beside=lambda path, outcomes: seen.append(path.read_text()))
+    folder.run(studies(a="1"), write_beside=lambda path, outcomes: seen.append(path.read_text()))
     assert seen == ["a 1\n", "a 1\n"]
 
 
@@ -346,7 +350,7 @@ def test_a_linked_output_stays_a_link_and_its_parts_go_to_its_disk(tmp_path):
     link.symlink_to(tmp_path / "scratch" / "real.txt")
     assert outputs.parts_folder(link) == tmp_path / "scratch" / "real.txt.parts"
     with exclusive(link):
-        run_stage(link, studies(a="1"), {}, work, assemble, 1)
+        run(link, studies(a="1"), {}, work, assemble, 1)
     assert link.is_symlink()
     assert (tmp_path / "scratch" / "real.txt").read_text() == "a 1\n"
     assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == [
@@ -389,38 +393,38 @@ def test_a_killed_writer_of_a_file_beside_leaves_one_hidden_file_that_the_next_o
     assert os.listdir(tmp_path) == ["list.csv"]
 
 
-def write_picture(task: PartTask):
+def write_picture(job: Job):
     """Write a file beside the output; "stuck" stays in the middle of it, "full" waits for that."""
-    picture = task.part.parent.parent / "pictures" / f"{task.hash}.nii.gz"
-    if task.payload == "full":
+    picture = job.part.parent.parent / "pictures" / f"{job.hash}.nii.gz"
+    if job.work == "full":
         while not list(picture.parent.glob(".*")):
             time.sleep(0.001)
         raise StageError("out.txt cannot be written: the disk is full")
     with (
-        writing_part(task.part, task.beside) as temporary,
+        writing_part(job.part, job.beside) as temporary,
         outputs.writing_beside(picture) as half,
     ):
-        half.write_text(task.payload)
-        if task.payload == "dies":
+        half.write_text(job.work)
+        if job.work == "dies":
             os.kill(os.getppid(), signal.SIGKILL)
-        if task.payload in ("stuck", "dies"):
+        if job.work in ("stuck", "dies"):
             time.sleep(60)
-        temporary.write_text(f"{task.hash} {task.payload}\n")
+        temporary.write_text(f"{job.hash} {job.work}\n")
     return []
 
 
-def picture_studies(folder: Folder, **payloads) -> list[Study]:
+def picture_studies(folder: Folder, **payloads) -> list[Job]:
     pictures = folder.output.with_name("pictures")
     pictures.mkdir(exist_ok=True)
     return [
-        Study(name, f"{payload}" * 16, payload, beside=(pictures / f"{name}.nii.gz",))
+        Job(name, f"{payload}" * 16, payload, beside=(pictures / f"{name}.nii.gz",))
         for name, payload in payloads.items()
     ]
 
 
-def run_pictures(folder: Folder, plan: list[Study]):
+def run_pictures(folder: Folder, plan: list[Job]):
     with exclusive(folder.output):
-        run_stage(folder.output, plan, {}, write_picture, assemble, 2)
+        run(folder.output, plan, {}, write_picture, assemble, 2)
 
 
 def test_a_run_that_ends_early_leaves_no_half_file_beside_of_the_worker_it_ended(folder):
@@ -462,19 +466,19 @@ def test_files_beside_that_another_run_has_replaced_are_made_again(folder):
 
     for plan in (two, picture_studies(folder, a="3", b="3"), two):
         with pytest.raises(StageError, match="interrupted"), exclusive(folder.output):
-            run_stage(folder.output, plan, finished, write_picture, interrupted, 2)
-        assert picture.read_text() == plan[0].payload
+            run(folder.output, plan, finished, write_picture, interrupted, 2)
+        assert picture.read_text() == plan[0].work
     with exclusive(folder.output):
-        run_stage(folder.output, one, finished, write_picture, assemble, 2)
+        run(folder.output, one, finished, write_picture, assemble, 2)
     assert picture.read_text() == "1"
     assert folder.output.read_text() == "a 1\nb 1\n"
     assert folder.left == ["out.txt", "pictures"]
 
 
-def tell_paths(task: PartTask):
-    with writing_part(task.part, task.beside) as temporary:
-        temporary.write_text(f"{task.hash} x\n")
-    return [str(path) for path in (task.part, *task.beside)]
+def tell_paths(job: Job):
+    with writing_part(job.part, job.beside) as temporary:
+        temporary.write_text(f"{job.hash} x\n")
+    return Written([str(path) for path in (job.part, *job.beside)])
 
 
 def test_workers_are_given_absolute_paths(folder, tmp_path, monkeypatch):
@@ -482,12 +486,12 @@ def test_workers_are_given_absolute_paths(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = Path("out.txt")
     with exclusive(output):
-        plan = [Study("a", "1", "x", beside=(Path("a.png"),))]
-        [outcome] = run_stage(output, plan, {}, tell_paths, assemble, 1)
-    assert outcome.warnings == (
+        plan = [Job("a", "1", "x", beside=(Path("a.png"),))]
+        [outcome] = run(output, plan, {}, tell_paths, assemble, 1)
+    assert outcome.warnings == [
         f"{tmp_path}/out.txt.parts/a.1.txt",
         f"{tmp_path}/a.png",
-    )
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "[", "{}", "[1, null, [2]]", '["../out.txt", "\\u0000"]'])
@@ -506,7 +510,7 @@ def test_a_half_file_beside_goes_though_its_text_is_as_before_or_no_study_failed
     half = tmp_path / ".out_failed.tmp.csv"
     for payload in ("fails", "fails", "1"):
         half.write_text("half")
-        folder.run(studies(a=payload, b="1"), failures_of="preprocessing")
+        folder.run(studies(a=payload, b="1"), name="preprocessing")
         assert not half.exists()
     assert not listed.exists()
 
