@@ -114,6 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--roi", type=cli.regex, metavar="REGEX", help="only ROIs or segments whose name matches"
     )
+    files.add_argument(
+        "--mask-on",
+        choices=("ct", "pet"),
+        help="what an RTSTRUCT was drawn on, where it names a series that is not there",
+    )
     suv = parser.add_argument_group("SUV")
     suv.add_argument(
         "--pet-units",
@@ -247,6 +252,7 @@ def plan(
         roi=options.roi,
         allow_empty_mask=options.allow_empty_mask,
         trust_geometry=options.trust_geometry,
+        mask_on=options.mask_on,
     )
     fixed = [SOFTWARE, options.name, dict(patterns.by_role), asdict(conversion)]
     studies, outcomes = [], []

@@ -23,6 +23,7 @@ class Kind(StrEnum):
     SUV = "SUV header"
     SERIES = "series"
     MASK = "mask as it was read"
+    REGIONS = "regions united or left out"
     TRUSTED = "trusted"
     IMPLAUSIBLE = "implausible values"
     OTHER = "other warnings"

@@ -1,4 +1,4 @@
-"""Closed planar contours -> the voxels whose centres they enclose (pure geometry).
+"""Closed planar contours -> the voxels that they enclose (pure geometry).
 
 Everything happens in voxel indices of the grid at hand, so that any orientation is the same
 work: voxel (i, j, k) has its centre at exactly (i, j, k), and slice k is the plane of all points
@@ -8,18 +8,23 @@ The rule of the fill: a centre is inside where an odd number of contours of its 
 which makes holes and keyholes what they are meant to be. A centre exactly on an edge belongs to
 the contour at whose low-index side that edge lies (x_low <= i < x_high, y_low <= j < y_high), so
 that contours which share an edge share no voxel and leave none out.
+
+Where all points are centres of voxels, a program outlined a mask through the voxels at its rim,
+those around its holes included (OpenCV, and so rt-utils and TotalSegmentator): every centre on an
+edge is inside.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from common.dicom.contour_gaps import FilledPlane, Patch, nearest, stacked
 from common.errors import StudyError
-from common.geometry import inverse
+from common.geometry import inverse, voxel_ml
 
 # Of the slice spacing. Contours are drawn on slices and written with 2 or 3 decimals: rounding
 # moves them by less than a hundredth of a slice, a drawing on other slices by tenths.
@@ -27,6 +32,8 @@ SLICE_TOLERANCE = 0.1
 # Voxels. Far below any drawing's accuracy and far above rounding errors of the affine: what lies
 # on an edge is decided by the numbers in the file and not by the last bit of a product.
 SNAP_DECIMALS = 6
+# Voxels. Two decimals of a millimetre are less; a drawing by hand has no point within, or few.
+CENTRE_TOLERANCE = 0.02
 # 1 km. Beyond it coordinates are damaged, and their squares no longer exact.
 LARGEST_COORDINATE_MM = 1e6
 
@@ -50,7 +57,7 @@ class FilledContours:
     inside
         Boolean array [x, y, z] in Fortran order (slices are contiguous).
     warnings
-        One sentence a kind of problem, with the number of contours; no identity.
+        One sentence a kind of problem, with the number of contours or the volume; no identity.
     """
 
     inside: npt.NDArray[np.bool_]
@@ -58,7 +65,7 @@ class FilledContours:
 
 
 class _Contour(NamedTuple):
-    edges: npt.NDArray[np.float64]  # (m, 4): x, y of one end, x, y of the other, in voxels
+    points: npt.NDArray[np.float64]  # (n, 2): x, y in voxels
     slice_index: float
 
 
@@ -81,7 +88,8 @@ def fill_contours(
     FilledContours
         Contours on one slice combine by the even-odd rule. Contours between slices go to the
         nearest one; where those of several planes meet on a slice they are united, because
-        even-odd across planes would erase what is common to neighbours.
+        even-odd across planes would erase what is common to neighbours. Slices between contours
+        that lie regularly wider apart take the nearest: see `contour_gaps.stacked`.
 
     Raises
     ------
@@ -89,23 +97,43 @@ def fill_contours(
         Points or grid are no usable numbers, or contours are there and none lies on a slice.
     """
     to_voxels = _to_voxels(affine)
-    inside = np.zeros(shape, dtype=bool, order="F")
     found: Counter[str] = Counter()
-    on_grid = []
+    placed = []
     for points_mm in contours:
         contour = _place(_voxel_points(points_mm, to_voxels), shape, found)
         if contour is not None:
-            on_grid.append(contour)
-    if not on_grid and (found["not planar"] or found["outside"]):
+            placed.append(contour)
+    through_centres = bool(placed) and all(_runs_through_centres(each) for each in placed)
+    if through_centres:
+        drawn = [each._replace(points=np.rint(each.points)) for each in placed]
+    else:
+        drawn = [each for each in placed if len(_edges(each.points)) >= 3]
+        found["thin"] += len(placed) - len(drawn)
+    if not drawn and (found["not planar"] or found["outside"]):
         raise StudyError(
             f"no contour lies on the image's slices (ContourData (3006,0050)): {found['outside']} "
             f"are outside the image, {found['not planar']} not parallel to its slices: give the "
             "image they were drawn on, or the mask as NIfTI"
         )
-    for plane in _planes(on_grid):
-        k = _nearest(plane[0].slice_index)
-        inside[:, :, k] |= _fill_plane(plane, (shape[0], shape[1]), found)
-    return FilledContours(inside, _sentences(found))
+    n_erased = 0
+    filled = []
+    for plane in _planes(drawn):
+        inside, erased = _fill_plane(plane, (shape[0], shape[1]), through_centres, found)
+        n_erased += erased
+        filled.append(FilledPlane(plane[0].slice_index, inside))
+    volume, gaps = stacked(filled, shape, affine)
+    warnings = list(_sentences(found))
+    if through_centres:
+        warnings.append(
+            "all points are centres of voxels, as of a mask that a program outlined: what the "
+            "edges run through is inside"
+        )
+    if n_erased:
+        warnings.append(
+            f"contours of one slice overlap in {n_erased * voxel_ml(affine):.3g} ml, which are "
+            "outside by the even-odd rule, as holes are: check that nothing was drawn twice"
+        )
+    return FilledContours(volume, (*warnings, *gaps))
 
 
 def _to_voxels(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -131,40 +159,39 @@ def _voxel_points(
 def _place(
     points: npt.NDArray[np.float64], shape: tuple[int, int, int], found: Counter[str]
 ) -> _Contour | None:
-    """Reduce (n, 3) voxel points to edges on a slice; None, and counted, where that can't be."""
-    edges = _edges(points[:, :2])
-    if len(edges) < 3:
-        found["thin"] += 1
-        return None
+    """Put (n, 3) voxel points on a slice; None, and counted, where that can't be."""
     low, high = points.min(axis=0), points.max(axis=0)
-    if high[2] - low[2] > SLICE_TOLERANCE:
-        found["not planar"] += 1
-        return None
     slice_index = float(low[2] + high[2]) / 2
     in_plane_end = np.array(shape[:2]) - 0.5
     misses = bool((high[:2] < -0.5).any() or (low[:2] > in_plane_end).any())
-    if misses or not 0 <= _nearest(slice_index) < shape[2]:
-        found["outside"] += 1
+    is_planar = high[2] - low[2] <= SLICE_TOLERANCE
+    if not is_planar or misses or not 0 <= nearest(slice_index) < shape[2]:
+        is_thin = len(_edges(points[:, :2])) < 3
+        found["thin" if is_thin else "outside" if is_planar else "not planar"] += 1
         return None
     found["beyond"] += bool((low[:2] < -0.5).any() or (high[:2] > in_plane_end).any())
-    off_slice = abs(slice_index - _nearest(slice_index)) > SLICE_TOLERANCE
+    off_slice = abs(slice_index - nearest(slice_index)) > SLICE_TOLERANCE
     found["between"] += off_slice
-    return _Contour(edges, slice_index if off_slice else float(_nearest(slice_index)))
+    return _Contour(points[:, :2], slice_index if off_slice else float(nearest(slice_index)))
+
+
+def _runs_through_centres(contour: _Contour) -> bool:
+    off = np.abs(contour.points - np.rint(contour.points)).max()
+    return contour.slice_index.is_integer() and bool(off <= CENTRE_TOLERANCE)
 
 
 def _edges(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Join (n, 2) points to (m, 4) edges of non-zero length, each from its lower-y end.
+    """Join (n, 2) points to (m, 5) edges of non-zero length, each from its lower-y end.
 
-    Points given twice in a row, and a last point equal to the first, thereby don't matter; nor
-    does the direction in which a contour runs.
+    The last column is 1 where the contour runs upwards there, else -1. Points given twice in a
+    row, and a last point equal to the first, thereby don't matter.
     """
     following = np.roll(points, -1, axis=0)
     x, y, next_x, next_y = points[:, 0], points[:, 1], following[:, 0], following[:, 1]
-    downwards = (next_y < y) | ((next_y == y) & (next_x < x))
-    edges: npt.NDArray[np.float64] = np.where(
-        downwards[:, np.newaxis], np.hstack([following, points]), np.hstack([points, following])
-    )
-    has_length = (edges[:, :2] != edges[:, 2:]).any(axis=1)
+    downwards = ((next_y < y) | ((next_y == y) & (next_x < x)))[:, np.newaxis]
+    ends = np.where(downwards, np.hstack([following, points]), np.hstack([points, following]))
+    edges: npt.NDArray[np.float64] = np.hstack([ends, np.where(downwards, -1.0, 1.0)])
+    has_length = (ends[:, :2] != ends[:, 2:]).any(axis=1)
     return np.compress(has_length, edges, axis=0)
 
 
@@ -180,50 +207,159 @@ def _planes(contours: Sequence[_Contour]) -> list[list[_Contour]]:
 
 
 def _fill_plane(
-    plane: Sequence[_Contour], shape: tuple[int, int], found: Counter[str]
-) -> npt.NDArray[np.bool_]:
-    """Fill (x, y) by the even-odd rule; the same polygon twice counts once, or it would vanish."""
+    plane: Sequence[_Contour], shape: tuple[int, int], through_centres: bool, found: Counter[str]
+) -> tuple[Patch, int]:
+    """Fill one plane by the even-odd rule; return also how many voxels overlaps have erased.
+
+    The same polygon twice counts once, or it would vanish. Only the outline of a mask may come
+    back the other way: that is the hole of a ring one voxel wide.
+    """
     inside = np.zeros(shape, dtype=bool, order="F")
+    rim = np.zeros(shape, dtype=bool, order="F")
+    overlap = np.zeros(shape, dtype=bool, order="F")
+    patches: list[Patch] = []
     seen = set()
     for contour in plane:
-        same = contour.edges[np.lexsort(contour.edges.T)].tobytes()
+        edges = _edges(contour.points)
+        same: object = edges[np.lexsort(edges[:, :4].T), :4].tobytes()
+        if through_centres:
+            same = (same, _runs_clockwise(contour.points))
         if same in seen:
             found["duplicate"] += 1
             continue
         seen.add(same)
-        found["no voxel"] += not _toggle_inside(inside, contour.edges)
-    return inside
+        winding = _winding(edges, shape)
+        patch = Patch(winding.x0, winding.y0, (winding.voxels & 1) != 0)
+        patch.of(inside)[...] ^= patch.voxels
+        patches.append(patch)
+        _mark_own_overlap(overlap, contour.points, winding, shape)
+        if through_centres:
+            _mark_rim(rim, contour.points)
+        else:
+            found["no voxel"] += not patch.voxels.any()
+    _mark_overlaps(overlap, patches, or_equal=not through_centres)
+    inside |= rim
+    return Patch.around(inside), int(np.count_nonzero(overlap & ~inside))
 
 
-def _toggle_inside(plane: npt.NDArray[np.bool_], edges: npt.NDArray[np.float64]) -> bool:
-    """Invert the voxels of ``plane`` (x, y) inside one polygon; tell whether there are any.
+def _runs_clockwise(points: npt.NDArray[np.float64]) -> bool:
+    following = np.roll(points, -1, axis=0)
+    doubled_area = (points[:, 0] * following[:, 1] - following[:, 0] * points[:, 1]).sum()
+    return bool(doubled_area < 0)
+
+
+def _winding(edges: npt.NDArray[np.float64], shape: tuple[int, int]) -> Patch:
+    """Return how often one polygon winds around each voxel (x, y); odd numbers are inside.
 
     Scan lines: each edge crosses the rows j with y_low <= j < y_high; from a crossing on, every
-    voxel of that row changes sides.
+    voxel of that row has its direction added. Winding numbers are int16, which may overflow but
+    stay odd.
     """
-    x_low, y_low, x_high, y_high = edges.T
-    first = np.ceil(y_low).clip(0, plane.shape[1]).astype(np.intp)
-    end = np.ceil(y_high).clip(0, plane.shape[1]).astype(np.intp)
+    x_low, y_low, x_high, y_high, direction = edges.T
+    first = np.ceil(y_low).clip(0, shape[1]).astype(np.intp)
+    end = np.ceil(y_high).clip(0, shape[1]).astype(np.intp)
     crossed = end - first
     edge = np.repeat(np.arange(len(edges)), crossed)
     if not edge.size:
-        return False
+        return Patch(0, 0, np.zeros((0, 0), dtype=np.int16))
     row = np.arange(edge.size) - np.repeat(np.cumsum(crossed) - crossed - first, crossed)
     slope = (x_high - x_low)[edge] / (y_high - y_low)[edge]
     crossing = np.round(x_low[edge] + (row - y_low[edge]) * slope, SNAP_DECIMALS)
-    column = np.ceil(crossing).clip(0, plane.shape[0]).astype(np.intp)
-    x0, y0 = column.min(), row.min()
-    width, height = column.max() - x0, row.max() + 1 - y0
-    toggles = np.bincount((row - y0) * (width + 1) + column - x0, minlength=height * (width + 1))
-    # Whether a count is odd survives the overflow of uint8, which is fast.
-    passed = np.cumsum(toggles.reshape(height, width + 1)[:, :width], axis=1, dtype=np.uint8)
-    patch = (passed & 1).view(np.bool_).T
-    plane[x0 : x0 + width, y0 : y0 + height] ^= patch
-    return bool(patch.any())
+    column = np.ceil(crossing).clip(0, shape[0]).astype(np.intp)
+    x0, y0 = int(column.min()), int(row.min())
+    width, height = int(column.max()) - x0, int(row.max()) + 1 - y0
+    steps = np.bincount(
+        (row - y0) * (width + 1) + column - x0,
+        weights=direction[edge],
+        minlength=height * (width + 1),
+    ).astype(np.int16)
+    passed = np.cumsum(steps.reshape(height, width + 1)[:, :width], axis=1, dtype=np.int16)
+    return Patch(x0, y0, passed.T)
 
 
-def _nearest(slice_index: float) -> int:
-    return int(np.floor(slice_index + 0.5))
+def _mark_rim(rim: npt.NDArray[np.bool_], points: npt.NDArray[np.float64]) -> None:
+    """Mark all voxels whose centres a polygon of centres runs through."""
+    start = points.astype(np.int64)
+    step = np.roll(start, -1, axis=0) - start
+    n_steps = np.gcd(step[:, 0], step[:, 1])
+    unit = step // np.maximum(n_steps, 1)[:, np.newaxis]
+    # An edge of no length is a point.
+    counts = np.maximum(n_steps, 1)
+    edge = np.repeat(np.arange(len(start)), counts)
+    along = np.arange(edge.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    x, y = (start[edge] + along[:, np.newaxis] * unit[edge]).T
+    is_on = (x >= 0) & (y >= 0) & (x < rim.shape[0]) & (y < rim.shape[1])
+    rim[x[is_on], y[is_on]] = True
+
+
+# --- overlaps --------------------------------------------------------------------------------
+
+
+def _mark_overlaps(
+    overlap: npt.NDArray[np.bool_], patches: Sequence[Patch], *, or_equal: bool
+) -> None:
+    """Mark what polygons of one slice have in common where neither lies in the other.
+
+    One in another is a hole, or an island in a hole.
+    """
+    filled = [patch for patch in patches if patch.voxels.any()]
+    for one, other in _pairs_in_touch(filled):
+        a, b = one.cut(other), other.cut(one)
+        common = a.voxels & b.voxels
+        n_common = np.count_nonzero(common)
+        n_one, n_other = np.count_nonzero(one.voxels), np.count_nonzero(other.voxels)
+        is_same = n_common == n_one == n_other
+        if n_common and (n_common < min(n_one, n_other) or (is_same and or_equal)):
+            a.of(overlap)[...] |= common
+
+
+def _pairs_in_touch(patches: Sequence[Patch]) -> Iterator[tuple[Patch, Patch]]:
+    """Yield the pairs of patches whose boxes overlap."""
+    if len(patches) < 2:
+        return
+    low = np.array([(p.x0, p.y0) for p in patches])
+    high = low + [p.voxels.shape for p in patches]
+    touch = (low[:, np.newaxis] < high).all(axis=2) & (low < high[:, np.newaxis]).all(axis=2)
+    for i, j in np.argwhere(np.triu(touch, k=1)):
+        yield patches[i], patches[j]
+
+
+def _mark_own_overlap(
+    overlap: npt.NDArray[np.bool_],
+    points: npt.NDArray[np.float64],
+    winding: Patch,
+    shape: tuple[int, int],
+) -> None:
+    """Mark where a polygon overlaps itself: what it winds around twice, but for keyholes.
+
+    The hole of a keyhole that runs in the direction of the outline is wound around twice, too: it
+    shows as a loop of its own, because the outline comes back to where it left for the hole.
+    """
+    twice = (winding.voxels != 0) & (winding.voxels & 1 == 0)
+    if not twice.any():
+        return
+    loops = [_winding(_edges(loop), shape) for loop in _loops(points)]
+    for loop in loops:
+        loop.of(overlap)[...] |= (loop.voxels != 0) & (loop.voxels & 1 == 0)
+    odd = [Patch(loop.x0, loop.y0, (loop.voxels & 1) != 0) for loop in loops]
+    _mark_overlaps(overlap, odd, or_equal=True)
+
+
+def _loops(points: npt.NDArray[np.float64]) -> Iterator[npt.NDArray[np.float64]]:
+    """Take a polygon apart wherever it comes back to a point where it has been."""
+    path: list[tuple[float, float]] = []
+    place: dict[tuple[float, float], int] = {}
+    for point in map(tuple, points.tolist()):
+        if point in place:
+            start = place[point]
+            yield np.array(path[start:])
+            for passed in path[start + 1 :]:
+                del place[passed]
+            del path[start + 1 :]
+        else:
+            place[point] = len(path)
+            path.append(point)
+    yield np.array(path)
 
 
 def _sentences(found: Counter[str]) -> tuple[str, ...]:

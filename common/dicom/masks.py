@@ -31,12 +31,15 @@ class Mask:
     affine : (4, 4) float64 array
         Voxel index to RAS+ [mm].
     warnings : tuple of Warning
-        What was put right or left out; no identity.
+        What was put right, united or left out; no identity.
+    regions : tuple of str
+        Names of the regions or segments that were taken (private).
     """
 
     labels: LabelArray
     affine: NDArray[np.float64]
     warnings: tuple[Warning, ...] = ()
+    regions: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -98,6 +101,18 @@ def _composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def listed(numbers: Iterable[int]) -> str:
+    """Return numbers for a message, ascending, such as ``1, 2, 5-9``."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    short = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(short)
+
+
 # --- what a mask refers to -------------------------------------------------------------------
 
 
@@ -129,35 +144,45 @@ def _images_of(groups: Iterable[Dataset]) -> tuple[str, ...]:
     return _unique(images, "ReferencedSOPInstanceUID")
 
 
-def frame_of_reference(dataset: Dataset) -> str | None:
-    """Return the FrameOfReferenceUID of an RTSTRUCT's regions or of a SEG; None without one.
+def region_frames(dataset: Dataset) -> dict[int, str]:
+    """Return the frame of reference that each region of an RTSTRUCT names, by its number.
 
-    Raises
-    ------
-    StudyError
-        The regions of an RTSTRUCT lie in different frames of reference.
+    Where it names none, that of the whole structure set, if there is one.
     """
-    with refusing_malformed("mask object"):
-        regions = items(dataset, "StructureSetROISequence")
+    with refusing_malformed("RTSTRUCT"):
         frames = items(dataset, "ReferencedFrameOfReferenceSequence")
-        # A region's coordinates are in the frame which it names itself; the rest are fallbacks.
-        found = (
-            _unique(regions, "ReferencedFrameOfReferenceUID")
-            or _unique(frames, "FrameOfReferenceUID")
-            or _unique([dataset], "FrameOfReferenceUID")
-        )
-    if len(found) > 1:
-        raise StudyError(
-            f"the RTSTRUCT's regions lie in {len(found)} frames of reference "
-            f"({tag_of('ReferencedFrameOfReferenceUID')}): export only those drawn on PET or CT"
-        )
-    return found[0] if found else None
+        of_all = _unique([*frames, dataset], "FrameOfReferenceUID")
+        usual = of_all[0] if len(of_all) == 1 else ""
+        named = {
+            whole_number(region, "ROINumber"): joined_text(region, "ReferencedFrameOfReferenceUID")
+            for region in items(dataset, "StructureSetROISequence")
+        }
+    found = {number: frame or usual for number, frame in named.items()}
+    return {number: frame for number, frame in found.items() if frame}
+
+
+def series_of_frames(dataset: Dataset) -> dict[str, tuple[str, ...]]:
+    """Return the SeriesInstanceUIDs that an RTSTRUCT names in each frame of reference."""
+    with refusing_malformed("RTSTRUCT"):
+        return {
+            joined_text(frame, "FrameOfReferenceUID"): _unique(
+                _series_of_frame(frame), "SeriesInstanceUID"
+            )
+            for frame in items(dataset, "ReferencedFrameOfReferenceSequence")
+        }
 
 
 def _rt_referenced_series(dataset: Dataset) -> list[Dataset]:
     return [
         series
         for frame in items(dataset, "ReferencedFrameOfReferenceSequence")
+        for series in _series_of_frame(frame)
+    ]
+
+
+def _series_of_frame(frame: Dataset) -> list[Dataset]:
+    return [
+        series
         for study in items(frame, "RTReferencedStudySequence")
         for series in items(study, "RTReferencedSeriesSequence")
     ]

@@ -4,7 +4,7 @@ Knows pydicom.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,22 @@ from pydicom.dataset import Dataset
 
 from common.dicom.attributes import items, joined_text, number, tag_of, to_ras, whole_number
 from common.dicom.contours import fill_contours
-from common.dicom.masks import Mask, matching, names_by_number, refusing_malformed
+from common.dicom.masks import Mask, listed, matching, names_by_number, refusing_malformed
 from common.errors import Kind, StudyError, Warning
 
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+
+NO_TUMOURS = frozenset(
+    {
+        *("EXTERNAL", "ORGAN", "AVOIDANCE", "CAVITY", "CONTRAST_AGENT", "BOLUS", "SUPPORT"),
+        *("FIXATION", "MARKER", "REGISTRATION", "ISOCENTER", "CONTROL", "DOSE_REGION"),
+        *("DOSE_MEASUREMENT", "TREATED_VOLUME", "IRRAD_VOLUME", "BRACHY_CHANNEL"),
+        *("BRACHY_ACCESSORY", "BRACHY_SRC_APP", "BRACHY_CHNL_SHLD"),
+    }
+)
+"""Types of regions (3006,00A4) that are no tumours where others are; many files type all ORGAN."""
+
+_TYPE = tag_of("RTROIInterpretedType")
 
 
 def read_rtstruct(
@@ -33,7 +45,8 @@ def read_rtstruct(
     shape, affine
         Grid of the series: counts along x, y, z and (4, 4) voxel -> RAS+ mm.
     roi : re.Pattern, optional
-        Unite the regions in whose ROIName it is found (case ignored); None: all of them.
+        Unite the regions in whose ROIName it is found (case ignored); None: all of them but
+        the outline of the body.
 
     Returns
     -------
@@ -47,13 +60,11 @@ def read_rtstruct(
     """
     with refusing_malformed("RTSTRUCT"):
         contours_of = _contours_by_region(dataset)
-        names = dict.fromkeys(contours_of, "") | names_by_number(
-            dataset, "StructureSetROISequence", "ROINumber", "ROIName"
-        )
-        chosen = matching(names, roi, "ROIName")
-        warnings = _body_outlines(dataset, chosen)
+        names = dict.fromkeys(contours_of, "") | region_names(dataset)
+        types = _interpreted_types(dataset)
+        chosen, warnings = _without_body(matching(names, roi, "ROIName"), types, roi)
         labels = np.zeros(shape, dtype=np.uint8, order="F")
-        n_closed, n_others = 0, 0
+        taken, n_others = [], 0
         for region in chosen:
             drawn = contours_of.get(region, [])
             contours = [_points_mm(each) for each in drawn if _kind(each) in CLOSED]
@@ -63,14 +74,81 @@ def read_rtstruct(
                 Warning(Kind.MASK, f"region {region}: {note}")
                 for note in (*_left_out(len(drawn), len(contours)), *filled.warnings)
             ]
-            n_closed += len(contours)
+            taken += [region] if contours else []
             n_others += len(drawn) - len(contours)
-    if n_others and not n_closed:
+    if n_others and not taken:
         raise StudyError(
             f"the regions have only points or open lines ({tag_of('ContourGeometricType')}): "
             "choose others with --roi, or give the mask as NIfTI"
         )
-    return Mask(labels, np.array(affine, dtype=np.float64), tuple(warnings))
+    return Mask(
+        labels,
+        np.array(affine, dtype=np.float64),
+        (*_several(taken, types, roi), *warnings),
+        tuple(names[region] for region in taken),
+    )
+
+
+def region_names(dataset: Dataset) -> dict[int, str]:
+    """Return number -> ROIName of the regions (private).
+
+    Raises
+    ------
+    StudyError
+        There are none, or several of one number.
+    """
+    return names_by_number(dataset, "StructureSetROISequence", "ROINumber", "ROIName")
+
+
+def _without_body(
+    chosen: Sequence[int], types: Mapping[int, str], roi: re.Pattern[str] | None
+) -> tuple[list[int], list[Warning]]:
+    """Leave out outlines of the body, which would swallow all tumours, unless chosen by name."""
+    bodies = [region for region in chosen if types.get(region) == "EXTERNAL"]
+    if not bodies:
+        return list(chosen), []
+    if roi is not None:
+        text = f"regions chosen by --roi are the outline of the body ({_TYPE} EXTERNAL): "
+        return list(chosen), [Warning(Kind.REGIONS, f"{text}{listed(bodies)}")]
+    if len(bodies) == len(chosen):
+        raise StudyError(
+            f"all regions are outlines of the body ({_TYPE} EXTERNAL): choose one with --roi if "
+            "it is a tumour, or export the tumours"
+        )
+    text = f"the outline of the body is left out ({_TYPE} EXTERNAL), region {listed(bodies)}: "
+    rest = [region for region in chosen if region not in bodies]
+    return rest, [Warning(Kind.REGIONS, f"{text}choose it with --roi if it is a tumour")]
+
+
+def _several(
+    taken: Sequence[int], types: Mapping[int, str], roi: re.Pattern[str] | None
+) -> list[Warning]:
+    """Warn where regions were united that the user has not named, or that may be no tumours."""
+    if len(taken) < 2:
+        return []
+    texts = []
+    if roi is None:
+        texts.append(
+            f"regions {listed(taken)} united ({len(taken)} regions): choose with --roi if not all "
+            "of them are tumours"
+        )
+    by_type: dict[str, list[int]] = {}
+    for region in taken:
+        by_type.setdefault(types.get(region, ""), []).append(region)
+    texts += [
+        f"{kind} by {_TYPE}, united with other regions: region {listed(regions)}; choose with "
+        "--roi if it is no tumour"
+        for kind, regions in sorted(by_type.items())
+        if kind in NO_TUMOURS and not (kind == "EXTERNAL" and roi is not None)
+    ]
+    return [Warning(Kind.REGIONS, text) for text in texts]
+
+
+def _interpreted_types(dataset: Dataset) -> dict[int, str]:
+    return {
+        whole_number(each, "ReferencedROINumber"): joined_text(each, "RTROIInterpretedType").upper()
+        for each in items(dataset, "RTROIObservationsSequence")
+    }
 
 
 def _contours_by_region(dataset: Dataset) -> dict[int, list[Dataset]]:
@@ -86,26 +164,14 @@ def _contours_by_region(dataset: Dataset) -> dict[int, list[Dataset]]:
     return contours
 
 
-def _body_outlines(dataset: Dataset, chosen: Sequence[int]) -> list[Warning]:
-    """Warn where the outline of the body is among several regions: it would swallow them all."""
-    outlines = [
-        whole_number(observation, "ReferencedROINumber")
-        for observation in items(dataset, "RTROIObservationsSequence")
-        if joined_text(observation, "RTROIInterpretedType") == "EXTERNAL"
-    ]
-    return [
-        Warning(
-            Kind.MASK,
-            f"region {region}: it is the outline of the body ({tag_of('RTROIInterpretedType')} "
-            "EXTERNAL): choose the tumours with --roi",
-        )
-        for region in chosen
-        if region in outlines
-    ]
-
-
 def _kind(contour: Dataset) -> str:
-    return joined_text(contour, "ContourGeometricType")
+    kind = joined_text(contour, "ContourGeometricType")
+    if not kind:
+        raise StudyError(
+            f"a contour does not say whether it is closed ({tag_of('ContourGeometricType')} is "
+            "absent): export the RTSTRUCT again, or choose other regions with --roi"
+        )
+    return kind
 
 
 def _left_out(n_drawn: int, n_closed: int) -> list[str]:

@@ -9,8 +9,10 @@ overlapping and fractional segments are no special cases, and objects with small
 standard, which are common, are read all the same.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,9 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
 from pydicom.pixels import iter_pixels
+from pydicom.uid import UID
 
 from common.dicom.attributes import (
     functional_group,
@@ -29,9 +33,17 @@ from common.dicom.attributes import (
     to_ras,
     whole_number,
 )
-from common.dicom.masks import LabelArray, Mask, matching, names_by_number, refusing_malformed
+from common.dicom.masks import (
+    LabelArray,
+    Mask,
+    listed,
+    matching,
+    names_by_number,
+    refusing_malformed,
+)
 from common.dicom.pixels import decoding_plugin
 from common.errors import Kind, StudyError, Warning
+from common.geometry import SAME_VOXEL, Grid, inverse
 
 # --- dicom seg planes ------------------------------------------------------------------------
 
@@ -40,6 +52,9 @@ POSITION_TOLERANCE = 0.1
 
 SAME_PLANE_MM = 0.01
 """Frames of several segments repeat the position of their plane, rounded differently at worst."""
+
+ON_SLICES = 0.02
+"""Distance [slice spacings] from an image's slices for planes of other pixels to lie on them."""
 
 ORIENTATION_TOLERANCE = 2e-3
 """Direction cosines are often written with 3 or 4 decimals."""
@@ -59,7 +74,9 @@ class FramePlaces(NamedTuple):
     warnings: list[Warning]
 
 
-def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
+def place_frames(
+    dataset: Dataset, frames: Sequence[Dataset], images: Sequence[Grid] = ()
+) -> FramePlaces:
     """Place the frames on an evenly spaced stack of slices, absent planes included.
 
     Parameters
@@ -68,6 +85,9 @@ def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
         The segmentation.
     frames : sequence of pydicom.Dataset
         The functional groups of each frame's own.
+    images : sequence of Grid
+        What the segmentation may have been drawn on, the likeliest first. Where the planes lie
+        on slices of one, these tell which planes are absent.
 
     Raises
     ------
@@ -96,9 +116,19 @@ def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
         ]
     )
     normal = np.cross(*cosines)
-    plane_of_frame, plane_mm = _planes(positions @ normal)
-    slice_of_plane, spacing_mm, notes = _slices(plane_mm, measures[0])
-    slice_of_frame = slice_of_plane[plane_of_frame]
+    axes_mm = cosines * [[column_mm], [row_mm]]
+    n_pixels = (whole_number(dataset, "Columns"), whole_number(dataset, "Rows"))
+    found = (_on_slices_of(image, positions, axes_mm, n_pixels) for image in images)
+    on_slices = [each for each in found if each is not None]
+    drawn_on = next((each for each in on_slices if each.same_pixels), None)
+    if drawn_on is not None:
+        slice_of_frame, spacing_mm = drawn_on.slice_of_frame, drawn_on.spacing_mm
+        notes = _contradiction(_positive(measures[0], "SpacingBetweenSlices"), spacing_mm)
+    else:
+        plane_of_frame, plane_mm = _planes(positions @ normal)
+        slices_mm = [each.spacing_mm for each in on_slices if each.off <= ON_SLICES]
+        slice_of_plane, spacing_mm, notes = _slices(plane_mm, measures[0], slices_mm)
+        slice_of_frame = slice_of_plane[plane_of_frame]
     first, last = slice_of_frame.argmin(), slice_of_frame.argmax()
     n_steps = int(slice_of_frame[last])
     # Not along the normal where the gantry was tilted.
@@ -112,8 +142,7 @@ def place_frames(dataset: Dataset, frames: Sequence[Dataset]) -> FramePlaces:
             "give the mask as NIfTI"
         )
     affine = np.eye(4)
-    columns = (cosines[0] * column_mm, cosines[1] * row_mm, step, positions[first])
-    affine[:3] = to_ras(np.array(columns)).T
+    affine[:3] = to_ras(np.array([*axes_mm, step, positions[first]])).T
     return FramePlaces(
         slice_of_frame, n_steps + 1, affine, [Warning(Kind.MASK, note) for note in notes]
     )
@@ -143,51 +172,125 @@ def _planes(along_mm: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
     return plane_of_frame, along_mm[order][starts]
 
 
-def _slices(plane_mm: FloatArray, measures: Dataset) -> tuple[NDArray[np.intp], float, list[str]]:
+class _OnSlices(NamedTuple):
+    """The frames of a SEG as slices of an image."""
+
+    slice_of_frame: NDArray[np.intp]  # from the lowest on, along the SEG's normal
+    spacing_mm: float
+    off: float
+    """Largest distance from a slice [slice spacings]."""
+    same_pixels: bool
+
+
+def _on_slices_of(
+    image: Grid, positions: FloatArray, axes_mm: FloatArray, n_pixels: tuple[int, int]
+) -> _OnSlices | None:
+    """Find the slices of an image on which all frames lie; None if they don't."""
+    to_image = inverse(image.affine)
+    first = to_ras(positions) @ to_image[:3, :3].T + to_image[:3, 3]
+    extent = np.subtract(n_pixels, 1)[:, np.newaxis]
+    across = (to_ras(axes_mm) * extent) @ to_image[:3, :3].T
+    nearest = np.rint(first)
+    slices = nearest[:, 2].astype(np.intp)
+    off = float(np.abs(first[:, 2] - slices).max())
+    inside = slices.min() >= 0 and slices.max() < image.shape[2]
+    if np.abs(across[:, 2]).max() > SAME_VOXEL or off > SAME_VOXEL or not inside:
+        return None
+    step_mm = float(
+        to_ras(np.cross(*axes_mm)) @ image.affine[:3, 2] / np.linalg.norm(np.cross(*axes_mm))
+    )
+    if step_mm < 0:
+        slices = -slices
+    off_pixels = max(
+        np.abs(across[:, :2] - np.eye(2) * extent).max(),
+        np.abs(first[:, :2] - nearest[:, :2]).max(),
+    )
+    return _OnSlices(slices - slices.min(), abs(step_mm), off, bool(off_pixels <= SAME_VOXEL))
+
+
+def _slices(
+    plane_mm: FloatArray, measures: Dataset, image_mm: Sequence[float]
+) -> tuple[NDArray[np.intp], float, list[str]]:
     """Number the slices on which the planes lie; return also the spacing [mm] and notes.
 
-    The declared spacing rules, for only it tells which planes are absent.
+    Which planes are absent is told by what is declared twice, or declared and seen twice; by the
+    slices of an image on which the planes lie, `image_mm` apart; by the thickness, by the spacing
+    that is declared alone. Planes alone may be of lesions far apart: only where most of them are
+    neighbours do they tell.
     """
     declared_mm = _positive(measures, "SpacingBetweenSlices")
     thickness_mm = _positive(measures, "SliceThickness")
-    if len(plane_mm) == 1:
-        spacing_mm = declared_mm or thickness_mm
-        if spacing_mm is None:
-            raise StudyError(
-                f"the SEG has one plane and no {tag_of('SpacingBetweenSlices')}: give the mask as "
-                "NIfTI"
-            )
-        return np.zeros(1, dtype=np.intp), spacing_mm, []
     gaps_mm = np.diff(plane_mm)
-    for candidate_mm in (declared_mm, float(gaps_mm.min()), thickness_mm):
+    n_as_declared = (
+        0 if declared_mm is None else sum(map(_alike, gaps_mm, [declared_mm] * len(gaps_mm)))
+    )
+    candidates: list[tuple[float | None, str]] = []
+    if declared_mm and (n_as_declared > 1 or (thickness_mm and _alike(thickness_mm, declared_mm))):
+        candidates.append((declared_mm, ""))
+    candidates += [(mm, "the slices of the image that the planes lie on") for mm in image_mm]
+    by_header = [(thickness_mm, tag_of("SliceThickness")), (declared_mm, "")]
+    # A thickness may be that of the beam; nothing contradicts the spacing of a single plane.
+    candidates += by_header if gaps_mm.size else by_header[::-1]
+    if gaps_mm.size and np.mean([_alike(gap, gaps_mm.min()) for gap in gaps_mm]) > 0.5:
+        candidates.append((float(gaps_mm.min()), "the planes") if len(gaps_mm) > 1 else (None, ""))
+    for candidate_mm, source in candidates:
         if candidate_mm is None:
             continue
         # Gap by gap: small deviations of real tables must not add up along the stack.
         steps = np.rint(gaps_mm / candidate_mm).astype(np.intp)
         slice_of_plane = np.concatenate([[0], np.cumsum(steps)])
-        spacing_mm = float((plane_mm[-1] - plane_mm[0]) / max(slice_of_plane[-1], 1))
+        n_steps = int(slice_of_plane[-1])
+        spacing_mm = float((plane_mm[-1] - plane_mm[0]) / n_steps) if n_steps else candidate_mm
         off_mm = abs(plane_mm - plane_mm[0] - slice_of_plane * spacing_mm).max()
         if (
-            steps.min() > 0
-            and abs(spacing_mm - candidate_mm) <= POSITION_TOLERANCE * candidate_mm
+            steps.min(initial=1) > 0
+            and _alike(spacing_mm, candidate_mm)
             and off_mm <= POSITION_TOLERANCE * spacing_mm
         ):
-            return slice_of_plane, spacing_mm, _spacing_notes(steps, spacing_mm, declared_mm)
+            return (
+                slice_of_plane,
+                spacing_mm,
+                _spacing_notes(steps, spacing_mm, declared_mm, source),
+            )
+    if declared_mm or thickness_mm or len(gaps_mm) > 1:
+        raise StudyError(
+            f"the SEG's planes are not evenly spaced ({tag_of('ImagePositionPatient')}): "
+            "give the mask as NIfTI"
+        )
     raise StudyError(
-        f"the SEG's planes are not evenly spaced ({tag_of('ImagePositionPatient')}): "
-        "give the mask as NIfTI"
+        f"nothing tells the spacing of the SEG's {len(plane_mm)} plane(s): it has neither "
+        f"{tag_of('SpacingBetweenSlices')} nor {tag_of('SliceThickness')}, and they lie on no "
+        "slices of PET or CT: give the mask as NIfTI"
     )
 
 
+def _alike(one_mm: float, other_mm: float) -> bool:
+    return abs(one_mm - other_mm) <= POSITION_TOLERANCE * other_mm
+
+
 def _spacing_notes(
-    steps: NDArray[np.intp], spacing_mm: float, declared_mm: float | None
+    steps: NDArray[np.intp], spacing_mm: float, declared_mm: float | None, source: str
 ) -> list[str]:
-    keyword = tag_of("SpacingBetweenSlices")
-    if declared_mm is None or abs(spacing_mm - declared_mm) > POSITION_TOLERANCE * declared_mm:
-        return [f"{keyword} is absent or wrong: spacing of {spacing_mm:.3f} mm from the planes"]
-    if steps.min() > 1:
-        return [f"no two planes are neighbours by {keyword}, {spacing_mm:.3f} mm: taken as sparse"]
+    if source and declared_mm is None:
+        keyword = tag_of("SpacingBetweenSlices")
+        return [f"{keyword} is absent: spacing of {spacing_mm:.3f} mm from {source}"]
+    if source:
+        return _contradiction(declared_mm, spacing_mm)
+    if steps.min(initial=2) > 1 and steps.size:
+        return [
+            f"no two planes are neighbours by {tag_of('SpacingBetweenSlices')}, "
+            f"{spacing_mm:.3f} mm: taken as sparse"
+        ]
     return []
+
+
+def _contradiction(declared_mm: float | None, spacing_mm: float) -> list[str]:
+    if declared_mm is None or _alike(spacing_mm, declared_mm):
+        return []
+    return [
+        f"{tag_of('SpacingBetweenSlices')} is wrong, {declared_mm:.3f} mm: the planes lie "
+        f"on a grid of {spacing_mm:.3f} mm"
+    ]
 
 
 def _positive(item: Dataset, keyword: str) -> float | None:
@@ -222,11 +325,18 @@ def _common(values: Sequence[FloatArray], tolerance: float) -> FloatArray:
 
 # --- dicom seg -------------------------------------------------------------------------------
 
+DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+"""Deflated Image Frame Compression, of 2025, which pydicom 3.0 does not know."""
+
 MOST_VOXELS = 2**31
 """2 GiB of labels: a damaged position must not ask for a volume without end."""
 
 
-def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask:
+def read_seg(
+    source: Dataset | Path,
+    roi: re.Pattern[str] | None = None,
+    images: Sequence[Grid] = (),
+) -> Mask:
     """Read a segmentation on its own grid, placed by the geometry of each frame.
 
     Parameters
@@ -235,6 +345,8 @@ def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask
         The segmentation or its file: binary, fractional or label map; empty planes may be absent.
     roi
         Take the segments in whose SegmentLabel it is found (case ignored); None: all of them.
+    images
+        Grids of what it may have been drawn on, the likeliest first.
 
     Returns
     -------
@@ -251,10 +363,9 @@ def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask
     with refusing_malformed("SEG"):
         dataset = source if isinstance(source, Dataset) else pydicom.dcmread(source, force=True)
         names = names_by_number(dataset, "SegmentSequence", "SegmentNumber", "SegmentLabel")
-        foreground = {number: name for number, name in names.items() if number > 0}
-        chosen = matching(foreground, roi, "SegmentLabel")
+        chosen = matching(_foreground(dataset, names), roi, "SegmentLabel")
         frames = _described_frames(dataset)
-        stack = place_frames(dataset, frames)
+        stack = place_frames(dataset, frames, images)
         labels_of = _frame_labels(dataset, names, chosen)
         segments = _segment_of_frames(dataset, frames, names)
         shape = (whole_number(dataset, "Columns"), whole_number(dataset, "Rows"), stack.n_slices)
@@ -265,38 +376,110 @@ def read_seg(source: Dataset | Path, roi: re.Pattern[str] | None = None) -> Mask
         )
     labels = np.zeros(shape, dtype=np.min_scalar_type(max(chosen)), order="F")
     overlaps = [np.empty(0, dtype=np.intp)]
+    is_taken = np.zeros(max(chosen) + 1, dtype=bool)
     with refusing_malformed("SEG's pixel data"):
         for frame, k, segment in zip(_frames(dataset), stack.slice_of_frame, segments, strict=True):
-            overlap = _unite(labels[:, :, k].T, labels_of(frame, segment))
+            drawn = labels_of(frame, segment)
+            is_taken[drawn] = True
+            overlap = _unite(labels[:, :, k].T, drawn)
             overlaps.append(overlap + k * shape[0] * shape[1])
+    taken = [number for number in chosen if is_taken[number]]
+    warnings = list(stack.warnings)
+    if len(taken) > 1 and roi is None:
+        text = (
+            f"segments {listed(taken)} united ({len(taken)} segments, each its own label): choose "
+            "with --roi if not all of them are tumours"
+        )
+        warnings.append(Warning(Kind.REGIONS, text))
     n_overlaps = np.unique(np.concatenate(overlaps)).size
     if n_overlaps:
-        stack.warnings.append(
-            Warning(
-                Kind.MASK,
-                f"segments overlap in {n_overlaps} voxels: they keep the lowest segment number",
-            )
+        text = f"segments overlap in {n_overlaps} voxels: they keep the lowest segment number"
+        warnings.append(Warning(Kind.MASK, text))
+    return Mask(labels, stack.affine, tuple(warnings), tuple(names[number] for number in taken))
+
+
+def _foreground(dataset: Dataset, names: Mapping[int, str]) -> dict[int, str]:
+    """Return the segments that are no background, which is number 0 of a label map."""
+    if min(names) <= 0 and joined_text(dataset, "SegmentationType") != "LABELMAP":
+        raise StudyError(
+            f"a segment has the number {min(names)} ({tag_of('SegmentNumber')}), but segments "
+            "count from 1: export the SEG again"
         )
-    return Mask(labels, stack.affine, tuple(stack.warnings))
+    return {number: name for number, name in names.items() if number > 0}
 
 
 def _frames(dataset: Dataset) -> Iterator[NDArray[Any]]:
     """Yield the stored values (rows, columns) frame by frame."""
+    n_frames = int(number(dataset, "NumberOfFrames") or 1)
     syntax = dataset.file_meta.TransferSyntaxUID
-    if syntax.is_encapsulated:
-        yield from iter_pixels(dataset, raw=True, decoding_plugin=decoding_plugin(syntax))
+    if "PixelData" not in dataset:
+        raise StudyError(f"the SEG has no {tag_of('PixelData')}: export it again")
+    if syntax == DEFLATED_FRAMES:
+        frames = generate_frames(dataset.PixelData, number_of_frames=n_frames)
+        yield from _unpacked(dataset, (_inflated(dataset, frame) for frame in frames))
         return
+    if syntax.is_encapsulated:
+        yield from _decoded(dataset, syntax, n_frames)
+        return
+    n_bits = dataset.Rows * dataset.Columns * n_frames * dataset.BitsAllocated
+    n_bytes = -(-n_bits // 8)
+    if len(dataset.PixelData) not in (n_bytes, n_bytes + n_bytes % 2):
+        raise StudyError(
+            f"{tag_of('PixelData')} has {len(dataset.PixelData)} bytes, but rows x columns x "
+            f"frames are {n_bytes}: its frames are cut off, or packed in another way than DICOM's; "
+            "export the SEG again with another program, or give the mask as NIfTI"
+        )
     if dataset.BitsAllocated > 1:
         yield from iter_pixels(dataset, raw=True)
         return
     # Not left to pydicom 3.0: it fails where a frame starts in the middle of a byte.
     packed = np.frombuffer(dataset.PixelData, dtype=np.uint8)
     n_pixels = dataset.Rows * dataset.Columns
-    for start in range(0, n_pixels * int(number(dataset, "NumberOfFrames") or 1), n_pixels):
+    for start in range(0, n_pixels * n_frames, n_pixels):
         first_byte, skipped_bits = divmod(start, 8)
         end_byte = -(-(start + n_pixels) // 8)
         bits = np.unpackbits(packed[first_byte:end_byte], bitorder="little")
         yield bits[skipped_bits : skipped_bits + n_pixels].reshape(dataset.Rows, dataset.Columns)
+
+
+def _decoded(dataset: Dataset, syntax: UID, n_frames: int) -> Iterator[NDArray[Any]]:
+    n_decoded = 0
+    try:
+        for frame in iter_pixels(dataset, raw=True, decoding_plugin=decoding_plugin(syntax)):
+            yield frame
+            n_decoded += 1
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise StudyError(
+            f"the SEG's frames are compressed as {syntax.name} ({syntax}) and can't be decoded: "
+            "export it again uncompressed, or give the mask as NIfTI"
+        ) from error
+    if n_decoded != n_frames:
+        raise StudyError(
+            f"{tag_of('PixelData')} has {n_decoded} frames, {tag_of('NumberOfFrames')} says "
+            f"{n_frames}: export the SEG again"
+        )
+
+
+def _inflated(dataset: Dataset, frame: bytes) -> bytes:
+    """Undo Deflated Image Frame Compression; no frame may grow beyond its pixels."""
+    n_bytes = -(-dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8)
+    inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(frame, n_bytes + 2)
+    if len(inflated) not in (n_bytes, n_bytes + n_bytes % 2):
+        raise StudyError(
+            f"a deflated frame of the SEG ({tag_of('PixelData')}, syntax {DEFLATED_FRAMES}) has "
+            "not as many bytes as rows x columns: export it again uncompressed"
+        )
+    return inflated[:n_bytes]
+
+
+def _unpacked(dataset: Dataset, frames: Iterable[bytes]) -> Iterator[NDArray[Any]]:
+    shape = (dataset.Rows, dataset.Columns)
+    for frame in frames:
+        if dataset.BitsAllocated == 1:
+            bits = np.unpackbits(np.frombuffer(frame, np.uint8), bitorder="little")
+            yield bits[: math.prod(shape)].reshape(shape)
+        else:
+            yield np.frombuffer(frame, f"<u{dataset.BitsAllocated // 8}").reshape(shape)
 
 
 def _unite(labels: LabelArray, frame: LabelArray) -> NDArray[np.intp]:

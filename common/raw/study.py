@@ -28,13 +28,16 @@ from common.dicom.attributes import (
 from common.dicom.files import DicomFile, Series
 from common.dicom.masks import (
     contoured_images,
-    frame_of_reference,
+    listed,
+    matching,
     referenced_images,
     referenced_series,
+    region_frames,
+    series_of_frames,
 )
 from common.dicom.pet import read_pet_series
 from common.dicom.pixels import read_ct, read_pet
-from common.dicom.rtstruct import read_rtstruct
+from common.dicom.rtstruct import read_rtstruct, region_names
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
@@ -223,7 +226,9 @@ def _dicom_files(source: Candidate | None) -> Sequence[DicomFile]:
 def _values(files: Sequence[DicomFile], keyword: str) -> frozenset[str]:
     """Return what headers say, leaving out those that say nothing."""
     if keyword == "FrameOfReferenceUID":
-        found = {frame_of_reference(each.header) or "" for each in files}
+        # The regions of an RTSTRUCT name their own: see `check_frames`.
+        images = (each for each in files if modality_of(each) != "RTSTRUCT")
+        found = {joined_text(each.header, keyword) for each in images}
     elif keyword == "PatientName":
         found = {_bare_name(joined_text(each.header, keyword)) for each in files}
     else:
@@ -250,25 +255,28 @@ def _who_differ(by_name: Mapping[str, frozenset[str]]) -> Iterator[str]:
         yield " versus ".join(" and ".join(names) for names in by_value.values())
 
 
-def role_drawn_on(roles: Roles) -> str | None:
-    """Return the role, "ct" or "pet", of the series that an RTSTRUCT was drawn on.
+class DrawnOn(NamedTuple):
+    """The image on which an RTSTRUCT was drawn."""
+
+    role: str
+    """ "ct" or "pet"."""
+    series_is_there: bool
+    """Whether the RTSTRUCT names that very series, or `--mask-on` says so."""
+
+
+def find_drawn_on(roles: Roles, mask_on: str | None = None) -> DrawnOn | None:
+    """Return the image that an RTSTRUCT was drawn on; `mask_on` where the RTSTRUCT can't tell.
 
     None where the mask is no RTSTRUCT.
 
     Raises
     ------
     StudyError
-        It was drawn on another series, or on both.
+        It was drawn on another series, or on both, and `mask_on` does not say on which.
     """
     if not isinstance(roles.mask, DicomFile) or modality_of(roles.mask) != "RTSTRUCT":
         return None
-    role_of = {
-        joined_text(file.header, keyword): role
-        for role, source in (("ct", roles.ct), ("pet", roles.pet), ("pet", roles.header))
-        if isinstance(source, Series)
-        for file in source.files
-        for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
-    }
+    role_of = _roles_by_uid(roles)
     drawn_on: set[str] = set()
     references = [
         f(roles.mask.header) for f in (referenced_series, contoured_images, referenced_images)
@@ -276,24 +284,74 @@ def role_drawn_on(roles: Roles) -> str | None:
     for uids in references:
         named = {role_of[uid] for uid in uids if uid in role_of}
         if len(named) == 1:
-            return named.pop()
+            return DrawnOn(named.pop(), series_is_there=True)
         drawn_on |= named
+    if mask_on is not None:
+        return DrawnOn(mask_on, series_is_there=bool(drawn_on))
+    keyword = tag_of("RTReferencedSeriesSequence")
+    remedy = "say by --mask-on ct or --mask-on pet on which, or convert the mask to NIfTI"
     if not any(references):
         raise StudyError(
-            "the RTSTRUCT does not say which series it was drawn on "
-            f"({tag_of('RTReferencedSeriesSequence')}): export it with its references, or convert "
-            "the mask to NIfTI"
+            f"the RTSTRUCT does not say which series it was drawn on ({keyword}): {remedy}"
         )
     if drawn_on:
         raise StudyError(
-            "the RTSTRUCT was drawn on both the CT and the PET of the study "
-            f"({tag_of('RTReferencedSeriesSequence')}): export it for one, or convert the mask to "
-            "NIfTI"
+            f"the RTSTRUCT was drawn on both the CT and the PET of the study ({keyword}): {remedy}"
         )
     raise StudyError(
         "the RTSTRUCT was drawn on a series that is neither the CT nor the PET of the study "
-        f"({tag_of('RTReferencedSeriesSequence')}): add that series or choose it with --ct or "
-        "--pet, or convert the mask to NIfTI"
+        f"({keyword}): add that series or choose it with --ct or --pet; if only its UIDs were "
+        f"changed, {remedy}"
+    )
+
+
+def _roles_by_uid(roles: Roles) -> dict[str, str]:
+    """Return "ct" or "pet" by the UIDs of the series and of its images."""
+    return {
+        joined_text(file.header, keyword): role
+        for role, source in (("ct", roles.ct), ("pet", roles.pet), ("pet", roles.header))
+        if isinstance(source, Series)
+        for file in source.files
+        for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
+    }
+
+
+def check_frames(
+    roles: Roles, drawn_on: DrawnOn, roi: re.Pattern[str] | None, *, trusted: bool
+) -> tuple[Warning, ...]:
+    """Hold the frames of reference of an RTSTRUCT's regions against that of their image.
+
+    Where the very series is there that the RTSTRUCT names, the regions lie in it, whatever frame
+    they name; unless it is the frame of yet another series that the RTSTRUCT names, too.
+    """
+    assert isinstance(roles.mask, DicomFile)
+    header = roles.mask.header
+    sources = [roles.ct] if drawn_on.role == "ct" else [roles.pet, roles.header]
+    images = [image for source in sources for image in _dicom_files(source)]
+    here = {joined_text(image.header, "FrameOfReferenceUID") for image in images} - {""}
+    frames = region_frames(header)
+    chosen = matching(region_names(header), roi, "ROIName")
+    others = [n for n in chosen if here and n in frames and frames[n] not in here]
+    if not others:
+        return ()
+    role_of = _roles_by_uid(roles)
+    elsewhere = {
+        frame
+        for frame, series in series_of_frames(header).items()
+        if series and not any(uid in role_of for uid in series)
+    }
+    abroad = [n for n in others if drawn_on.series_is_there and frames[n] in elsewhere]
+    trouble = (
+        f"region {listed(abroad or others)} of the RTSTRUCT names another frame of reference "
+        f"({tag_of('ReferencedFrameOfReferenceUID')}) than the {ROLE_NAMES[drawn_on.role]} has"
+    )
+    if trusted:
+        return (Warning(Kind.TRUSTED, f"{trouble}: trusted"),)
+    if drawn_on.series_is_there and not abroad:
+        text = f"{trouble}: read all the same, as the series that it was drawn on is there"
+        return (Warning(Kind.TRUSTED, text),)
+    raise StudyError(
+        f"{trouble}: leave it out with --roi, or give --trust-geometry if all lie in one space"
     )
 
 
@@ -315,6 +373,12 @@ class Conversion:
     roi: str | None = None
     allow_empty_mask: bool = False
     trust_geometry: bool = False
+    mask_on: str | None = None
+
+    @property
+    def roi_pattern(self) -> re.Pattern[str] | None:
+        """What names of regions are held against."""
+        return re.compile(self.roi, re.IGNORECASE) if self.roi else None
 
     @property
     def needs_header(self) -> bool:
@@ -322,15 +386,34 @@ class Conversion:
         return self.pet_units != "suv"
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a study was read from, for the private mapping alone: these names may identify.
+
+    Attributes
+    ----------
+    ct, pet, mask : str
+        Description and number of slices of a series, or the file below the study.
+    regions : str
+        Names of the regions or segments that are in the mask.
+    """
+
+    ct: str
+    pet: str
+    mask: str
+    regions: str
+
+
 @dataclass(frozen=True, eq=False)
 class StudyImages:
-    """The images of one study, what is known of their SUV, and warnings."""
+    """The images of one study, what is known of their SUV, warnings, and their sources."""
 
     ct: Image
     pet: Image
     mask: Image
     suv: dict[str, Any]
     warnings: tuple[Warning, ...]
+    taken: Taken
 
     @property
     def by_role(self) -> dict[str, Image]:
@@ -364,7 +447,7 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
     ct = _read_ct(plan.ct)
     pet, pet_warnings = _read_pet(plan, conversion)
     check_overlap(ct.grid, pet.grid)
-    mask, mask_warnings = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
+    mask, mask_warnings, regions = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
     warnings = (
         *plan.warnings,
         *pet_warnings,
@@ -372,7 +455,21 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
         *check_mask(mask, pet.grid, allow_empty=conversion.allow_empty_mask),
         *_implausible(ct, pet, mask, weight_of(plan.suv.provenance)),
     )
-    return StudyImages(ct, pet, mask, plan.suv.provenance, warnings)
+    return StudyImages(ct, pet, mask, plan.suv.provenance, warnings, taken_from(roles, regions))
+
+
+def taken_from(roles: Roles, regions: Sequence[str]) -> Taken:
+    """Name what a study was read from."""
+    return Taken(_named(roles.ct), _named(roles.pet), _named(roles.mask), "; ".join(regions))
+
+
+def _named(source: Candidate) -> str:
+    if isinstance(source, Series):
+        description = joined_text(source.files[0].header, "SeriesDescription")
+        return f"{description or 'no description'} ({source.n_images} slices)"
+    if isinstance(source, NiftiFiles):
+        return "; ".join(file.name for file in source.files)
+    return source.name
 
 
 # --- what headers say ------------------------------------------------------------------------
@@ -386,7 +483,7 @@ class Plan:
     ----------
     ct, pet : NiftiFile or Stack
     mask : NiftiFile, NiftiFiles or DicomFile
-    drawn_on : "ct", "pet" or None
+    drawn_on : DrawnOn or None
         The image that an RTSTRUCT was drawn on.
     header : Series, Stack or None
         Of a NIfTI PET; a Stack where it is one multi-frame object.
@@ -398,7 +495,7 @@ class Plan:
     ct: NiftiFile | Stack
     pet: NiftiFile | Stack
     mask: NiftiFile | NiftiFiles | DicomFile
-    drawn_on: str | None
+    drawn_on: DrawnOn | None
     header: Series | Stack | None
     suv: SuvConversion
     warnings: tuple[Warning, ...]
@@ -439,7 +536,17 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     for stack in (ct, pet):
         warnings += stack.warnings if isinstance(stack, Stack) else ()
     warnings += suv.warnings
-    return Plan(ct, pet, roles.mask, role_drawn_on(roles), header, suv, tuple(warnings))
+    drawn_on = find_drawn_on(roles, conversion.mask_on)
+    if drawn_on is not None:
+        trusted = conversion.trust_geometry
+        warnings += check_frames(roles, drawn_on, conversion.roi_pattern, trusted=trusted)
+        if conversion.mask_on not in (None, drawn_on.role):
+            text = (
+                f"the RTSTRUCT names the {ROLE_NAMES[drawn_on.role]} as what it was drawn on: "
+                f"read so, whatever --mask-on {conversion.mask_on}"
+            )
+            warnings.append(Warning(Kind.MASK, text))
+    return Plan(ct, pet, roles.mask, drawn_on, header, suv, tuple(warnings))
 
 
 def _suv(source: Series | Stack | None, conversion: Conversion, *, in_unit: bool) -> SuvConversion:
@@ -524,26 +631,42 @@ def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) ->
 # --- the mask --------------------------------------------------------------------------------
 
 
-def _read_mask(
-    plan: Plan, conversion: Conversion, images: Mapping[str, Image]
-) -> tuple[Image, tuple[Warning, ...]]:
+class ReadMask(NamedTuple):
+    """A mask, what was put right, and the names of the regions that were taken (private)."""
+
+    image: Image
+    warnings: tuple[Warning, ...]
+    regions: tuple[str, ...] = ()
+
+
+def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) -> ReadMask:
     source = plan.mask
-    roi = re.compile(conversion.roi, re.IGNORECASE) if conversion.roi else None
+    roi = conversion.roi_pattern
+    grids = [images["pet"].grid, images["ct"].grid]
     if isinstance(source, NiftiFile | NiftiFiles):
         text = "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
         unmet = (Warning(Kind.MASK, text),)
         nifti, warnings = _read_nifti_mask(source)
-        whole = completed(nifti, images["pet"].grid, images["ct"].grid)
-        return whole, (*warnings, *(unmet if roi else ()))
+        return ReadMask(completed(nifti, *grids), (*warnings, *(unmet if roi else ())))
     if plan.drawn_on is not None:
-        grid = images[plan.drawn_on]
-        mask = read_rtstruct(source.header, grid.data.shape, grid.affine, roi)
-        return Image(mask.labels, mask.affine), mask.warnings
-    mask = read_seg(source.path, roi)
-    drawn = Image(mask.labels, mask.affine)
+        grid = images[plan.drawn_on.role].grid
+        mask = read_rtstruct(source.header, grid.shape, grid.affine, roi)
+        return ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
+    if isinstance(plan.ct, Stack) and _names_series(source, plan.ct):
+        grids.reverse()
+    mask = read_seg(source.path, roi, grids)
     # A SEG may leave out empty planes of the image that it was drawn on.
+    drawn = Image(mask.labels, mask.affine)
     whole = embedded(drawn, images["pet"])
-    return whole if whole is not drawn else embedded(drawn, images["ct"]), mask.warnings
+    if whole is drawn:
+        whole = embedded(drawn, images["ct"])
+    return ReadMask(completed(whole, *grids), mask.warnings, mask.regions)
+
+
+def _names_series(mask: DicomFile, stack: Stack) -> bool:
+    """Tell whether a SEG refers to a series."""
+    uids = {joined_text(header, "SeriesInstanceUID") for header in stack.headers}
+    return not uids.isdisjoint(referenced_series(mask.header))
 
 
 def _read_nifti_mask(source: NiftiFile | NiftiFiles) -> tuple[Image, tuple[Warning, ...]]:

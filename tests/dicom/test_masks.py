@@ -29,9 +29,10 @@ from said import texts
 
 from common.dicom.masks import (
     contoured_images,
-    frame_of_reference,
     referenced_images,
     referenced_series,
+    region_frames,
+    series_of_frames,
 )
 from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import read_seg
@@ -51,6 +52,10 @@ def spheres(shape, *centres_and_radii):
     return np.stack(balls, axis=-1).astype(np.uint8)
 
 
+UNITED_1_2 = (
+    "segments 1, 2 united (2 segments, each its own label): choose with --roi if not all of them "
+    "are tumours"
+)
 TWO = spheres(SHAPE, ((3, 4, 2), 1.7), ((8, 5, 3), 2.1))
 OVERLAPPING = spheres(SHAPE, ((4, 4, 2), 2.6), ((6, 4, 3), 2.6), ((9, 7, 2), 1.5))
 
@@ -92,7 +97,8 @@ def test_segments_come_back_as_their_numbers_on_their_own_grid(kind, sparse, aff
     assert_mask_is(mask, lowest_label(TWO), affine)
     assert (mask.labels.dtype, mask.affine.dtype) == (np.uint8, np.float64)
     assert mask.labels.shape[2] == (5 if sparse else 6)
-    assert mask.warnings == ()
+    assert texts(mask.warnings) == [UNITED_1_2]
+    assert mask.regions == ("liver", "lesion")
 
 
 @pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
@@ -131,7 +137,9 @@ def test_the_lowest_number_wins_where_segments_overlap(kind):
     for order in (range(n_frames), range(n_frames - 1, -1, -1)):
         mask = read_seg(reorder_frames(copy.deepcopy(seg), list(order)))
         assert_mask_is(mask, lowest_label(OVERLAPPING), AXIAL)
-        assert texts(mask.warnings) == [warning]
+        united, overlap = texts(mask.warnings)
+        assert united.startswith("segments 1-3 united (3 segments")
+        assert overlap == warning
 
 
 def test_fractions_count_from_one_half():
@@ -176,7 +184,7 @@ def test_one_plane_takes_its_declared_spacing():
     measures.SliceThickness = 4
     assert read_seg(seg).affine[2, 2] == pytest.approx(4)
     del measures.SliceThickness
-    with pytest.raises(StudyError, match=r"one plane and no SpacingBetweenSlices \(0018,0088\)"):
+    with pytest.raises(StudyError, match=r"neither SpacingBetweenSlices \(0018,0088\) nor"):
         read_seg(seg)
 
 
@@ -190,9 +198,18 @@ def test_the_planes_tell_the_spacing_where_the_header_does_not():
     del measures_of(seg).SpacingBetweenSlices
     mask = read_seg(seg)
     assert_mask_is(mask, dense, AXIAL)
-    assert "absent or wrong: spacing of 3.000 mm from the planes" in mask.warnings[0].text
+    assert texts(mask.warnings) == [
+        "SpacingBetweenSlices (0018,0088) is absent: spacing of 3.000 mm from SliceThickness "
+        "(0018,0050)"
+    ]
+    del measures_of(seg).SliceThickness
+    mask = read_seg(seg)
+    assert_mask_is(mask, dense, AXIAL)
+    assert "absent: spacing of 3.000 mm from the planes" in mask.warnings[0].text
     measures_of(seg).SpacingBetweenSlices = 2
-    assert_mask_is(read_seg(seg), dense, AXIAL)
+    mask = read_seg(seg)
+    assert_mask_is(mask, dense, AXIAL)
+    assert "is wrong, 2.000 mm: the planes lie on a grid of 3.000 mm" in mask.warnings[0].text
     measures_of(seg).SpacingBetweenSlices = -3
     assert read_seg(seg).warnings == ()
     measures_of(seg).SpacingBetweenSlices = 1.5
@@ -339,8 +356,13 @@ def of_frame(keyword, change):
         (put("SegmentationType", "OTHER"), "SegmentationType (0062,0001) is none of"),
         (remove("MaximumFractionalValue"), "MaximumFractionalValue (0062,000E)"),
         (remove("Rows"), "Rows (0028,0010)"),
-        (remove("PixelData"), "pixel data can't be read"),
-        (lambda s: setattr(s, "PixelData", s.PixelData[:20]), "pixel data can't be read"),
+        (remove("PixelData"), "the SEG has no PixelData (7FE0,0010)"),
+        (lambda s: setattr(s, "PixelData", s.PixelData[:20]),
+         "PixelData (7FE0,0010) has 20 bytes, but rows x columns x frames are 792"),
+        (lambda s: setattr(s, "PixelData", s.PixelData + bytes(2)),
+         "PixelData (7FE0,0010) has 794 bytes"),
+        (lambda s: setattr(s.SegmentSequence[0], "SegmentNumber", 0),
+         "a segment has the number 0 (SegmentNumber (0062,0004)), but segments count from 1"),
         (put("NumberOfFrames", 10**6), "1000000 frames"),
     ],
 )  # fmt: skip
@@ -417,9 +439,14 @@ def test_regions_are_united_and_chosen_by_name(affine):
     mask = read_rtstruct(rtstruct, SHAPE, affine)
     np.testing.assert_array_equal(mask.labels, first | second | lung)
     np.testing.assert_array_equal(mask.affine, affine)
-    assert (mask.labels.dtype, mask.warnings) == (np.uint8, ())
+    assert mask.labels.dtype == np.uint8
+    assert texts(mask.warnings) == [
+        "regions 1-3 united (3 regions): choose with --roi if not all of them are tumours"
+    ]
+    assert mask.regions == ("GTV 1", "gtv 2", "Lung")
     mask = read_rtstruct(rtstruct, SHAPE, affine, re.compile("gtv"))
     np.testing.assert_array_equal(mask.labels, first | second)
+    assert (mask.warnings, mask.regions) == ((), ("GTV 1", "gtv 2"))
     mask = read_rtstruct(rtstruct, SHAPE, affine, re.compile("^GTV.2"))
     np.testing.assert_array_equal(mask.labels, second)
     with pytest.raises(StudyError) as refused:
@@ -457,13 +484,24 @@ def test_what_a_region_leaves_out_is_told_by_its_number():
     rtstruct.RTROIObservationsSequence[0].RTROIInterpretedType = "EXTERNAL"
     del rtstruct.ROIContourSequence[2].ContourSequence
     mask = read_rtstruct(rtstruct, SHAPE, AXIAL)
-    assert mask.labels.sum(axis=(0, 1)).tolist() == [0, 16, 0, 16, 0, 0]
+    assert mask.labels.sum(axis=(0, 1)).tolist() == [0, 0, 0, 16, 0, 0]
     assert tuple(texts(mask.warnings)) == (
-        "region 1: it is the outline of the body (RTROIInterpretedType (3006,00A4) EXTERNAL): "
-        "choose the tumours with --roi",
+        "the outline of the body is left out (RTROIInterpretedType (3006,00A4) EXTERNAL), region "
+        "1: choose it with --roi if it is a tumour",
         "region 2: 1 contour(s) are points or open lines: ignored",
         "region 3: no contours",
     )
+    assert mask.regions == ("b",)
+    chosen = read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("[ab]"))
+    assert chosen.labels.sum(axis=(0, 1)).tolist() == [0, 16, 0, 16, 0, 0]
+    assert texts(chosen.warnings)[0] == (
+        "regions chosen by --roi are the outline of the body (RTROIInterpretedType (3006,00A4) "
+        "EXTERNAL): 1"
+    )
+    for observation in rtstruct.RTROIObservationsSequence:
+        observation.RTROIInterpretedType = "EXTERNAL"
+    with pytest.raises(StudyError, match="all regions are outlines of the body"):
+        read_rtstruct(rtstruct, SHAPE, AXIAL)
 
 
 def test_regions_of_points_stand_beside_tumours_but_not_alone():
@@ -529,7 +567,8 @@ def test_what_a_structure_set_was_drawn_on():
     rtstruct = build_rtstruct({"a": [square(0.5, 4.5, 0.5, 4.5, 1)], "b": []})
     assert referenced_series(rtstruct) == (SERIES_UID,)
     assert referenced_images(rtstruct) == (IMAGE_UID,)
-    assert frame_of_reference(rtstruct) == FRAME_UID
+    assert region_frames(rtstruct) == {1: FRAME_UID, 2: FRAME_UID}
+    assert series_of_frames(rtstruct) == {FRAME_UID: (SERIES_UID,)}
     by_image = build_rtstruct({"a": []}, series_uid=None)
     assert referenced_series(by_image) == ()
     image = pydicom.Dataset()
@@ -540,19 +579,18 @@ def test_what_a_structure_set_was_drawn_on():
     assert referenced_images(by_image) == (IMAGE_UID,)
     assert contoured_images(by_image) == ("1.2.9",)
     rtstruct.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.8"
-    with pytest.raises(StudyError, match="2 frames of reference"):
-        frame_of_reference(rtstruct)
+    del rtstruct.StructureSetROISequence[1].ReferencedFrameOfReferenceUID
+    assert region_frames(rtstruct) == {1: "1.2.8", 2: FRAME_UID}
 
 
 def test_what_a_segmentation_and_an_empty_object_were_drawn_on():
     seg = build_seg(TWO, AXIAL, ["a", "b"])
-    assert frame_of_reference(seg) == FRAME_UID
     seg.ReferencedSeriesSequence = [pydicom.Dataset()]
     seg.ReferencedSeriesSequence[0].SeriesInstanceUID = SERIES_UID
     assert referenced_series(seg) == (SERIES_UID,)
     empty = pydicom.Dataset()
     assert (referenced_series(empty), referenced_images(empty)) == ((), ())
-    assert frame_of_reference(empty) is None
+    assert (region_frames(empty), series_of_frames(empty)) == ({}, {})
 
 
 # --- real structure sets
@@ -596,7 +634,7 @@ def test_sarcomas_equal_the_rasterisation_of_ibsi_in_every_voxel(study, n_voxels
     rtstruct = pydicom.dcmread(raw / "MASK" / "RS.dcm")
     pet = pydicom.dcmread(next((raw / "PET").iterdir()), stop_before_pixels=True)
     assert referenced_series(rtstruct) == (pet.SeriesInstanceUID,)
-    assert frame_of_reference(rtstruct) == pet.FrameOfReferenceUID
+    assert set(region_frames(rtstruct).values()) == {pet.FrameOfReferenceUID}
     mask = read_rtstruct(rtstruct, *series_grid(raw / "PET"))
     labels, affine = canonical(mask.labels, mask.affine)
     expected, expected_affine = canonical(np.asarray(reference.dataobj) > 0, reference.affine)

@@ -31,7 +31,7 @@ from said import texts
 
 from common.errors import IncompleteStudy, StudyError
 from common.raw.roles import Patterns, find_roles
-from common.raw.study import Conversion, plan_study, read_study
+from common.raw.study import Conversion, Taken, plan_study, read_study
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
@@ -224,7 +224,10 @@ def test_a_seg_on_a_grid_of_its_own_keeps_it(tmp_path):
     seg = build_seg(LABELS, moved(PET_AFFINE, 1, 0, 0), ["Lesion"])
     seg.PatientID = layouts.PATIENT["PatientID"]
     seg.save_as(next(study.glob("*Seg*")) / "1-1.dcm")
-    assert np.allclose(read(study).mask.affine, moved(PET_AFFINE, 1, 0, 0))
+    mask = read(study).mask
+    # The labels touch the ends of the SEG's box, so that a border of one voxel is added.
+    assert np.allclose(mask.affine, moved(PET_AFFINE, 1, 0, 0) @ moved(np.eye(4), -1, -1, -1))
+    assert np.array_equal(mask.data, np.pad(LABELS, 1))
 
 
 def test_regions_are_chosen_by_name(tmp_path):
@@ -716,16 +719,98 @@ def test_other_names_of_one_patient_are_told(tmp_path):
     )
 
 
-def test_the_space_of_contours_is_that_of_their_regions(tmp_path):
-    # An RTSTRUCT names no frame of reference of its own, so that none was compared.
-    study = layouts.subfolders(tmp_path)
+def rtstruct_of(study, change):
+    """Change the RTSTRUCT of a study."""
     path = study / "MASK" / "RS.dcm"
     rtstruct = pydicom.dcmread(path)
-    assert "FrameOfReferenceUID" not in rtstruct
-    rtstruct.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.9.8"
+    change(rtstruct)
     rtstruct.save_as(path)
-    assert "CT and PET versus mask do not belong together (FrameOfReferenceUID" in refusal(study)
+    return study
+
+
+def other_frame(rtstruct, uid="1.9.8"):
+    rtstruct.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = uid
+
+
+def test_regions_in_another_frame_are_read_where_the_series_they_name_is_there(tmp_path):
+    """Files of IBSI and of rt-utils up to 1.2.0 were refused, by a message of an equal tag."""
+    study = rtstruct_of(layouts.subfolders(tmp_path), other_frame)
+    images = read(study)
+    assert_is_the_phantom(images)
+    (warning,) = images.warnings
+    assert warning.text == (
+        "region 1 of the RTSTRUCT names another frame of reference (ReferencedFrameOfReferenceUID "
+        "(3006,0024)) than the PET has: read all the same, as the series that it was drawn on is "
+        "there"
+    )
+
+
+def test_regions_in_the_frame_of_another_series_are_refused(tmp_path):
+    def drawn_elsewhere(rtstruct):
+        other_frame(rtstruct)
+        frame = copy.deepcopy(rtstruct.ReferencedFrameOfReferenceSequence[0])
+        frame.FrameOfReferenceUID = "1.9.8"
+        (series,) = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence
+        series.SeriesInstanceUID = "1.9.9"
+        rtstruct.ReferencedFrameOfReferenceSequence.append(frame)
+
+    study = rtstruct_of(layouts.subfolders(tmp_path), drawn_elsewhere)
+    assert "ReferencedFrameOfReferenceUID (3006,0024)) than the PET has: leave" in refusal(study)
     assert_is_the_phantom(read(study, trust_geometry=True))
+
+
+def test_mask_on_tells_what_contours_were_drawn_on_whose_series_is_not_there(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    layouts.write_rtstruct(study / "MASK" / "RS.dcm", "1.2.3.999")
+    assert "--mask-on ct or --mask-on pet" in refusal(study)
+    images = read(study, mask_on="pet")
+    assert_is_the_phantom(images)
+    assert images.warnings == ()
+    on_ct = read(study, mask_on="ct").mask
+    assert np.array_equal(on_ct.data, np.kron(LABELS, np.ones((2, 2, 1))))
+    rtstruct_of(study, other_frame)
+    assert "ReferencedFrameOfReferenceUID (3006,0024)" in refusal(study, mask_on="pet")
+    assert_is_the_phantom(read(study, mask_on="pet", trust_geometry=True))
+
+
+def test_mask_on_does_not_contradict_the_series_that_is_named(tmp_path):
+    images = read(layouts.subfolders(tmp_path), mask_on="ct")
+    assert_is_the_phantom(images)
+    assert texts(images.warnings) == [
+        "the RTSTRUCT names the PET as what it was drawn on: read so, whatever --mask-on ct"
+    ]
+
+
+def test_what_was_taken_is_told_for_the_private_mapping(tmp_path):
+    taken = read(layouts.subfolders(tmp_path)).taken
+    assert taken == Taken("GK p.v. 3 Doe (6 slices)", "PET corr. Doe (6 slices)", "MASK/RS.dcm",
+                          "Lesion")  # fmt: skip
+    nifti = read(layouts.nifti_with_header(tmp_path)).taken
+    assert nifti == Taken("CT.nii.gz", "PET.nii.gz", "MASK.nii.gz", "")
+
+
+@pytest.mark.parametrize("declared_mm", [None, 8.0])
+@pytest.mark.parametrize("role", ["pet", "ct"])
+def test_lesions_of_one_plane_are_not_as_thick_as_the_gap_between_them(tmp_path, role, declared_mm):
+    """26 ml instead of 4: the planes of a SEG without a spacing were taken as neighbours."""
+    study = layouts.tcia(tmp_path)
+    labels = np.zeros_like(LABELS)
+    labels[2, 3, 2], labels[5, 5, 4] = 1, 1
+    affine = PET_AFFINE
+    if role == "ct":
+        labels, affine = np.kron(labels, np.ones((2, 2, 1), np.uint8)), CT_AFFINE
+    seg = build_seg(labels, affine, ["Lesion"])
+    (measures,) = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    del measures.SpacingBetweenSlices, measures.SliceThickness
+    if declared_mm:
+        measures.SpacingBetweenSlices = declared_mm
+    seg.PatientID, seg.PatientName = (layouts.PATIENT[k] for k in ("PatientID", "PatientName"))
+    seg.save_as(next(study.glob("*Seg*")) / "1-1.dcm")
+    images = read(study)
+    assert np.array_equal(images.mask.data, labels)
+    assert np.array_equal(images.mask.affine, getattr(images, role).affine)
+    wrong = "SpacingBetweenSlices (0018,0088) is wrong, 8.000 mm: the planes lie on a grid of 4.000"
+    assert texts(images.warnings) == ([f"{wrong} mm"] if declared_mm else [])
 
 
 def test_the_header_of_another_patient_is_refused(tmp_path):
