@@ -39,7 +39,7 @@ from common.hdf5.studies import (
     read_shapes,
     write_dataset,
 )
-from common.projection import angle_name, projection_angles
+from common.projection import angle_name, image_mips, mask_mips, projection_angles
 from common.run import cli, stage
 from common.run.output import exclusive, make_folder, write_table, writing_beside, writing_part
 from common.run.pool import in_own_process
@@ -281,9 +281,6 @@ def project_study(job: Job) -> Written:
     work: StoredStudy = job.work
     image, attributes = read_dataset(work.path, "image", work.key)
     check_attributes(attributes)
-    # Slow to load, and of no use where nothing is new.
-    from common.projection import image_mips, mask_mips
-
     mips = {"image": np.clip(image_mips(image, work.angles), 0, 1).astype(image.dtype)}
     del image
     for group in ("mask", "mask_iso"):

@@ -16,16 +16,20 @@ Operators are not kept from study to study: building one takes a sixth of the ti
 holding those of 36 angles would take 77 MB at 200 x 200 and four times that at 400 x 400.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage, sparse, special
 
 from common.spline_axes import cubic_basis
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 ANGLE_DECIMALS = 6
 MAX_ANGLES = 3_600
@@ -195,6 +199,9 @@ def _source_voxels(plane_shape: tuple[int, ...], angle: float) -> Int32Array:
 
     scipy says it itself, so that its rounding at ties and its idea of the border hold here.
     """
+    # Slow to load, here as below, and of no use where nothing is new.
+    from scipy import ndimage
+
     voxels = np.arange(math.prod(plane_shape), dtype=np.int32).reshape(plane_shape)
     sources: Int32Array = ndimage.rotate(
         voxels, angle, axes=(1, 0), reshape=False, order=0, mode="constant", cval=-1
@@ -242,6 +249,8 @@ def _spline_coefficients(images: npt.NDArray[np.floating]) -> Float32Array:
 
     The mirrored border is what scipy uses for ``mode="constant"``, too.
     """
+    from scipy import ndimage
+
     coefficients = _channels_last(images).astype(np.float32, order="C")
     for axis in (0, 1):
         ndimage.spline_filter1d(coefficients, 3, axis, output=coefficients, mode="mirror")
@@ -253,6 +262,8 @@ def _rotation_operator(plane_shape: tuple[int, ...], angle: float) -> sparse.csr
 
     Rows of voxels that come from outside the plane are empty.
     """
+    from scipy import sparse, special
+
     inside = _inside(plane_shape, angle)
     centre_x, centre_y = ((n - 1) / 2 for n in plane_shape)
     x, y = np.nonzero(inside)
