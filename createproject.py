@@ -7,6 +7,8 @@ Incomplete studies are skipped and listed. The private mapping from hash to pati
 beside the zip, readable by you alone: keep it apart from the zip.
 """
 
+from __future__ import annotations
+
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -23,23 +25,26 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import project_zip
 from common.errors import IncompleteStudy, StudyError
 from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
 from common.nifti import load_library
-from common.raw import mapping, pseudonyms, roles
+from common.raw import mapping, pseudonyms
 from common.raw.project import StudyFolder, files_of, image_bytes, list_files
 from common.raw.pseudonyms import studies_by_hash
-from common.raw.roles import ROLE_NAMES, Patterns
-from common.raw.study import Conversion, plan_study, read_study
-from common.raw.words import WORDS
+from common.raw.words import ROLE_NAMES, WORDS
 from common.run import cli, console, stage
 from common.run.fan_out import run_studies
 from common.run.output import exclusive, writing_part
 from common.run.worker import Job, Outcome, Status, Written
 from common.suv.factors import SUV_UNITS
 from common.version import SOFTWARE
+
+if TYPE_CHECKING:
+    from common.raw.roles import Patterns
+    from common.raw.study import Conversion
 
 EXAMPLES = """
   python createproject.py RAW_PROJECT -o project.zip
@@ -243,6 +248,10 @@ def plan(
     folders: Mapping[str, StudyFolder], options: argparse.Namespace
 ) -> tuple[list[Job], list[Outcome]]:
     """Return the studies to be in the zip, and the outcomes of folders that can't be listed."""
+    # What reads DICOM is slow to load: not to see that an option is wrong, but before workers fork.
+    from common.raw.roles import Patterns
+    from common.raw.study import Conversion
+
     patterns = Patterns({r: p for r in ROLE_NAMES if (p := getattr(options, r)) is not None})
     conversion = Conversion(
         pet_units=options.pet_units,
@@ -314,6 +323,9 @@ def read_finished(path: Path, known: Sequence[mapping.Row]) -> dict[str, str]:
 
 def convert_study(job: Job) -> Written:
     """Convert one study and write its part."""
+    from common.raw import roles
+    from common.raw.study import read_study
+
     raw: RawStudy = job.work
     found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     images = read_study(found, raw.conversion)
@@ -399,6 +411,9 @@ class Foreseen:
 
 def foresee_study(job: Job) -> Foreseen:
     """Read a study's headers and say what would become of it."""
+    from common.raw import roles
+    from common.raw.study import plan_study
+
     raw: RawStudy = job.work
     found = roles.survey(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     by_role = tuple(found.summary(role) for role in ROLE_NAMES)

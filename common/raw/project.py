@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.dicom.attributes import whole_number
-from common.dicom.files import DicomFile, read_dicom_file
 from common.errors import IncompleteStudy, StageError, StudyError
 from common.nifti import is_nifti_name, stored_bytes
 
@@ -310,15 +308,17 @@ def _nifti_bytes(path: str) -> int:
 
 def _pixel_bytes(path: str, name: str) -> int:
     """Return what a DICOM file's pixels take [bytes]; 0 where it has none."""
+    # Slow to load, and not needed to see that an option is wrong.
+    from common.dicom.attributes import whole_number
+    from common.dicom.files import read_dicom_file
+
     try:
         file = read_dicom_file(path, name)
-        return _of_matrix(file) if file is not None and "Rows" in file.header else 0
+        if file is None or "Rows" not in file.header:
+            return 0
+        rows, columns, bits = (
+            whole_number(file.header, keyword) for keyword in ("Rows", "Columns", "BitsAllocated")
+        )
+        return file.n_frames * rows * columns * bits // 8
     except StudyError:
         return 0
-
-
-def _of_matrix(file: DicomFile) -> int:
-    rows, columns, bits = (
-        whole_number(file.header, keyword) for keyword in ("Rows", "Columns", "BitsAllocated")
-    )
-    return file.n_frames * rows * columns * bits // 8

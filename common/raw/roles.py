@@ -24,11 +24,9 @@ from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
 from common.raw.layouts import sidecar_of
 from common.raw.project import StudyFolder, files_of
-from common.raw.words import CT_WORDS, MASK_WORDS, PET_WORDS, roles_by_words, words
+from common.raw.words import CT_WORDS, MASK_WORDS, PET_WORDS, ROLE_NAMES, roles_by_words, words
 
 # --- candidates ------------------------------------------------------------------------------
-
-ROLE_NAMES = {"ct": "CT", "pet": "PET", "mask": "mask", "header": "DICOM header"}
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,13 @@ from common.plausibility import (
 )
 from common.raw.layouts import read_sidecar
 from common.raw.roles import (
-    ROLE_NAMES,
     Candidate,
     NiftiFile,
     NiftiFiles,
     Roles,
     modality_of,
 )
-from common.raw.words import words
+from common.raw.words import ROLE_NAMES, words
 from common.suv.factors import SuvConversion, already_suv, spread_factors, suv_factors
 from common.suv.inputs import PetSeries
 

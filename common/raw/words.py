@@ -1,7 +1,9 @@
-"""The words in a file's path, and the roles that they tell."""
+"""Roles in a study, and the words in a file's path that tell them."""
 
 import re
 from pathlib import PurePath
+
+ROLE_NAMES = {"ct": "CT", "pet": "PET", "mask": "mask", "header": "DICOM header"}
 
 MASK_WORDS = frozenset(
     {"mask", "seg", "label", "roi", "gtv", "tumor", "tumour", "lesion", "lesions", "gt", "dseg"}

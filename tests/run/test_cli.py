@@ -432,6 +432,37 @@ def test_every_script_has_help_version_and_the_run_options(name, capsys):
     assert "examples:" in texts[0]
 
 
+SLOW_TO_LOAD = [
+    "pydicom",
+    "gdcm",
+    "scipy",
+    "nibabel",
+    "nilearn",
+    "skimage",
+    "jinja2",
+    "PIL",
+    "dask",
+    "distributed",
+    "tqdm",
+]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("arguments", [["--help"], ["--shap"], ["nowhere", "-o", "out"]])
+def test_help_and_wrong_arguments_do_not_wait_for_what_is_slow_to_load(name, arguments, tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}\n"
+        f"try: {name}.main({arguments!r})\n"
+        "except SystemExit as end: status = end.code\n"
+        f"slow = sorted(set({SLOW_TO_LOAD!r}) & set(sys.modules))\n"
+        "print(status, slow, file=sys.stderr)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.stderr.splitlines()[-1] == f"{0 if arguments == ['--help'] else 2} []"
+
+
 # --- shards and paths -------------------------------------------------------------------------
 
 
