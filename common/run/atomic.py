@@ -30,6 +30,7 @@ _REMEDIES = {
     errno.ENOTDIR: "something else has its name: move that away",
     errno.ENAMETOOLONG: "its name is too long: choose a shorter one",
     errno.EIO: "the disk fails: check it",
+    errno.EINTR: "the file system broke off: check it",
     errno.ESTALE: "the file server has lost it: check the server",
 }
 
