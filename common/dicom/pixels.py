@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels import get_decoder
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -229,6 +228,9 @@ def decoding_plugin(syntax: str) -> str:
 
 
 def _decoded_plane(stream: BinaryIO, syntax: str, layout: _Layout, frame: int) -> Plane:
+    # Slow to load, and needed for compressed pixels only.
+    from pydicom.pixels import get_decoder
+
     plane: Plane
     plane, _ = get_decoder(syntax).as_array(
         stream,

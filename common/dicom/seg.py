@@ -20,8 +20,6 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.encaps import generate_frames
-from pydicom.pixels import iter_pixels
 from pydicom.uid import UID
 
 from common.dicom.attributes import (
@@ -410,6 +408,10 @@ def _foreground(dataset: Dataset, names: Mapping[int, str]) -> dict[int, str]:
 
 def _frames(dataset: Dataset) -> Iterator[NDArray[Any]]:
     """Yield the stored values (rows, columns) frame by frame."""
+    # Slow to load, and needed for masks of this kind only.
+    from pydicom.encaps import generate_frames
+    from pydicom.pixels import iter_pixels
+
     n_frames = int(number(dataset, "NumberOfFrames") or 1)
     syntax = dataset.file_meta.TransferSyntaxUID
     if "PixelData" not in dataset:
@@ -443,6 +445,9 @@ def _frames(dataset: Dataset) -> Iterator[NDArray[Any]]:
 
 
 def _decoded(dataset: Dataset, syntax: UID, n_frames: int) -> Iterator[NDArray[Any]]:
+    # Slow to load, and needed for masks of this kind only.
+    from pydicom.pixels import iter_pixels
+
     n_decoded = 0
     try:
         for frame in iter_pixels(dataset, raw=True, decoding_plugin=decoding_plugin(syntax)):
