@@ -1,120 +1,114 @@
-"""One whole-body study from DICOM to the members of the project zip: this project and dcm2niix.
+"""createproject.py, the whole process from DICOM to the project zip, against dcm2niix.
 
 Run by hand, on an otherwise idle machine::
 
     python tests/benchmarks/bench_createproject.py [--repeats N]
 
-The study is the noisy demo phantom with 326 CT slices of 512 x 512, 326 PET slices of 400 x 400
-and an RTSTRUCT. Each repeat runs the worker of createproject.py (roles, SUV, mask, gzip, zip) and
-``dcm2niix -z y`` on the two series, each in a process of its own, all on one and the same core.
+The study is the demo phantom with 326 CT slices of 512 x 512, 326 PET slices of 400 x 400 and an
+RTSTRUCT: once with noise everywhere, once with quiet air, as most scanners write it. Each repeat
+runs createproject.py with one worker and ``dcm2niix -z y`` on the two series, start included, all
+on one and the same core.
 """
 
 import argparse
 import multiprocessing
 import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import dcm2niix
 import numpy as np
+import pydicom
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+from processes import ROOT, Run, median, print_machine, print_runs, run, run_python
 
 from examples import phantom
 
-ROOT = Path(__file__).parents[2]
 SLICES, MATRIX_CT, MATRIX_PET = 326, 512, 400
-MOST_TIMES, MOST_GB = 1.3, 0.7
-
-WORKER = """
-import sys, time
-from pathlib import Path
-import createproject
-from common.raw.roles import Patterns
-from common.run.worker import Job
-from common.raw.study import Conversion
-start = time.perf_counter()
-raw = createproject.RawStudy(sys.argv[1], "bench", Patterns(), Conversion())
-createproject.convert_study(Job("0" * 10, "", raw, part=Path(sys.argv[2], "part")))
-print(time.perf_counter() - start)
-"""
+AIR_BELOW = {"CT": 0.15, "PET": 0.02}
+"""Part of a series' range of stored values below which it is taken as air."""
 
 
-def write_study(folder):
-    """Write one study of realistic size."""
-    grids = phantom.ct_grid(MATRIX_CT, SLICES), phantom.pet_grid(MATRIX_PET, SLICES)
-    phantom.write_study(folder, phantom.DEMO_STUDIES[0], *grids, np.random.default_rng(0))
-
-
-def run(command, out):
-    """Run a command that writes to a new folder; return its last line of output and its figures."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    start = time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[0]} failed:\n{output}")
-    figures = {
-        "seconds": time.perf_counter() - start,
-        "CPU seconds": usage.ru_utime + usage.ru_stime,
-        "peak GB": usage.ru_maxrss * 1024 / 1e9,
-        "MB written": sum(path.stat().st_size for path in out.iterdir()) / 1e6,
-    }
-    return output.splitlines()[-1], figures
-
-
-def run_worker(study, out):
-    """Convert the study by our worker; its seconds are those without the start of Python."""
-    seconds, figures = run([sys.executable, "-c", WORKER, str(study), str(out)], out)
-    return {**figures, "seconds": float(seconds), "with start": figures["seconds"]}
-
-
-def run_dcm2niix(study, out):
-    """Convert CT and PET by dcm2niix, one after the other."""
-    options = ["-z", "y", "-b", "n", "-f", "image", "-o", str(out)]
-    runs = [run([dcm2niix.bin, *options, str(study / role)], out)[1] for role in ("CT", "PET")]
-    totals = {name: sum(figures[name] for figures in runs) for name in runs[0]}
-    return {**totals, "peak GB": max(figures["peak GB"] for figures in runs)}
-
-
-def medians(runs):
-    return {name: statistics.median(figures[name] for figures in runs) for name in runs[0]}
-
-
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: 5")
     options = parser.parse_args()
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    with tempfile.TemporaryDirectory() as temporary:
-        raw, out = Path(temporary, "raw"), Path(temporary, "out")
-        # In another process: children report the memory of their parent as theirs.
-        writer = multiprocessing.get_context("spawn").Process(target=write_study, args=[raw])
-        writer.start()
-        writer.join()
-        study = raw / phantom.DEMO_STUDIES[0].patient / phantom.DEMO_STUDIES[0].study
-        runs = [(run_worker(study, out), run_dcm2niix(study, out)) for _ in range(options.repeats)]
-    ours, theirs = (medians(each) for each in zip(*runs, strict=True))
-
+    print_machine("pydicom", "isal", "dcm2niix")
     gzip = "pigz" if shutil.which("pigz") else "its own zlib"
     print(f"{SLICES} CT slices of {MATRIX_CT}, {SLICES} PET slices of {MATRIX_PET}, one core,")
     print(f"median of {options.repeats}; dcm2niix with {gzip}")
-    print(f"{'':24}{'this project':>14}{'dcm2niix -z y':>16}")
-    for name in ("seconds", "with start", "CPU seconds", "peak GB", "MB written"):
-        print(f"  {name:22}{ours[name]:14.2f}{theirs.get(name, theirs['seconds']):16.2f}")
-    for name in ("seconds", "with start", "CPU seconds"):
-        ratio = ours[name] / theirs.get(name, theirs["seconds"])
-        print(f"  ratio of {name:13}{ratio:14.2f}   (of seconds: at most {MOST_TIMES})")
-    print(f"  peak memory {ours['peak GB']:.2f} GB (at most {MOST_GB})")
+    with tempfile.TemporaryDirectory() as temporary:
+        raw, out = Path(temporary, "raw"), Path(temporary, "out")
+        # In another process: children report the memory of their parent as theirs.
+        for kind, prepare in (("noise everywhere", write_study), ("quiet air", quieten)):
+            writer = multiprocessing.get_context("spawn").Process(target=prepare, args=[raw])
+            writer.start()
+            writer.join()
+            compare(kind, raw, out, options.repeats)
+
+
+def write_study(folder: Path) -> None:
+    """Write one noisy study of realistic size."""
+    grids = phantom.ct_grid(MATRIX_CT, SLICES), phantom.pet_grid(MATRIX_PET, SLICES)
+    phantom.write_study(folder, phantom.DEMO_STUDIES[0], *grids, np.random.default_rng(0))
+
+
+def quieten(folder: Path) -> None:
+    """Give all air of a study one value."""
+    for role, part in AIR_BELOW.items():
+        headers = {path: pydicom.dcmread(path) for path in sorted(study_of(folder, role).iterdir())}
+        least = min(int(header.pixel_array.min()) for header in headers.values())
+        for path, header in headers.items():
+            pixels = header.pixel_array
+            air = pixels < least + part * (int(pixels.max()) - least)
+            header.PixelData = np.where(air, least, pixels).astype(pixels.dtype).tobytes()
+            header.save_as(path)
+
+
+def study_of(folder: Path, role: str) -> Path:
+    study = phantom.DEMO_STUDIES[0]
+    return folder / study.patient / study.study / role
+
+
+def compare(kind: str, raw: Path, out: Path, repeats: int) -> None:
+    """Print what both take for a study, in turn."""
+    ours, theirs, megabytes = [], [], [0.0, 0.0]
+    for _ in range(repeats):
+        for runs, way in ((ours, run_ours), (theirs, run_dcm2niix)):
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            runs.append(way(raw, out))
+            written = sum(path.stat().st_size for path in out.iterdir())
+            megabytes[runs is theirs] = written / 1e6
+    medians = median(ours), median(theirs)
+    print(f"{kind}: {megabytes[0]:.1f} MB, of dcm2niix {megabytes[1]:.1f} MB")
+    print_runs(dict(zip(("createproject.py", "dcm2niix -z y"), medians, strict=True)))
+    ratios = (
+        medians[0].seconds / medians[1].seconds,
+        medians[0].cpu_seconds / medians[1].cpu_seconds,
+    )
+    print(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} | |", flush=True)
+
+
+def run_ours(raw: Path, out: Path) -> Run:
+    return run_python(ROOT / "createproject.py", raw, "-o", out / "project.zip", "-q", "-j", 1)
+
+
+def run_dcm2niix(raw: Path, out: Path) -> Run:
+    """Convert CT and PET by dcm2niix, one after the other."""
+    options = ["-z", "y", "-b", "n", "-f", "image", "-o", str(out)]
+    ct, pet = (run([dcm2niix.bin, *options, str(study_of(raw, role))]) for role in ("CT", "PET"))
+    return Run(
+        ct.seconds + pet.seconds,
+        ct.cpu_seconds + pet.cpu_seconds,
+        max(ct.peak_gb, pet.peak_gb),
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from processes import ROOT, Run, median, print_comparison, print_runs, run_python
+from processes import ROOT, Run, median, print_comparison, print_machine, print_runs, run_python
 
 HERE = Path(__file__).parent
 VOXELS = {
@@ -38,6 +38,7 @@ def main() -> None:
     if options.plain:
         preprocess_plainly(*options.plain)
         return
+    print_machine("nibabel", "nilearn", "scipy", "h5py")
     with tempfile.TemporaryDirectory() as folder:
         ours = compare_standard(Path(folder), options.repeats)
         if options.total_body:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from processes import ROOT, Run, median, print_comparison, run_python
+from processes import ROOT, Run, median, print_comparison, print_machine, run_python
 
 HERE = Path(__file__).parent
 ANGLES = tuple(range(0, 180, 5))
@@ -31,6 +31,7 @@ def main() -> None:
     if options.plain:
         project_plainly(*options.plain)
         return
+    print_machine("scipy", "h5py")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_python(HERE / "standard_study.py", folder / "s.zip", "standard", 1)

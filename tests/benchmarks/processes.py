@@ -1,12 +1,14 @@
 """Processes run to their end, and what they took."""
 
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,19 @@ class Run:
     seconds: float
     cpu_seconds: float
     peak_gb: float
+
+
+def print_machine(*peers: str) -> None:
+    """Print the processor, and the versions of Python and of packages that are compared with."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    said = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in said.items()}
+    flags = fields.get("flags", "").split()
+    widest = next((flag for flag in ("avx512f", "avx2", "sse4_2") if flag in flags), "")
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    print(f"{model} ({os.cpu_count()} cores{', ' + widest if widest else ''})")
+    versions = (f"{name} {metadata.version(name)}" for name in ("numpy", *peers))
+    print(", ".join([f"Python {platform.python_version()}", *versions]))
 
 
 def run_python(script: Path, *arguments: object) -> Run:
