@@ -22,7 +22,8 @@ import dcm2niix
 import numpy as np
 import pydicom
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from processes import ROOT, Run, median, print_machine, print_runs, run, run_python
 
