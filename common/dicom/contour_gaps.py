@@ -25,7 +25,8 @@ LONGEST_GAP_MM = 20.0
 EVEN = 0.1
 """Part of the spacing by which regularly spaced contours may lie off: as slices of series may."""
 
-_EXACT = 1e-6
+_EXACT, _ROUNDED = 1e-6, 5e-3
+"""Slice spacings: what arithmetic leaves, and what positions of 2 or 3 decimals [mm] leave."""
 
 
 class Patch(NamedTuple):
@@ -270,8 +271,8 @@ def _regular(gaps: Sequence[float], slice_mm: float) -> float | None:
     """Return the mean of the shortest distances, if several and wider than the slices."""
     short = [gap for gap in gaps if gap <= gaps[0] * (1 + EVEN)]
     spacing = sum(short) / max(len(short), 1)
-    is_wide = len(short) > 1 and spacing > 1 + 1e-3
-    return spacing if is_wide and spacing * slice_mm <= WIDEST_SPACING_MM * (1 + EVEN) else None
+    is_wide = len(short) > 1 and spacing > 1 + _ROUNDED
+    return spacing if is_wide and spacing * slice_mm <= WIDEST_SPACING_MM * (1 + _ROUNDED) else None
 
 
 def _slices_of(part: _Part, spacing: float | None) -> range:

@@ -170,14 +170,18 @@ def _place(
         found["thin" if is_thin else "outside" if is_planar else "not planar"] += 1
         return None
     found["beyond"] += bool((low[:2] < -0.5).any() or (high[:2] > in_plane_end).any())
-    off_slice = abs(slice_index - nearest(slice_index)) > SLICE_TOLERANCE
-    found["between"] += off_slice
-    return _Contour(points[:, :2], slice_index if off_slice else float(nearest(slice_index)))
+    contour = _Contour(points[:, :2], slice_index)
+    found["between"] += not _is_on_slice(contour)
+    return contour
+
+
+def _is_on_slice(contour: _Contour) -> bool:
+    return abs(contour.slice_index - nearest(contour.slice_index)) <= SLICE_TOLERANCE
 
 
 def _runs_through_centres(contour: _Contour) -> bool:
     off = np.abs(contour.points - np.rint(contour.points)).max()
-    return contour.slice_index.is_integer() and bool(off <= CENTRE_TOLERANCE)
+    return _is_on_slice(contour) and bool(off <= CENTRE_TOLERANCE)
 
 
 def _edges(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -223,7 +227,8 @@ def _fill_plane(
         edges = _edges(contour.points)
         same: object = edges[np.lexsort(edges[:, :4].T), :4].tobytes()
         if through_centres:
-            same = (same, _runs_clockwise(contour.points))
+            point = contour.points[:1].tobytes() if not edges.size else b""
+            same = (same, point, _runs_clockwise(contour.points))
         if same in seen:
             found["duplicate"] += 1
             continue

@@ -199,8 +199,10 @@ def _on_slices_of(
     )
     if step_mm < 0:
         slices = -slices
+    # Rows and columns may run the other way, or be exchanged.
+    lengths = np.abs(across[:, :2])
     off_pixels = max(
-        np.abs(across[:, :2] - np.eye(2) * extent).max(),
+        min(np.abs(lengths - axes * extent).max() for axes in (np.eye(2), np.eye(2)[::-1])),
         np.abs(first[:, :2] - nearest[:, :2]).max(),
     )
     return _OnSlices(slices - slices.min(), abs(step_mm), off, bool(off_pixels <= SAME_VOXEL))

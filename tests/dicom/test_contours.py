@@ -1,14 +1,16 @@
 """Contours against exact arithmetic, another library's point-in-polygon test, and laws."""
 
+import re
 import time
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_builders import axial_affine, oblique_affine
+from scipy.ndimage import gaussian_filter, label
 from skimage.measure import points_in_poly
 
 from common.dicom.contours import fill_contours
@@ -252,3 +254,265 @@ def test_a_whole_body_of_contours_takes_less_than_a_second():
     start = time.process_time()
     fill(*contours, shape=(512, 512, 200))
     assert time.process_time() - start < 1
+
+
+# --- outlines through voxel centres
+
+THROUGH_CENTRES = (
+    "all points are centres of voxels, as of a mask that a program outlined: what the edges run "
+    "through is inside"
+)
+
+
+def outlines(mask, approximate):
+    """Outline a mask as rt-utils and TotalSegmentator do, by OpenCV."""
+    cv2 = pytest.importorskip("cv2", reason="OpenCV comes with rt-utils")
+    how = cv2.CHAIN_APPROX_SIMPLE if approximate else cv2.CHAIN_APPROX_NONE
+    return [
+        polygon(contour.reshape(-1, 2), k)
+        for k in range(mask.shape[2])
+        for contour in cv2.findContours(
+            np.ascontiguousarray(mask[:, :, k].T.astype(np.uint8)), cv2.RETR_TREE, how
+        )[0]
+    ]
+
+
+def random_masks(number):
+    """Yield specks, smooth shapes, rectangles and balls with holes."""
+    random = np.random.default_rng(number)
+    grid = np.moveaxis(np.indices(SHAPE), 0, -1)
+    away = np.linalg.norm(grid - random.random(3) * SHAPE, axis=-1)
+    low = random.integers(0, SHAPE)
+    yield random.random(SHAPE) < random.choice([0.2, 0.5, 0.8])
+    yield gaussian_filter(random.random(SHAPE), 1) > 0.5
+    yield ((grid >= low) & (grid <= random.integers(low, SHAPE))).all(axis=-1)
+    yield (away < 5 * random.random() + 1) & (away >= 2 * random.random())
+
+
+@pytest.mark.parametrize("approximate", [True, False])
+@pytest.mark.parametrize("affine", [VOXELS, axial_affine((0.7, 0.7, 3)), oblique_affine((2, 1, 4))])
+def test_outlines_through_voxel_centres_give_back_the_mask(affine, approximate):
+    """225 voxels became 160, a node of 12 became 3."""
+    for number in range(25):
+        for mask in random_masks(number):
+            in_mm = [
+                np.round(points @ affine[:3, :3].T + affine[:3, 3], 3)
+                for points in outlines(mask, approximate)
+            ]
+            filled = fill(*in_mm, affine=affine)
+            np.testing.assert_array_equal(filled.inside, mask)
+            assert not mask.any() or THROUGH_CENTRES in filled.warnings
+
+
+@pytest.mark.parametrize(
+    ("points", "n_voxels"),
+    [
+        ([(4, 5)], 1),
+        ([(4, 5), (7, 5)], 4),
+        ([(4, 5), (7, 8)], 4),
+        ([(4, 5), (6, 5), (6, 7), (4, 7)], 9),
+        ([(4, 5), (6, 6)], 2),
+        ([(9, 8), (15, 8)], 3),
+    ],
+)
+def test_points_and_lines_through_voxel_centres_are_voxels(points, n_voxels):
+    filled = fill(polygon(points))
+    assert filled.inside.sum() == n_voxels
+    assert THROUGH_CENTRES in filled.warnings
+
+
+def test_a_ring_one_voxel_wide_is_no_contour_given_twice():
+    diamond = polygon([(4, 3), (5, 4), (4, 5), (3, 4)])
+    assert fill(diamond).inside.sum() == 5
+    assert fill(diamond, diamond[::-1]).inside.sum() == 4
+    twice = fill(diamond, np.roll(diamond, 1, axis=0))
+    assert twice.inside.sum() == 5
+    assert twice.warnings[0] == "1 contour(s) are there twice: used once"
+
+
+def test_contours_with_one_vertex_off_the_centres_keep_the_rule_of_centres_inside():
+    square = [(2, 2), (6, 2), (6, 6), (2, 6)]
+    for off in (0.05, 0.5):
+        filled = fill(polygon(square), rectangle(8 + off, 10, 2, 4))
+        assert filled.inside[:, :, 1][:8].sum() == 16
+        assert filled.warnings == ()
+    # Positions are written with few decimals.
+    assert fill(polygon(np.add(square, 0.01))).inside.sum() == 25
+
+
+# --- overlaps
+
+
+def circle(x, y, radius, k=1.0, points=90):
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    return polygon(np.column_stack([x + radius * np.cos(angle), y + radius * np.sin(angle)]), k)
+
+
+def said(filled, word):
+    return [text for text in filled.warnings if word in text]
+
+
+def overlap_voxels(filled):
+    """Volume [ml] of an overlap as voxels of 1 mm3; 0 where nothing is said."""
+    found = [re.search(r"overlap in (\S+) ml", text) for text in filled.warnings]
+    return round(sum(float(each[1]) for each in found if each) * 1000)
+
+
+def test_contours_that_overlap_in_part_are_told_with_their_volume():
+    filled = fill(rectangle(0.5, 5.5, 0.5, 5.5), rectangle(3.5, 9.5, 2.5, 8.5))
+    assert filled.inside.sum() == 25 + 36 - 2 * 6
+    assert overlap_voxels(filled) == 6
+    assert said(filled, "even-odd")
+
+
+def test_what_is_drawn_twice_and_vanishes_is_told():
+    once, again = rectangle(0.5, 5.5, 0.5, 5.5), rectangle(0.51, 5.49, 0.52, 5.48)
+    assert overlap_voxels(fill(once, again)) == 25
+    assert overlap_voxels(fill(np.vstack([once, once]))) == 25
+    spiral = polygon([(0.5, 0.5), (9.5, 0.5), (9.5, 8.5), (2.5, 8.5), (2.5, 2.5), (7.5, 2.5),
+                      (7.5, 6.5), (0.5, 6.5)])  # fmt: skip
+    assert overlap_voxels(fill(spiral)) == fill(rectangle(2.5, 7.5, 2.5, 6.5)).inside.sum()
+
+
+def test_rings_keyholes_and_islands_do_not_overlap():
+    outer, hole = rectangle(0.5, 9.5, 0.5, 8.5), rectangle(2.5, 7.5, 2.5, 6.5)
+    island = rectangle(3.5, 5.5, 3.5, 5.5)
+    for contours in (
+        [outer, hole, island],
+        [outer, rectangle(0.5, 5.5, 0.5, 5.5)],
+        [rectangle(0.5, 5.5, 0.5, 8.5), rectangle(5.5, 9.5, 0.5, 8.5)],
+        [np.vstack([outer, outer[:1], hole, hole[:1]])],
+        [np.vstack([outer, outer[:1], hole[::-1], hole[-1:]])],
+        [circle(5, 4.3, 4), circle(5, 4.3, 2)[::-1]],
+    ):
+        assert fill(*contours).warnings == ()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.integers(40, 180), st.integers(40, 140), st.integers(12, 80)),
+        min_size=2,
+        max_size=3,
+        unique=True,
+    )
+)
+def test_overlaps_are_what_even_odd_erases_of_circles_that_cross(circles):
+    circles = [tuple(each / 20 + 0.013 for each in circle) for circle in circles]
+    filled = [fill(circle(*c), rectangle(-0.5, -0.4, -0.5, -0.4)).inside[:, :, 1] for c in circles]
+    erased = np.zeros(SHAPE[:2], dtype=bool)
+    for one, other in combinations([f for f in filled if f.any()], 2):
+        common = one & other
+        is_nested = common.sum() == min(one.sum(), other.sum()) and one.sum() != other.sum()
+        if not is_nested:
+            erased |= common
+    together = fill(*(circle(*c) for c in circles), rectangle(-0.5, -0.4, -0.5, -0.4))
+    even = np.sum(filled, axis=0) % 2 == 0
+    assert overlap_voxels(together) == (erased & even).sum()
+
+
+# --- gaps
+
+TALL = (40, 40, 40)
+
+
+def ball(centre, radius, slices):
+    """Return circles of a ball where planes cut it."""
+    x, y, z = centre
+    return [
+        circle(x, y, (radius**2 - (k - z) ** 2) ** 0.5, k) for k in slices if abs(k - z) < radius
+    ]
+
+
+def pieces(filled):
+    return label(filled.inside, np.ones((3, 3, 3)))[1]
+
+
+def slices_of(filled):
+    return np.flatnonzero(filled.inside.any(axis=(0, 1))).tolist()
+
+
+@pytest.mark.parametrize("apart", [2, 3, 5 / 3.27, 3.75 / 3.27])
+@pytest.mark.parametrize("first", [0.0, 0.37])
+def test_contours_regularly_wider_apart_than_slices_give_one_whole_lesion(apart, first):
+    """5.7 of 11.8 ml, in five pieces instead of one, and nothing said."""
+    planes = first + apart * np.arange(30)
+    filled = fill(*ball((20, 19, 17.3), 11, planes), shape=TALL)
+    volume = 4 / 3 * np.pi * 11**3
+    assert filled.inside.sum() == pytest.approx(volume, rel=0.1)
+    assert pieces(filled) == 1
+    (text,) = said(filled, "regularly")
+    assert text.startswith(f"contours lie regularly {apart:.3g} mm apart, the slices 1 mm: ")
+    assert not said(filled, "irregularly")
+
+
+@pytest.mark.parametrize("apart", [1.2, 1.5, 2, 2.5, 3, 4])
+def test_each_contour_takes_as_many_slices_as_contours_lie_apart(apart):
+    """The law of a stack of slabs: its volume is area times spacing, whatever their phase."""
+    for first in (10, 10.3, 10.5, 10.77):
+        planes = first + apart * np.arange(5)
+        filled = fill(*(rectangle(4.5, 9.5, 4.5, 9.5, k) for k in planes), shape=TALL)
+        drawn = slices_of(filled)
+        assert len(drawn) in (np.floor(5 * apart), np.ceil(5 * apart))
+        assert drawn == list(range(drawn[0], drawn[-1] + 1))
+        nearest = np.abs(np.subtract.outer(drawn, planes)).min(axis=1)
+        assert nearest.max() <= apart / 2 + 1e-9
+
+
+def test_an_irregular_gap_stays_and_is_told():
+    tumour = [rectangle(4.5, 9.5, 4.5, 9.5, k) for k in (10, 11, 12, 14, 15)]
+    filled = fill(*tumour, shape=TALL)
+    assert slices_of(filled) == [10, 11, 12, 14, 15]
+    assert filled.warnings == (
+        "1 slice(s) between contours have none, irregularly, a gap of 0.025 ml: left as drawn",
+    )
+    # Every second, and one of these is missing.
+    filled = fill(*(rectangle(4.5, 9.5, 4.5, 9.5, k) for k in (10, 12, 14, 18, 20)), shape=TALL)
+    assert slices_of(filled) == [10, 11, 12, 13, 14, 15, 18, 19, 20, 21]
+    assert said(filled, "2 slice(s) between contours have none, irregularly")
+
+
+def test_two_lesions_of_one_region_are_not_joined():
+    for planes in ((7, 8, 9, 14, 15), (7, 14), (7, 9, 11, 15, 17, 19), (5, 16, 27)):
+        filled = fill(*(rectangle(4.5, 9.5, 4.5, 9.5, k) for k in planes), shape=TALL)
+        assert pieces(filled) == (3 if planes == (5, 16, 27) else 2)
+
+
+def test_lesions_drawn_on_alternate_slices_are_told_apart():
+    """Together they are on every slice: each falls to pieces."""
+    one = [rectangle(4.5, 9.5, 4.5, 9.5, k) for k in (10, 12, 14, 16)]
+    other = [rectangle(20.5, 25.5, 4.5, 9.5, k) for k in (11, 13, 15, 17)]
+    dense = [rectangle(4.5, 9.5, 20.5, 25.5, k) for k in (10, 11, 12, 14)]
+    filled = fill(*one, *other, shape=TALL)
+    assert pieces(filled) == 2
+    assert filled.inside.sum() == 2 * 8 * 25
+    assert pieces(fill(*one, *other, *dense, shape=TALL)) == 4
+
+
+def test_small_lesions_are_filled_as_the_others_of_their_region_are():
+    large = [rectangle(4.5, 9.5, 4.5, 9.5, k) for k in (10, 12, 14, 16)]
+    small = [rectangle(20.5, 22.5, 4.5, 6.5, k) for k in (12, 14)]
+    assert slices_of(fill(*small, shape=TALL)) == [12, 14]
+    filled = fill(*large, *small, shape=TALL)
+    assert np.flatnonzero(filled.inside[21, 5]).tolist() == [12, 13, 14, 15]
+
+
+def test_lesions_that_branch_or_end_beside_others_have_no_gap():
+    trunk = [rectangle(4.5, 20.5, 4.5, 9.5, k) for k in (10, 11)]
+    branches = [rectangle(x, x + 3, 4.5, 9.5, k) for x in (5.5, 15.5) for k in (12, 13)]
+    roof = [rectangle(4.5, 20.5, 4.5, 9.5, 14)]
+    assert fill(*trunk, *branches, *roof, shape=TALL).warnings == ()
+    # What ends below an overhang is no gap: the overhang goes on beside it.
+    foot = [rectangle(14.5, 18.5, 4.5, 9.5, 9), rectangle(4.5, 9.5, 4.5, 9.5, 9)]
+    waist = [rectangle(4.5, 9.5, 4.5, 9.5, 10)]
+    assert fill(*foot, *waist, *(trunk[1:]), shape=TALL).warnings == ()
+
+
+def test_the_direction_of_slices_does_not_matter_to_gaps():
+    planes = [10, 12, 14, 16, 25]
+    up = fill(*(rectangle(4.5, 9.5, 4.5, 9.5, k) for k in planes), shape=TALL)
+    flip = np.diag([1, 1, -1, 1.0])
+    flip[2, 3] = TALL[2] - 1
+    down = fill(*(rectangle(4.5, 9.5, 4.5, 9.5, k) for k in planes), shape=TALL, affine=flip)
+    assert up.inside.sum() == down.inside.sum()
+    assert up.warnings == down.warnings

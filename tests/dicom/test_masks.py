@@ -4,8 +4,10 @@ import contextlib
 import copy
 import io
 import re
+import zlib
 from pathlib import Path
 
+import layouts
 import nibabel
 import numpy as np
 import pydicom
@@ -24,19 +26,22 @@ from mask_builders import (
     written,
 )
 from pydicom.data import get_testdata_file
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import HTJ2KLossless, JPEG2000Lossless, RLELossless
 from said import texts
 
 from common.dicom.masks import (
     contoured_images,
+    listed,
     referenced_images,
     referenced_series,
     region_frames,
     series_of_frames,
 )
 from common.dicom.rtstruct import read_rtstruct
-from common.dicom.seg import read_seg
+from common.dicom.seg import DEFLATED_FRAMES, read_seg
 from common.errors import StudyError
+from common.geometry import Grid
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SHAPE = (11, 9, 6)
@@ -374,6 +379,105 @@ def test_damaged_segmentations_are_refused(damage, message):
     assert message in str(refused.value)
 
 
+def as_deflated_frames(seg):
+    """Return a SEG as a file whose frames are deflated one by one, which pydicom can't write."""
+    pixels = seg.pixel_array.reshape(-1, seg.Rows * seg.Columns)
+    frames = []
+    for frame in np.packbits(pixels, axis=1, bitorder="little"):
+        deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+        frames.append(deflate.compress(frame.tobytes()) + deflate.flush())
+    seg.PixelData = encapsulate([frame + bytes(len(frame) % 2) for frame in frames])
+    seg["PixelData"].VR = "OB"
+    seg["PixelData"].is_undefined_length = True
+    seg.file_meta.TransferSyntaxUID = DEFLATED_FRAMES
+    return seg
+
+
+def test_deflated_frames_are_read():
+    seg = as_deflated_frames(build_seg(TWO, AXIAL, ["a", "b"]))
+    assert_mask_is(read_seg(seg), lowest_label(TWO), AXIAL)
+
+
+def test_a_deflated_frame_that_is_no_plane_is_refused():
+    seg = build_seg(TWO, AXIAL, ["a", "b"])
+    rows = seg.Rows
+    seg = as_deflated_frames(seg)
+    for wrong in (rows + 1, rows - 1):
+        seg.Rows = wrong
+        with pytest.raises(StudyError, match="not as many bytes as rows x columns"):
+            read_seg(seg)
+
+
+def test_frames_padded_to_whole_bytes_are_refused():
+    """Read as if packed, each frame slipped by some bits: 374 wrong voxels, nothing said."""
+    seg = build_seg(TWO, AXIAL, ["a", "b"])
+    pixels = seg.pixel_array.reshape(-1, seg.Rows * seg.Columns)
+    assert pixels.shape[1] % 8
+    seg.PixelData = np.packbits(pixels, axis=1, bitorder="little").tobytes()
+    with pytest.raises(StudyError, match=r"PixelData \(7FE0,0010\) has \d+ bytes, but rows x"):
+        read_seg(seg)
+
+
+def test_a_compression_that_can_not_be_decoded_is_named():
+    seg = build_seg(TWO, AXIAL, ["a", "b"])
+    seg.PixelData = encapsulate([bytes(8)] * int(seg.NumberOfFrames))
+    seg["PixelData"].VR = "OB"
+    seg.file_meta.TransferSyntaxUID = HTJ2KLossless
+    with pytest.raises(StudyError) as refused:
+        read_seg(seg)
+    assert "High-Throughput JPEG 2000" in str(refused.value)
+    assert "1.2.840.10008.1.2.4.201" in str(refused.value)
+
+
+# --- planes of a SEG and slices of images
+
+
+def without_spacing(seg, **measures):
+    (item,) = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    del item.SpacingBetweenSlices, item.SliceThickness
+    for keyword, value in measures.items():
+        setattr(item, keyword, value)
+    return seg
+
+
+@pytest.mark.parametrize("measures", [{}, {"SpacingBetweenSlices": 12}, {"SliceThickness": 3}])
+@pytest.mark.parametrize("affine", [AXIAL, oblique_affine((1.9, 2.3, 3.0))])
+@pytest.mark.parametrize("finer", [1, 2])
+def test_planes_on_slices_of_an_image_are_as_far_apart_as_these(affine, measures, finer):
+    """Two nodes of one plane were one lesion as thick as the gap between them."""
+    nodes = spheres((8, 8, 30), ((3, 3, 5), 0.9), ((5, 4, 9), 0.9)).any(axis=-1).astype(np.uint8)
+    pixels = affine.copy()
+    pixels[:3, :2] /= finer
+    seg = without_spacing(build_seg(nodes, pixels, ["node"]), **measures)
+    image = Grid((8, 8, 30), affine)
+    turned = affine @ np.diag([-1, 1, -1, 1.0])
+    turned[:3, 3] = affine[:3, 3] + affine[:3, 0] * 7 + affine[:3, 2] * 29
+    far = affine.copy()
+    far[:3, 3] += 1000
+    for grid in (image, Grid((8, 8, 30), turned)):
+        mask = read_seg(seg, images=[Grid((8, 8, 30), far), grid])
+        assert_mask_is(mask, nodes, pixels)
+        assert mask.labels.shape[2] == 5
+        if finer == 1:
+            assert bool(mask.warnings) == ("SpacingBetweenSlices" in measures)
+
+
+def test_a_spacing_that_is_seen_twice_rules_beside_an_image_of_other_pixels():
+    dense = np.ones((4, 4, 5), dtype=np.uint8)
+    seg = without_spacing(build_seg(dense, AXIAL, ["a"]), SpacingBetweenSlices=3)
+    fine = AXIAL @ np.diag([0.5, 0.5, 0.5, 1])
+    assert_mask_is(read_seg(seg, images=[Grid((16, 16, 40), fine)]), dense, AXIAL)
+
+
+def test_the_gap_between_lesions_is_never_the_thickness_of_a_plane():
+    nodes = np.zeros((6, 6, 12), dtype=np.uint8)
+    nodes[2, 2, 2], nodes[3, 3, 8] = 1, 1
+    seg = without_spacing(build_seg(nodes, AXIAL, ["a"]), SliceThickness=3)
+    assert_mask_is(read_seg(seg), nodes, AXIAL)
+    with pytest.raises(StudyError, match="nothing tells the spacing of the SEG's 2 plane"):
+        read_seg(without_spacing(build_seg(nodes, AXIAL, ["a"])))
+
+
 def test_mixed_orientations_are_refused():
     seg = build_seg(TWO, AXIAL, ["a", "b"])
     orientation = copy.deepcopy(seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence)
@@ -512,6 +616,75 @@ def test_regions_of_points_stand_beside_tumours_but_not_alone():
     assert texts(mask.warnings) == ["region 2: 1 contour(s) are points or open lines: ignored"]
     with pytest.raises(StudyError, match=r"only points or open lines \(ContourGeometricType"):
         read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("iso"))
+
+
+def test_a_contour_that_does_not_say_whether_it_is_closed_is_refused():
+    rtstruct = build_rtstruct({"a": [square(0.5, 4.5, 0.5, 4.5, 1)]})
+    del rtstruct.ROIContourSequence[0].ContourSequence[0].ContourGeometricType
+    with pytest.raises(StudyError, match=r"ContourGeometricType \(3006,0042\) is absent"):
+        read_rtstruct(rtstruct, SHAPE, AXIAL)
+
+
+@pytest.mark.parametrize("kind", ["ORGAN", "AVOIDANCE", "SUPPORT"])
+def test_what_is_no_tumour_beside_others_is_told(kind):
+    """A liver typed ORGAN: 1,659 ml for 96, and nothing said."""
+    squares = [[square(0.5, 4.5, 0.5, 4.5, k)] for k in (1, 2, 3)]
+    rtstruct = build_rtstruct(dict(zip("abc", squares, strict=True)))
+    rtstruct.RTROIObservationsSequence[1].RTROIInterpretedType = kind
+    united, told = texts(read_rtstruct(rtstruct, SHAPE, AXIAL).warnings)
+    assert united.startswith("regions 1-3 united")
+    assert told == (
+        f"{kind} by RTROIInterpretedType (3006,00A4), united with other regions: region 2; choose "
+        "with --roi if it is no tumour"
+    )
+    assert texts(read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("[ab]")).warnings) == [told]
+    assert read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("b")).warnings == ()
+
+
+def test_numbers_are_listed_in_short():
+    assert listed([3, 1, 2, 7, 8, 10]) == "1-3, 7, 8, 10"
+    assert listed([2, 1]) == "1, 2"
+    assert listed([5]) == "5"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_pin_hole": True}, {"approximate_contours": False}])
+def test_what_rt_utils_writes_is_read_as_it_reads_it_itself(tmp_path, options):
+    rt_utils = pytest.importorskip("rt_utils")
+    layouts.write_pet(tmp_path / "PET")
+    for path in sorted((tmp_path / "PET").iterdir()):
+        header = pydicom.dcmread(path)
+        header.StudyID = header.PatientSex = header.PatientBirthDate = ""
+        header.save_as(path)
+    shape = (8, 8, layouts.N_SLICES)
+    tumour = spheres(shape, ((3, 4, 2), 2.6), ((6, 2, 3), 0.5))
+    tumour[3, 4, 1:4, 0] = 0
+    drawn = tumour.any(axis=-1)
+    # Its arrays are rows, columns, slices.
+    structures = rt_utils.RTStructBuilder.create_new(str(tmp_path / "PET"))
+    structures.add_roi(np.swapaxes(drawn, 0, 1), name="tumour", **options)
+    structures.save(str(tmp_path / "RS.dcm"))
+    again = rt_utils.RTStructBuilder.create_from(str(tmp_path / "PET"), str(tmp_path / "RS.dcm"))
+    theirs = np.swapaxes(again.get_roi_mask_by_name("tumour"), 0, 1)
+    mask = read_rtstruct(pydicom.dcmread(tmp_path / "RS.dcm"), *series_grid(tmp_path / "PET"))
+    np.testing.assert_array_equal(mask.labels, theirs)
+    if "use_pin_hole" not in options:
+        np.testing.assert_array_equal(mask.labels, drawn)
+
+
+def test_what_highdicom_reads_of_its_segmentation_is_read(tmp_path):
+    import highdicom
+
+    for kind in ("BINARY", "FRACTIONAL", "LABELMAP"):
+        path = tmp_path / f"{kind}.dcm"
+        build_seg(TWO, AXIAL, ["a", "b"], kind).save_as(path)
+        volume = highdicom.seg.segread(path).get_volume(combine_segments=True)
+        # Theirs is slice, row, column, to DICOM's LPS.
+        to_theirs = np.linalg.inv(LPS_TO_RAS @ volume.affine) @ read_seg(path).affine
+        drawn = np.argwhere(read_seg(path).labels)
+        there = np.rint(drawn @ to_theirs[:3, :3].T + to_theirs[:3, 3]).astype(int)
+        theirs = np.asarray(volume.array)
+        assert len(drawn) == np.count_nonzero(theirs)
+        np.testing.assert_array_equal(read_seg(path).labels[tuple(drawn.T)], theirs[tuple(there.T)])
 
 
 def test_numbers_may_be_padded_and_already_parsed():
