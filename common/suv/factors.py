@@ -287,8 +287,14 @@ LEAST_WEIGHT_IN_GRAMS = 1000.0
 LEAST_DOSE_IN_BQ = 10_000.0
 """RadionuclideTotalDose below which it must be in MBq."""
 
+POSSIBLE_DOSE_IN_BQ = (20e6, 5_000e6)
+"""Injected doses [Bq]; others are in another unit (mCi, GBq)."""
+
 SAME_HALF_LIFE = 0.01
 """Relative difference of a half-life from that of the nuclide that is worth a warning."""
+
+LARGEST_HALF_LIFE_DIFFERENCE = 0.1
+"""Relative difference from which on it must be in another unit (minutes), or another nuclide's."""
 
 _WEIGHT = "PatientWeight (0010,1030)"
 _DOSE = "RadionuclideTotalDose (0018,1074)"
@@ -489,10 +495,18 @@ def _dose_bq(series: PetSeries, remarks: Remarks) -> float:
     if dose is None or dose <= 0:
         state = "is missing" if dose is None else f"is {dose:g}"
         raise StudyError(f"no injected dose ({_DOSE} {state}): set it in the header [Bq]")
-    if dose >= LEAST_DOSE_IN_BQ:
-        return dose
-    remarks.reinterpretations.append(f"{_DOSE} is below 10000: it is taken as MBq")
-    return dose * 1e6
+    in_mbq = dose < LEAST_DOSE_IN_BQ
+    dose_bq = dose * 1e6 if in_mbq else dose
+    least, largest = POSSIBLE_DOSE_IN_BQ
+    if not least <= dose_bq <= largest:
+        raise StudyError(
+            f"the injected dose can't be right ({_DOSE} is {dose:g}: neither as Bq nor as MBq is "
+            f"it within {least / 1e6:g} to {largest / 1e6:g} MBq; mCi or GBq?): "
+            "correct it in the header [Bq]"
+        )
+    if in_mbq:
+        remarks.reinterpretations.append(f"{_DOSE} is below 10000: it is taken as MBq")
+    return dose_bq
 
 
 def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
@@ -501,7 +515,14 @@ def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
         state = "is missing" if half_life_s is None else f"is {half_life_s:g}"
         raise StudyError(f"no half-life ({_HALF_LIFE} {state}): set it in the header [s]")
     of_nuclide_s = series.nuclide_half_life_s
-    if of_nuclide_s and abs(half_life_s / of_nuclide_s - 1) > SAME_HALF_LIFE:
+    difference = abs(half_life_s / of_nuclide_s - 1) if of_nuclide_s else 0.0
+    if difference > LARGEST_HALF_LIFE_DIFFERENCE:
+        raise StudyError(
+            f"the half-life can't be right ({_HALF_LIFE} is {half_life_s:g}, that of the nuclide "
+            f"in RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; minutes?): "
+            "correct it in the header [s]"
+        )
+    if difference > SAME_HALF_LIFE:
         remarks.warnings.append(
             Warning(
                 Kind.SUV,

@@ -423,8 +423,10 @@ def test_weight_in_grams() -> None:
     [
         ({"weight_kg": 999.9}, 999.9, DOSE_BQ),
         ({"weight_kg": 1000.0}, 1.0, DOSE_BQ),
-        ({"dose_bq": 9999.9}, WEIGHT_KG, 9999.9e6),
-        ({"dose_bq": 10_000.0}, WEIGHT_KG, 10_000.0),
+        ({"dose_bq": 20.0}, WEIGHT_KG, 20e6),
+        ({"dose_bq": 20e6}, WEIGHT_KG, 20e6),
+        ({"dose_bq": 5000.0}, WEIGHT_KG, 5e9),
+        ({"dose_bq": 5e9}, WEIGHT_KG, 5e9),
     ],
 )
 def test_where_grams_and_megabecquerels_begin(
@@ -433,6 +435,21 @@ def test_where_grams_and_megabecquerels_begin(
     series = replace(read_pet_series(pet_headers(1)), **change)
     per_suv = activity_per_suv(REFERENCE_S, weight_kg=weight_kg, dose_bq=dose_bq)
     assert suv_factors(series).factors * per_suv == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("dose", [0.3, 8.1, 19.9, 5000.1, 9999.9, 10_000.0, 300_000.0, 5.001e9])
+@pytest.mark.parametrize("decay_correction", ["START", "ADMIN"])
+def test_doses_in_gbq_or_mci_are_refused(dose: float, decay_correction: str) -> None:
+    """8.1 mCi was taken as 8.1 MBq: SUVs 37 times too large."""
+    header = {"RadionuclideTotalDose": dose, "DecayCorrection": decay_correction}
+    message = refusal(read_pet_series(pet_headers(1, **header)))
+    assert f"RadionuclideTotalDose (0018,1074) is {dose:g}" in message
+    assert "correct it in the header [Bq]" in message
+
+
+def test_the_dose_is_not_looked_at_where_the_values_are_suv() -> None:
+    series = read_pet_series(pet_headers(1, RadionuclideTotalDose=8.1, Units="GML"))
+    assert suv_factors(series).factors == pytest.approx(1)
 
 
 def test_strict_tells_every_reinterpretation() -> None:
@@ -607,28 +624,51 @@ def test_one_injection_for_slices_on_both_sides_of_midnight() -> None:
     assert minutes == pytest.approx([60 + 2.493, 65 + 2.493], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("code", "half_life_s", "warned"),
-    [
-        ("C-111A1", 6586.2, False),
-        ("77004003", 6588.0, False),
-        ("C-111A1", 4057.7, True),
-        ("C-111A1", 109.77, True),
-        ("35337001", 6586.2, True),
-        ("35337001", 4062.6, False),
-        ("no such code", 1200.0, False),
-    ],
-)
-def test_a_half_life_of_another_nuclide_is_a_warning(
-    code: str, half_life_s: float, warned: bool
-) -> None:
+def headers_of_nuclide(code: str, half_life_s: float) -> list[pydicom.Dataset]:
     headers = pet_headers(2, RadionuclideHalfLife=half_life_s)
     for header in headers:
         nuclide = pydicom.Dataset()
         nuclide.CodeValue = code
         header.RadiopharmaceuticalInformationSequence[0].RadionuclideCodeSequence = [nuclide]
+    return headers
+
+
+@pytest.mark.parametrize(
+    ("code", "half_life_s", "warned"),
+    [
+        ("C-111A1", 6586.2, False),
+        ("77004003", 6588.0, False),
+        ("C-111A1", 6586.2 * 1.011, True),
+        ("C-111A1", 6586.2 * 0.901, True),
+        ("35337001", 4062.6, False),
+        ("no such code", 1200.0, False),
+    ],
+)
+def test_a_half_life_off_that_of_the_nuclide_is_a_warning(
+    code: str, half_life_s: float, warned: bool
+) -> None:
+    headers = headers_of_nuclide(code, half_life_s)
     warnings = suv_factors(read_pet_series(headers)).provenance["warnings"]
     assert any(each.startswith("half-life disagrees") for each in warnings) is warned
+
+
+@pytest.mark.parametrize(
+    ("code", "half_life_s"),
+    [
+        ("C-111A1", 4057.7),
+        ("C-111A1", 109.77),
+        ("77004003", 6586.2 * 1.101),
+        ("35337001", 6586.2),
+        ("35337001", 67.6),
+    ],
+)
+def test_a_half_life_in_minutes_or_of_another_nuclide_is_refused(
+    code: str, half_life_s: float
+) -> None:
+    """109.77, taken as seconds, made SUVs of 4e10."""
+    message = refusal(read_pet_series(headers_of_nuclide(code, half_life_s)))
+    assert "RadionuclideHalfLife (0018,1075) is " in message
+    assert "minutes?" in message
 
 
 def test_disagreeing_times_of_injection_are_a_warning() -> None:

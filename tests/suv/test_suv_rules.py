@@ -59,6 +59,8 @@ def factors(scan: Scan) -> list[float]:
         weight_kg /= 1000
     if dose_bq < 10_000:
         dose_bq *= 1e6
+    if not 20e6 <= dose_bq <= 5000e6:
+        raise Refused
     if scan.decay_correction == "ADMIN":
         return [weight_kg * 1000 / dose_bq] * 3
     return [
@@ -116,7 +118,7 @@ def random_scan(rng: random.Random) -> Scan:
     states = vendor in (GE, SIEMENS) and rng.random() < 0.3
     return Scan(
         weight=rng.choice((70.0, 70.0, 80.5, 64.0, 70_000.0, 0.0, None)),
-        dose=rng.choice((3e8, 3e8, 1e8, 300.0, 9999.0, 10_000.0, -1.0, None)),
+        dose=rng.choice((3e8, 3e8, 1e8, 300.0, 3e8, 5e9, 8.1, 9999.0, -1.0, None)),
         half_life_s=rng.choice(HALF_LIVES_S),
         duration_s=rng.choice((300.0, 120.0, 0.0, None)),
         decay_correction=rng.choice(("START", "START", "START", "NONE", "ADMIN")),
