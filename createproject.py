@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "raw_project", type=Path, metavar="RAW_PROJECT", help="folder of <patient>/<study>/"
     )
@@ -381,10 +381,7 @@ def dry_run(options: argparse.Namespace) -> list[Outcome]:
     """Read headers, print what would be done with each study, write nothing."""
     folders = pseudonymised(options)
     studies, listed = plan(folders, options)
-    engine = cli.engine(options)
-    looked_at = run_studies(
-        foresee_study, studies, stage.worker_processes(engine, studies), dask=engine.dask
-    )
+    looked_at = run_studies(foresee_study, studies, cli.engine(options))
     foreseen = {
         outcome.hash: outcome.made or Foreseen(outcome.status, remarks=outcome.reason)
         for outcome in [*listed, *looked_at]

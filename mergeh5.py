@@ -37,7 +37,7 @@ from common.hdf5.studies import (
 )
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
 from common.run import cli, stage
-from common.run.fan_out import run_studies
+from common.run.fan_out import Engine, run_studies
 from common.run.output import exclusive, make_folder, replace_output, write_beside
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Status
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument("inputs", type=Path, nargs="+", metavar="FILE.h5", help="files to merge")
     parser.add_argument("-o", "--output", type=Path, metavar="ALL.h5", help="file to write")
     parser.add_argument(
@@ -335,7 +335,7 @@ def verify(options: argparse.Namespace) -> list[Outcome]:
             for key in keys
             if cli.in_shard(study_of(key, parameters), options.shard)
         ]
-    outcomes = run_studies(verify_datasets, stored, options.jobs, stage.report)
+    outcomes = run_studies(verify_datasets, stored, Engine(options.jobs), stage.report)
     if all(outcome.status == "written" for outcome in outcomes):
         for path in (path for path in options.inputs if path not in unreadable):
             try:

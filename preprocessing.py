@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument("zip", type=Path, metavar="PROJECT.zip", help="zip of createproject.py")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="PROJECT_3d.h5", help="file to write"

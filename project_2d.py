@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument("input", type=Path, metavar="ALL_3d.h5", help="file of 3D volumes")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="ALL_2d.h5", help="file to write"

@@ -30,10 +30,9 @@ from common.report.pictures import (
     voxel_of,
 )
 from common.run.atomic import clear_write_errors
-from common.run.fan_out import run_studies
+from common.run.fan_out import Engine, run_studies
 from common.run.output import parts_folder, writing_beside
 from common.run.pool import in_own_process
-from common.run.stage import Engine
 from common.run.worker import Job, Outcome
 
 logger = logging.getLogger("tumorvolume")
@@ -85,7 +84,7 @@ def write_report(
         Job(key, "", Card(studies_file, key, n_lesions), part=folder / f"{key}.html")
         for key in digests
     ]
-    rendered = run_studies(render_card, jobs, engine.n_workers, dask=engine.dask, notes=folder)
+    rendered = run_studies(render_card, jobs, engine, notes=folder)
     hidden = [outcome for outcome in rendered if outcome.status != "written"]
     for outcome in hidden:
         logger.warning("%s: is not shown in the report: %s", outcome.hash, outcome.reason)

@@ -1,7 +1,4 @@
-"""Files that are there complete or not at all, and clear words where one can't be written.
-
-One run at a time: the lock of an output.
-"""
+"""Files that are there complete or not at all, clear words where one can't be written, locks."""
 
 import errno
 import fcntl
@@ -15,7 +12,42 @@ from pathlib import Path
 
 from common.errors import StageError
 
-# --- atomic files ----------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path, temporary: Path) -> Iterator[Path]:
+    """Yield the temporary path; what is written there then takes the place of `path`, at once."""
+    with clear_write_errors(path):
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the entries of a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def behind_links(path: Path) -> Path:
+    """Return where a file is: a link to it stays, and large temporaries go to its disk."""
+    return Path(os.path.realpath(path))
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return the hidden name, of the same suffix, that a file is written under beside its place."""
+    real = behind_links(path)
+    return real.with_name(f".{real.stem}.tmp{real.suffix}")
+
+
+# --- files that can't be written -------------------------------------------------------------
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: make room",
@@ -36,33 +68,17 @@ _REMEDIES = {
 
 
 @contextmanager
-def writing(path: Path, temporary: Path) -> Iterator[Path]:
-    with clear_write_errors(path):
-        try:
-            yield temporary
-            sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def clear_write_errors(path: Path) -> Iterator[None]:
+    """Turn failures to write into a `StageError` that says why."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def behind_links(path: Path) -> Path:
-    """Return where a file is: a link to it stays, and large temporaries go to its disk."""
-    return Path(os.path.realpath(path))
-
-
-def temporary_beside(path: Path) -> Path:
-    """Return the hidden name, of the same suffix, that a file is written under beside its place."""
-    real = behind_links(path)
-    return real.with_name(f".{real.stem}.tmp{real.suffix}")
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        raise StageError(
+            f"{path.name} cannot be written: {_REMEDIES[error.errno]}, and run again; "
+            "finished studies are kept"
+        ) from error
 
 
 # --- what a killed worker leaves beside the output -------------------------------------------
@@ -89,20 +105,6 @@ def remove_listed(parts: Path) -> None:
             with suppress(OSError):
                 path.unlink()
     (parts / _LIST).unlink(missing_ok=True)
-
-
-@contextmanager
-def clear_write_errors(path: Path) -> Iterator[None]:
-    """Turn failures to write into a `StageError` that says why."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        raise StageError(
-            f"{path.name} cannot be written: {_REMEDIES[error.errno]}, and run again; "
-            "finished studies are kept"
-        ) from error
 
 
 # --- locking ---------------------------------------------------------------------------------

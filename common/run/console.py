@@ -1,7 +1,4 @@
-"""How far a run has come: a bar on a terminal, sparse plain lines elsewhere, as for cron.
-
-What a run says: the closing line, the log on the terminal and in a file, and nothing else.
-"""
+"""What a run says: its closing line, its log, how far it has come; and nothing else."""
 
 import argparse
 import logging
@@ -18,44 +15,11 @@ from common.run.worker import Outcome
 logger = logging.getLogger("tumorvolume")
 
 
-# --- progress --------------------------------------------------------------------------------
-
-
 PROGRESS = logging.WARNING - 5
 """Level of progress lines: shown by default, not with --quiet."""
 
-_EVERY_S = 60.0
 
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[Outcome], None]]:
-    """Yield what to call with each outcome: a bar on a terminal, sparse plain lines elsewhere."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        # Of no use elsewhere.
-        import tqdm
-
-        tqdm.tqdm.monitor_interval = 0
-        with tqdm.tqdm(total=total, unit="study", disable=total == 0) as bar:
-            yield lambda outcome: bar.update()
-    else:
-        yield _plain_lines(total)
-
-
-def _plain_lines(total: int) -> Callable[[Outcome], None]:
-    done, failed, last = 0, 0, time.monotonic()
-
-    def advance(outcome: Outcome) -> None:
-        nonlocal done, failed, last
-        done += 1
-        failed += outcome.status == "failed"
-        if done < total and time.monotonic() - last >= _EVERY_S:
-            last = time.monotonic()
-            logger.log(PROGRESS, "%d of %d studies done, %d failed", done, total, failed)
-
-    return advance
-
-
-# --- console ---------------------------------------------------------------------------------
+# --- stdout ----------------------------------------------------------------------------------
 
 
 def say(line: str) -> None:
@@ -77,23 +41,6 @@ def say_table(rows: Sequence[Sequence[str]]) -> None:
         say("  ".join(padded).rstrip())
 
 
-@contextmanager
-def quiet_python() -> Iterator[None]:
-    """Keep from stderr what Python and its libraries write there by themselves.
-
-    Warnings, and errors of destructors and threads, may quote the values of headers.
-    """
-    hooks = sys.unraisablehook, threading.excepthook
-    sys.unraisablehook = lambda error: None
-    threading.excepthook = lambda error: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.unraisablehook, threading.excepthook = hooks
-
-
 def open_standard_streams() -> None:
     """Open those that the shell has closed: a file opened in their place would get their text."""
     for descriptor in (0, 1, 2):
@@ -101,6 +48,9 @@ def open_standard_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+# --- the log, on stderr and in a file --------------------------------------------------------
 
 
 def set_up_logging(options: argparse.Namespace) -> None:
@@ -161,3 +111,53 @@ class _LineFormatter(logging.Formatter):
         if record.levelno >= logging.ERROR:
             return f"error: {text}"
         return f"warning: {text}" if record.levelno >= logging.WARNING else text
+
+
+@contextmanager
+def quiet_python() -> Iterator[None]:
+    """Keep from stderr what Python and its libraries write there by themselves.
+
+    Warnings, and errors of destructors and threads, may quote the values of headers.
+    """
+    hooks = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = lambda error: None
+    threading.excepthook = lambda error: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.unraisablehook, threading.excepthook = hooks
+
+
+# --- progress --------------------------------------------------------------------------------
+
+_EVERY_S = 60.0
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[Outcome], None]]:
+    """Yield what to call with each outcome: a bar on a terminal, sparse plain lines elsewhere."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        # Of no use elsewhere.
+        import tqdm
+
+        tqdm.tqdm.monitor_interval = 0
+        with tqdm.tqdm(total=total, unit="study", disable=total == 0) as bar:
+            yield lambda outcome: bar.update()
+    else:
+        yield _plain_lines(total)
+
+
+def _plain_lines(total: int) -> Callable[[Outcome], None]:
+    done, failed, last = 0, 0, time.monotonic()
+
+    def advance(outcome: Outcome) -> None:
+        nonlocal done, failed, last
+        done += 1
+        failed += outcome.status == "failed"
+        if done < total and time.monotonic() - last >= _EVERY_S:
+            last = time.monotonic()
+            logger.log(PROGRESS, "%d of %d studies done, %d failed", done, total, failed)
+
+    return advance

@@ -36,11 +36,12 @@ import threadpoolctl
 
 from common.errors import StageError
 from common.run.atomic import clear_write_errors
-from common.run.machine import LOCAL_CLUSTER, default_jobs
 from common.run.pool import keep_memory
 from common.run.signals import uninterrupted
 from common.run.worker import Job, Line, Outcome, Worker, attempt, keep_log_lines, saying_nothing
 from common.version import VERSION
+
+logger = logging.getLogger("tumorvolume")
 
 # --- a study in a worker process of the cluster ----------------------------------------------
 
@@ -136,8 +137,6 @@ def _refuse_other_environment(expected: Mapping[str, str]) -> None:
 
 # --- studies on the cluster, in the parent ---------------------------------------------------
 
-logger = logging.getLogger("tumorvolume")
-
 CONNECT_S = 15
 """How long a scheduler may take to answer at first."""
 
@@ -164,9 +163,9 @@ def run_on_cluster(
     jobs : sequence of Job
         All their paths are absolute.
     address : str
-        Of the scheduler, or the path of its scheduler file, or "local".
+        Of the scheduler, or the path of its scheduler file.
     most : int, optional
-        Workers of a local cluster; elsewhere, how many studies may be under way at once.
+        How many studies may be under way at once.
     notes : Path, optional
         Folder that all workers share, for notes on the studies under way; without it the
         scheduler's setting ``allowed-failures`` decides when a study is failed.
@@ -179,40 +178,65 @@ def run_on_cluster(
     """
     if not jobs:
         return
-    with uninterrupted() as raise_interruption, _client(address, most, len(jobs)) as client:
+    with uninterrupted() as raise_interruption, _client(address) as client:
         raise_interruption()
-        send = _sender(client, worker, jobs, notes)
-        waiting = deque(range(len(jobs)))
-        under_way: dict[str, tuple[int, Any]] = {}
-        lost: Counter[int] = Counter()
-        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        room = _room(client, None if address == LOCAL_CLUSTER else most)
-        while waiting or under_way:
-            raise_interruption()
-            at_once = next(room)
-            while waiting and len(under_way) < at_once:
-                index = waiting.popleft()
-                future = send(index)
-                under_way[future.key] = index, future
-                future.add_done_callback(ended.put)
-            try:
-                future = ended.get(timeout=_POLL_S)
-                answer = _answer(future)
-            except queue.Empty:
-                continue
-            except TimeoutError:
-                # Its result is on the way, or went down with its worker and is made again.
-                ended.put(future)
-                continue
-            index, _ = under_way.pop(future.key)
-            future.release()
-            if answer is not None:
-                yield index, _outcome(*answer)
-            elif notes is not None and lost[index] < MOST_DEATHS:
-                lost[index] += 1
-                waiting.append(index)
-            else:
-                yield index, _killed_too_often(jobs[index])
+        yield from _outcomes(client, worker, jobs, most, notes, raise_interruption)
+
+
+def run_on_local_cluster(
+    worker: Worker, jobs: Sequence[Job], n_workers: int, notes: Path | None
+) -> Generator[tuple[int, Outcome]]:
+    """Do as `run_on_cluster` does, by a cluster on this machine that ends with the run."""
+    if not jobs:
+        return
+    with (
+        uninterrupted() as raise_interruption,
+        _local_client(min(n_workers, len(jobs))) as client,
+    ):
+        raise_interruption()
+        yield from _outcomes(client, worker, jobs, None, notes, raise_interruption)
+
+
+def _outcomes(
+    client: Any,
+    worker: Worker,
+    jobs: Sequence[Job],
+    most: int | None,
+    notes: Path | None,
+    raise_interruption: Callable[[], None],
+) -> Iterator[tuple[int, Outcome]]:
+    send = _sender(client, worker, jobs, notes)
+    waiting = deque(range(len(jobs)))
+    under_way: dict[str, tuple[int, Any]] = {}
+    lost: Counter[int] = Counter()
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    room = _room(client, most)
+    while waiting or under_way:
+        raise_interruption()
+        at_once = next(room)
+        while waiting and len(under_way) < at_once:
+            index = waiting.popleft()
+            future = send(index)
+            under_way[future.key] = index, future
+            future.add_done_callback(ended.put)
+        try:
+            future = ended.get(timeout=_POLL_S)
+            answer = _answer(future)
+        except queue.Empty:
+            continue
+        except TimeoutError:
+            # Its result is on the way, or went down with its worker and is made again.
+            ended.put(future)
+            continue
+        index, _ = under_way.pop(future.key)
+        future.release()
+        if answer is not None:
+            yield index, _outcome(*answer)
+        elif notes is not None and lost[index] < MOST_DEATHS:
+            lost[index] += 1
+            waiting.append(index)
+        else:
+            yield index, _killed_too_often(jobs[index])
 
 
 def _outcome(outcome: Outcome | StageError, lines: Sequence[Line]) -> Outcome:
@@ -227,20 +251,11 @@ def _outcome(outcome: Outcome | StageError, lines: Sequence[Line]) -> Outcome:
 
 
 @contextmanager
-def _client(address: str, most: int | None, n_jobs: int) -> Iterator[Any]:
+def _client(address: str) -> Iterator[Any]:
     """Yield a client of the cluster; at the end what is under way is given up."""
     import distributed
 
-    for name in _TALKATIVE:
-        logging.getLogger(name).handlers = [logging.NullHandler()]
-        logging.getLogger(name).propagate = False
-    if address == LOCAL_CLUSTER:
-        with (
-            _local_cluster(min(most or default_jobs(0), n_jobs)) as cluster,
-            distributed.Client(cluster, set_as_default=False) as client,
-        ):
-            yield client
-        return
+    _silence_dask()
     try:
         place = _scheduler_address(address)
         _await_scheduler(place)
@@ -254,6 +269,12 @@ def _client(address: str, most: int | None, n_jobs: int) -> Iterator[Any]:
     finally:
         with suppress(TimeoutError, OSError):
             client.close(timeout=_CLOSE_S)
+
+
+def _silence_dask() -> None:
+    for name in _TALKATIVE:
+        logging.getLogger(name).handlers = [logging.NullHandler()]
+        logging.getLogger(name).propagate = False
 
 
 def _scheduler_address(address: str) -> str:
@@ -290,6 +311,19 @@ def _await_scheduler(address: str) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(_POLL_S)
+
+
+@contextmanager
+def _local_client(n_workers: int) -> Iterator[Any]:
+    """Yield a client of a cluster of its own."""
+    import distributed
+
+    _silence_dask()
+    with (
+        _local_cluster(n_workers) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
 
 
 @contextmanager
@@ -331,7 +365,7 @@ def _local_cluster(n_workers: int) -> Iterator[Any]:
 
 
 def _room(client: Any, most: int | None) -> Iterator[int]:
-    """Yield how many studies may be under way: two a worker process, so that none waits."""
+    """Yield how many studies may be under way: `most`, or two a worker, so that none waits."""
     n_workers, last_look, last_seen, last_told = 0, 0.0, time.monotonic(), 0.0
     while True:
         now = time.monotonic()

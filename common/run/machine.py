@@ -12,10 +12,6 @@ _UNLIMITED = 1 << 60
 """Limits from here on are version 1's way to say "none" [bytes]."""
 
 
-LOCAL_CLUSTER = "local"
-"""The address that stands for a dask cluster of this run's own, on this machine."""
-
-
 def default_jobs(bytes_per_study: int) -> int:
     """Return how many studies to work on at once.
 

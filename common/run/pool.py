@@ -40,7 +40,6 @@ from common.run.worker import (
 
 logger = logging.getLogger("tumorvolume")
 
-
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 """Pinned, since Python's default varies. A fork starts in milliseconds, for one study too and
 where a dead worker is replaced; forkserver and spawn start a fresh interpreter, which imports

@@ -21,8 +21,7 @@ from common.run.atomic import (
     temporary_beside,
 )
 from common.run.console import PROGRESS
-from common.run.fan_out import run_studies
-from common.run.machine import LOCAL_CLUSTER, default_jobs
+from common.run.fan_out import Engine, run_studies
 from common.run.worker import Job, Outcome, Worker
 
 logger = logging.getLogger("tumorvolume")
@@ -72,14 +71,6 @@ class Stage:
     write_beside: WriteBeside = _write_nothing
     name: str = ""
     known_skips: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Who does the work: worker processes (None: as many as fit), or those of a dask scheduler."""
-
-    n_workers: int | None = None
-    dask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +132,7 @@ def _plan(stage: Stage, *, force: bool) -> _Plan:
         if finished.get(job.hash) == job.fingerprint and job.has_all_beside
     }
     parts = {
-        job.hash: folder / _part_name(job, stage.output)
+        job.hash: folder / part_name(job, stage.output)
         for job in stage.studies
         if job.hash not in kept
     }
@@ -177,7 +168,8 @@ def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping
         return None
 
 
-def _part_name(job: Job, output: Path) -> str:
+def part_name(job: Job, output: Path) -> str:
+    """Return the name of a study's finished part, which tells what it was made from."""
     return f"{job.hash}.{job.fingerprint[:16]}{output.suffix}"
 
 
@@ -191,7 +183,7 @@ def _remove_replaced(stage: Stage) -> None:
     beside = {job.hash: job for job in stage.studies if job.beside}
     for part in sorted(parts.iterdir()) if beside and parts.is_dir() else ():
         job = beside.get(part.name.removesuffix(output.suffix).rpartition(".")[0])
-        if job is not None and part.name != _part_name(job, output):
+        if job is not None and part.name != part_name(job, output):
             for path in (*job.beside, part):
                 path.unlink(missing_ok=True)
 
@@ -220,9 +212,8 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
         computed = run_studies(
             stage.worker,
             plan.todo,
-            worker_processes(engine, plan.todo),
+            engine,
             lambda outcome: report(outcome, stage.known_skips),
-            engine.dask,
             parts,
         )
     finally:
@@ -237,18 +228,6 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
         else found.get(job.hash, Outcome(job.hash, "written"))
         for job in stage.studies
     ]
-
-
-def worker_processes(engine: Engine, studies: Sequence[Job]) -> int | None:
-    """Return how many worker processes to start; None where a cluster has its own."""
-    if engine.n_workers is not None or engine.dask not in (None, LOCAL_CLUSTER):
-        return engine.n_workers
-    needed = max((job.memory for job in studies), default=0)
-    n_workers = default_jobs(needed)
-    logger.info(
-        "%d worker processes; the largest study takes about %.1f GB", n_workers, needed / 1e9
-    )
-    return n_workers
 
 
 # --- replace ---------------------------------------------------------------------------------

@@ -30,11 +30,11 @@ RUN = """
 import importlib, json, resource, sys, time
 began = time.perf_counter()
 from common.run import stage
-expected, processes = [], stage.worker_processes
-def noting(engine, todo):
-    expected.extend(job.memory for job in todo)
-    return processes(engine, todo)
-stage.worker_processes = noting
+expected, run_studies = [], stage.run_studies
+def noting(worker, jobs, *more):
+    expected.extend(job.memory for job in jobs)
+    return run_studies(worker, jobs, *more)
+stage.run_studies = noting
 script, arguments = sys.argv[1], sys.argv[2:]
 status = importlib.import_module(script).main(arguments)
 assert status == 0, status

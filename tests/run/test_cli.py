@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.parser("Does it.", "  python script.py")
+    made = cli.make_parser("Does it.", "  python script.py")
     made.add_argument("-o", "--output", type=Path, required=True)
     made.add_argument("--spacing", nargs=3)
     cli.add_run_options(made)
@@ -64,7 +64,7 @@ from pathlib import Path
 from common.errors import StageError
 from common.run import cli
 from common.run.worker import Outcome
-parser = cli.parser("Does it.", "  python script.py")
+parser = cli.make_parser("Does it.", "  python script.py")
 parser.add_argument("-o", "--output", type=Path, default=Path("out.h5"))
 cli.add_run_options(parser)
 options = parser.parse_args()
@@ -300,7 +300,7 @@ def test_closed_streams_do_not_stop_a_run(closed, tmp_path):
     code = tmp_path / "script.py"
     code.write_text(
         HEAD
-        + "from common.run.fan_out import run_studies\n"
+        + "from common.run.fan_out import Engine, run_studies\n"
         + "from common.run.worker import Job, Written\n"
         + "def work(job):\n"
         + "    with open(job.work, 'w') as stream:\n"
@@ -309,7 +309,7 @@ def test_closed_streams_do_not_stop_a_run(closed, tmp_path):
         + "def stage():\n"
         + "    log.warning('x')\n"
         + "    work(Job('', '', 'whole'))\n"
-        + "    return run_studies(work, [Job('a', '', 'part')], 1)\n"
+        + "    return run_studies(work, [Job('a', '', 'part')], Engine(1))\n"
         + "sys.exit(cli.run(options, stage))\n"
     )
     run = subprocess.run(

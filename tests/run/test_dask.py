@@ -27,6 +27,7 @@ import preprocessing
 import project_2d
 from common.errors import StageError
 from common.run import cli, dask, fan_out
+from common.run.fan_out import Engine
 from common.run.worker import Job, Outcome
 
 distributed = pytest.importorskip("distributed", reason="dask[distributed] is not installed")
@@ -130,9 +131,13 @@ def at_line(words: str, do: Callable[[], object]) -> Iterator[None]:
     assert told, f"no line ends with {words!r}"
 
 
-def run_studies(cluster: Cluster, notes: Path | None, *payloads, **more) -> list[Outcome]:
+def run_studies(
+    cluster: Cluster, notes: Path | None, *payloads, n_workers: int | None = None, **more
+) -> list[Outcome]:
     jobs = [Job(f"study{number}", "", payload) for number, payload in enumerate(payloads)]
-    return fan_out.run_studies(behave, jobs, dask=cluster.address, notes=notes, **more)
+    return fan_out.run_studies(
+        behave, jobs, Engine(n_workers, cluster.address), notes=notes, **more
+    )
 
 
 def folders(tmp_path: Path, *names: str) -> list[Path]:
@@ -272,7 +277,7 @@ def test_the_dashboard_shows_each_study_by_its_hash(cluster, tmp_path):
 
         with meanwhile(note_names):
             jobs = [Job(each, "", ("wait for", go)) for each in sorted(hashes)]
-            fan_out.run_studies(behave, jobs, dask=cluster.address, notes=tmp_path)
+            fan_out.run_studies(behave, jobs, Engine(dask=cluster.address), notes=tmp_path)
     assert names == hashes
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled
+from common.run import fan_out, stage
 from common.run import output as outputs
-from common.run import stage
+from common.run.fan_out import Engine
 from common.run.output import exclusive, write_beside, writing_part
-from common.run.stage import Engine, Stage, present_content, run_stage
+from common.run.stage import Stage, present_content, run_stage
 from common.run.worker import Job, Written
 
 pytestmark = pytest.mark.timeout(120)
@@ -212,9 +213,9 @@ def test_parts_of_an_interrupted_run_are_used_if_their_input_is_the_same(folder,
     parts.mkdir()
     plan = studies(a="1", b="1", c="1")
     for study, text in zip(plan[:2], ("a from before\n", "b from before\n"), strict=True):
-        (parts / stage._part_name(study, folder.output)).write_text(text)
+        (parts / stage.part_name(study, folder.output)).write_text(text)
     (parts / "c.0123456789abcdef.txt").write_text("c of other options\n")
-    (parts / f"{stage._part_name(plan[2], folder.output)}.77.tmp").write_text("c half")
+    (parts / f"{stage.part_name(plan[2], folder.output)}.77.tmp").write_text("c half")
     (parts / "assembled.tmp.txt").write_text("half")
     folder.run(plan)
     assert folder.attempted == ["c"]
@@ -227,7 +228,7 @@ def test_force_throws_parts_away(folder):
     plan = studies(a="1")
     parts = folder.output.with_name("out.txt.parts")
     parts.mkdir()
-    (parts / stage._part_name(plan[0], folder.output)).write_text("a from before\n")
+    (parts / stage.part_name(plan[0], folder.output)).write_text("a from before\n")
     with exclusive(folder.output, force=True):
         assert not parts.exists()
 
@@ -277,7 +278,7 @@ def test_failures_are_listed_while_there_are_any(folder, tmp_path):
 
 def test_default_jobs_follow_the_largest_study_to_compute(folder, logged, monkeypatch):
     asked = []
-    monkeypatch.setattr(stage, "default_jobs", lambda needed: asked.append(needed) or 1)
+    monkeypatch.setattr(fan_out, "default_jobs", lambda needed: asked.append(needed) or 1)
     plan = [Job("a", "1", "x", memory=7), Job("b", "1", "x", memory=3_000_000_000)]
     for finished, jobs in (({}, None), ({"b": "1"}, None), ({}, 2)):
         with exclusive(folder.output):
