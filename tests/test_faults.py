@@ -7,6 +7,7 @@ them, and prints what became of each (pytest -s).
 """
 
 import ctypes
+import itertools
 import os
 import random
 import re
@@ -115,22 +116,26 @@ class Point:
 
 
 def points(stage: Stage, whole: Path) -> list[Point]:
-    """Return the points where a process reads or writes a file of the run: all, or a sample."""
+    """Return all points, or a sample, where each process that comes so far is at a file of the run.
+
+    Elsewhere they would fail at Python's own files, and at pipes, of every new worker.
+    """
     run, lines = traced(stage, whole, f"--trace={','.join(CALLS)}")
     assert run.status == 0, run.stderr
     counts: Counter[tuple[str, str]] = Counter()
-    places = set()
+    here, elsewhere = set(), set()
     for process, call, rest in re.findall(r"^(\d+) +(\w+)\((.*)", "\n".join(lines), re.MULTILINE):
         counts[process, call] += 1
-        if str(whole) in rest or str(whole.resolve()) in rest:
-            places.add((call, counts[process, call]))
-    found = [
-        Point(*place, error, has_output)
-        for place in sorted(places)
-        for error in ERRORS
-        for has_output in (False, True)
-    ]
-    return found if EVERY else random.Random(stage.name).sample(found, SAMPLE)
+        paths = re.sub(r"^AT_FDCWD<[^>]*>", "", rest)
+        is_here = str(whole.parents[1]) in paths
+        (here if is_here else elsewhere).add((call, counts[process, call]))
+    tried = itertools.product(sorted(here - elsewhere), ERRORS)
+    found = [Point(*place, error, k % 2 == 1) for k, (place, error) in enumerate(tried)]
+    if EVERY:
+        return found
+    choose = random.Random(stage.name)
+    calls = choose.sample(sorted({point.call for point in found}), SAMPLE)
+    return [choose.choice([point for point in found if point.call == call]) for call in calls]
 
 
 # --- what must hold --------------------------------------------------------------------------
