@@ -22,7 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ from common.raw.project import StudyFolder, files_of, image_bytes, list_files
 from common.raw.pseudonyms import studies_by_hash
 from common.raw.words import ROLE_NAMES, WORDS
 from common.run import cli, console, stage
+from common.run.atomic import behind_links, locked
 from common.run.fan_out import run_studies
 from common.run.output import exclusive, writing_part
 from common.run.worker import Job, Outcome, Status, Written
@@ -60,6 +61,9 @@ LONGEST_DIGEST = 64
 
 MEMORY_BASE, MEMORY_PER_BYTE = 150_000_000, 3
 """What a worker takes, and takes besides for each byte of an image, at most [bytes]."""
+
+MAPPING_PATIENCE_S = 60.0
+"""How long another run, a shard of the same project say, may hold the mapping: it needs less."""
 
 N_LOOKED_INTO = 8
 """Studies whose headers tell the size of their images."""
@@ -216,8 +220,10 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
     load_library()
     with exclusive(options.output, force=options.force, lock=options.lock):
         folders = pseudonymised(options)
-        known = mapping.read(options.mapping)
-        known_skips = {row.hash: row.reason for row in known if row.status == "skipped"}
+        known = {
+            row.hash: row for row in mapping.read(options.mapping) if row.project == options.name
+        }
+        known_skips = {row.hash: row.reason for row in known.values() if row.status == "skipped"}
         studies, outcomes = plan(folders, options)
         for outcome in outcomes:
             stage.report(outcome, known_skips)
@@ -308,10 +314,10 @@ def status_of(error: StudyError) -> Status:
     return "skipped" if isinstance(error, IncompleteStudy) else "failed"
 
 
-def read_finished(path: Path, known: Sequence[mapping.Row]) -> dict[str, str]:
+def read_finished(path: Path, known: Mapping[str, mapping.Row]) -> dict[str, str]:
     """Return the fingerprints of the studies that a zip holds, unknown ones empty."""
     archived = project_zip.read_directory(path)
-    input_of = {row.output: row.input for row in known}
+    input_of = {row.output: row.input for row in known.values()}
     finished = {study.hash: input_of.get(study.content, "") for study in archived.values()}
     if not all(finished.values()):
         logger.warning(
@@ -331,7 +337,7 @@ def convert_study(job: Job) -> Written:
     images = read_study(found, raw.conversion)
     with writing_part(job.part) as temporary:
         project_zip.write_part(temporary, raw.project, job.hash, images.by_role, images.record)
-    return Written(images.warnings)
+    return Written(images.warnings, images.taken)
 
 
 def write_mapping(
@@ -345,33 +351,57 @@ def write_mapping(
 
     Rows of other projects and of other shards are kept. Without a new zip no study is written.
     """
-    inputs = {study.hash: study.fingerprint for study in studies}
+    jobs = {study.hash: study for study in studies}
     archived = project_zip.read_directory(zip_path) if zip_path is not None else {}
-    by_hash = {outcome.hash: outcome for outcome in outcomes}
-    rows = [
-        row
-        for row in mapping.read(options.mapping)
-        if row.hash not in folders
-        and (row.project != options.name or not cli.in_shard(row.hash, options.shard))
-    ]
-    for study_hash, folder in folders.items():
-        outcome = by_hash[study_hash]
-        held = archived.get(study_hash)
-        rows.append(
-            mapping.Row(
+    lock = locked(behind_links(options.mapping), MAPPING_PATIENCE_S)
+    with lock if options.lock else nullcontext():
+        old = mapping.read(options.mapping)
+        known = {row.hash: row for row in old if row.project == options.name}
+        new = []
+        for outcome in outcomes:
+            folder, held = folders[outcome.hash], archived.get(outcome.hash)
+            row = mapping.Row(
                 project=options.name,
                 patient=folder.patient,
                 study=folder.study,
-                hash=study_hash,
+                hash=outcome.hash,
                 status="written" if held is not None else outcome.status,
-                reason=outcome.reason,
-                found=outcome.private,
-                input=inputs.get(study_hash, "") if held is not None else "",
-                output=held.content if held is not None else "",
+                reason=mapping.shortened(outcome.reason),
+                found=mapping.shortened(outcome.private),
             )
-        )
-    rows.sort(key=lambda row: (row.project, row.patient, row.study))
-    mapping.write(options.mapping, rows)
+            if held is not None:
+                taken = sources_of(outcome, jobs[outcome.hash], known.get(outcome.hash))
+                row = replace(
+                    row, **taken, input=jobs[outcome.hash].fingerprint, output=held.content
+                )
+            new.append(row)
+        in_shard = (h for h in known if cli.in_shard(h, options.shard))
+        mapping.write(options.mapping, mapping.merged(old, new, options.name, in_shard))
+
+
+def sources_of(outcome: Outcome, job: Job, known: mapping.Row | None) -> dict[str, str]:
+    """Return what a study was made from: the cells of its row in the mapping.
+
+    Its worker told, or the mapping does; of a part that an interrupted run has finished only
+    the files are named.
+    """
+    if outcome.made is not None:
+        taken = asdict(outcome.made.private)
+    elif known is not None and known.input == job.fingerprint:
+        taken = {name: getattr(known, name) for name in ("ct", "pet", "mask", "regions")}
+    else:
+        from common.raw import roles
+        from common.raw.study import taken_from
+
+        raw: RawStudy = job.work
+        needed = raw.conversion.needs_header
+        try:
+            taken = asdict(
+                taken_from(roles.find_roles(raw.folder, raw.patterns, header_needed=needed), ())
+            )
+        except StudyError:
+            return {}
+    return {name: mapping.shortened(text) for name, text in taken.items()}
 
 
 # --- the dry run -----------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -287,6 +289,43 @@ def test_one_mapping_serves_several_projects(run, small_project, tmp_path):
         run("--mapping", tmp_path / "m.csv", raw=tmp_path / name, output=tmp_path / f"{name}.zip")
     projects = {key: row["project"] for key, row in mapping_of(tmp_path / "m.csv").items()}
     assert projects == {("p0", "scan"): "A", ("Doe", "nifti"): "B"}
+
+
+def test_the_mapping_tells_what_was_taken(run, tmp_path):
+    """It named the files of failed studies only."""
+    layouts.nifti_with_header(tmp_path / "raw")
+    layouts.subfolders(tmp_path / "raw", "dicom")
+    run()
+    rows = mapping_of(tmp_path / "project_mapping.csv").values()
+    taken = {row["ct"]: [row["pet"], row["mask"], row["regions"]] for row in rows}
+    assert taken.pop("CT.nii.gz") == ["PET.nii.gz", "MASK.nii.gz", ""]
+    ((ct, (pet, mask, regions)),) = taken.items()
+    assert ct.endswith("(6 slices)")
+    assert pet.endswith("(6 slices)")
+    assert mask.startswith("MASK/")
+    assert regions
+    content = (tmp_path / "project_mapping.csv").read_bytes()
+    run()
+    assert (tmp_path / "project_mapping.csv").read_bytes() == content
+
+
+def test_shards_that_end_at_once_share_a_mapping(made, tmp_path):
+    """Each read it before the other had written, and one's rows were lost."""
+    for number in range(4):
+        shutil.copytree(made["p1"], tmp_path / "raw" / f"q{number}" / "scan")
+    script = str(Path(createproject.__file__))
+    shards = [
+        subprocess.Popen(
+            [sys.executable, script, "raw", "-o", f"{n}.zip", "--mapping", "m.csv"]
+            + ["--shard", f"{n}/3", "-j", "1"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+        )
+        for n in (1, 2, 3)
+    ]
+    assert {shard.wait() for shard in shards} <= {0, 1}
+    assert len(mapping_of(tmp_path / "m.csv")) == 7
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_a_file_that_is_no_mapping_stops_the_run_before_any_work(run, small_project, tmp_path):
@@ -614,7 +653,7 @@ def test_a_study_that_vanished_is_dropped_and_told(run, made, tmp_path):
     assert "no longer in the input and stay out" in log
     images, records = read_zip(tmp_path / "project.zip")
     assert images.keys() == records.keys() == {hash_of(p, "scan") for p in ("p0", "p2")}
-    assert ("p1", "scan") not in mapping_of(tmp_path / "project_mapping.csv")
+    assert mapping_of(tmp_path / "project_mapping.csv")["p1", "scan"]["status"] == "gone"
 
 
 def test_a_study_that_fails_now_is_dropped(run, made, tmp_path):

@@ -121,8 +121,10 @@ def lock_file(output: Path) -> Path:
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
+def locked(output: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Hold ``OUTPUT.lock`` in the body; the kernel frees it where this process is killed.
+
+    Another run may hold it for `patience_s`.
 
     Raises
     ------
@@ -131,7 +133,7 @@ def locked(output: Path) -> Iterator[None]:
     """
     lock = lock_file(output)
     try:
-        descriptor = _open_locked(lock)
+        descriptor = _open_locked(lock, patience_s)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             with suppress(OSError):
@@ -154,8 +156,8 @@ def locked(output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_locked(lock: Path) -> int:
-    orphans_end = time.monotonic() + _ORPHANS_END_S
+def _open_locked(lock: Path, patience_s: float) -> int:
+    begin = time.monotonic()
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -163,7 +165,8 @@ def _open_locked(lock: Path) -> int:
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
-            if _is_dead(holder) and time.monotonic() < orphans_end:
+            wait_s = max(patience_s, _ORPHANS_END_S if _is_dead(holder) else 0.0)
+            if time.monotonic() < begin + wait_s:
                 time.sleep(0.05)
                 continue
             raise StageError(
