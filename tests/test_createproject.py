@@ -316,8 +316,19 @@ def test_shards_that_end_at_once_share_a_mapping(made, tmp_path):
     script = str(Path(createproject.__file__))
     shards = [
         subprocess.Popen(
-            [sys.executable, script, "raw", "-o", f"{n}.zip", "--mapping", "m.csv"]
-            + ["--shard", f"{n}/3", "-j", "1"],
+            [
+                sys.executable,
+                script,
+                "raw",
+                "-o",
+                f"{n}.zip",
+                "--mapping",
+                "m.csv",
+                "--shard",
+                f"{n}/3",
+                "-j",
+                "1",
+            ],
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
         )
