@@ -20,6 +20,7 @@ In a stacked 2D file ``image``, ``mask`` and ``mask_iso`` are datasets, (N, 2, X
 import importlib.util
 import itertools
 import json
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -230,6 +231,12 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     except PermissionError as error:
         raise StageError(f"{path}: no permission to read it") from error
     except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno:
+            # The system's refusal; of a file's content HDF5 tells no number.
+            reason = os.strerror(error.errno)
+            raise StageError(
+                f"{path}: cannot be read ({reason}): check the disk, and run again"
+            ) from error
         raise StageError(f"{path}: not an HDF5 file, or truncated: make it again") from error
     try:
         with file:

@@ -23,8 +23,11 @@ def writing(path: Path, temporary: Path) -> Iterator[Path]:
             yield temporary
             sync(temporary)
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            # The next run removes what can't be removed now.
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def sync(path: Path) -> None:
@@ -152,8 +155,11 @@ def locked(output: Path, patience_s: float = 0.0) -> Iterator[None]:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        # The output may have been replaced by now: what follows changes nothing of it.
+        with suppress(OSError):
+            lock.unlink()
+        with suppress(OSError):
+            os.close(descriptor)
 
 
 def _open_locked(lock: Path, patience_s: float) -> int:

@@ -197,6 +197,14 @@ def test_what_is_no_file_of_studies_is_refused_by_name(kind, tmp_path):
         stored.read_keys(path)
 
 
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path):
+    """A disk that failed once had a sound file made again; here a link to itself is refused."""
+    path = tmp_path / "a.h5"
+    path.symlink_to(path)
+    with pytest.raises(StageError, match=r"a\.h5: cannot be read \(Too many levels of symbolic"):
+        stored.read_keys(path)
+
+
 def test_file_without_parameters_is_refused(tmp_path):
     path = write(tmp_path / "a.h5", {"a": study_arrays()})
     with h5py.File(path, "r+") as file:

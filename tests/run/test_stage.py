@@ -208,14 +208,25 @@ def test_a_failed_and_a_skipped_study_stay_out_and_are_tried_again(folder):
         assert folder.output.read_text() == "b 1\n"
 
 
+def interrupted(folder: Folder, plan: list[Job]) -> Path:
+    """Run a stage that ends before its parts are assembled, and return their folder."""
+
+    def stop(path, sources):
+        raise StageError("interrupted")
+
+    with pytest.raises(StageError, match="interrupted"), exclusive(folder.output):
+        run(folder.output, plan, {}, work, stop, 1)
+    return folder.output.with_name("out.txt.parts")
+
+
 def test_parts_of_an_interrupted_run_are_used_if_their_input_is_the_same(folder, logged):
-    parts = folder.output.with_name("out.txt.parts")
-    parts.mkdir()
     plan = studies(a="1", b="1", c="1")
-    for study, text in zip(plan[:2], ("a from before\n", "b from before\n"), strict=True):
-        (parts / stage.part_name(study, folder.output)).write_text(text)
+    parts = interrupted(folder, plan)
+    for part in parts.iterdir():
+        part.write_text(f"{part.name[0]} from before\n")
+    [of_c] = parts.glob("c.*")
+    of_c.rename(f"{of_c}.77.tmp")
     (parts / "c.0123456789abcdef.txt").write_text("c of other options\n")
-    (parts / f"{stage.part_name(plan[2], folder.output)}.77.tmp").write_text("c half")
     (parts / "assembled.tmp.txt").write_text("half")
     folder.run(plan)
     assert folder.attempted == ["c"]
@@ -225,10 +236,8 @@ def test_parts_of_an_interrupted_run_are_used_if_their_input_is_the_same(folder,
 
 
 def test_force_throws_parts_away(folder):
-    plan = studies(a="1")
-    parts = folder.output.with_name("out.txt.parts")
-    parts.mkdir()
-    (parts / stage.part_name(plan[0], folder.output)).write_text("a from before\n")
+    parts = interrupted(folder, studies(a="1"))
+    assert len(list(parts.iterdir())) == 1
     with exclusive(folder.output, force=True):
         assert not parts.exists()
 
@@ -557,6 +566,23 @@ def test_a_lock_file_that_its_last_holder_removes_meanwhile_is_made_again(folder
     with exclusive(folder.output):
         assert len(calls) == 2
         assert lock.exists()
+
+
+def test_a_new_output_is_a_success_though_nothing_can_be_removed_after_it(folder, monkeypatch):
+    """Status 1 said that the output is as it was, and it was new."""
+    unlink = os.unlink
+
+    def fail_on_lock_and_temporary(path, **options):
+        if str(path).endswith((".lock", "assembled.tmp.txt")):
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", fail_on_lock_and_temporary)
+    assert folder.run(studies(a="1")) == ["written"]
+    assert folder.output.read_text() == "a 1\n"
+    monkeypatch.undo()
+    assert folder.run(studies(a="1", b="1")) == ["unchanged", "written"]
+    assert folder.left == ["out.txt"]
 
 
 def test_a_missing_folder_is_named(tmp_path):
