@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled
-from common.run import fan_out, stage
+from common.run import fan_out
 from common.run import output as outputs
 from common.run.fan_out import Engine
 from common.run.output import exclusive, write_beside, writing_part
