@@ -6,7 +6,8 @@ Radioactive decay: the moment PET values refer to, and how long after injection 
 
 Pure. The rules, as they are named in the provenance of a study:
 
-    12a  START: the decay reference the vendor states, on every slice (GE, Siemens)
+    12a  START: the decay reference the vendor states, on every slice (GE, Siemens), unless it was
+         dummied by an anonymiser
     12b  START: the start of the series, where it is not later than the earliest acquisition
     12c  START, the start of the series rewritten by post-processing: back from each frame, to
          acquisition - FrameReferenceTime (GE), acquisition + T_ave - FrameReferenceTime (others)
@@ -184,6 +185,12 @@ DISAGREEMENT_S = 60.0
 LONGEST_SCAN_S = 43_200.0
 """Difference [s] in uptake between slices beyond which a date or time must be wrong."""
 
+LONGEST_UPTAKE_S = 43_200.0
+"""Uptake [s] beyond which the vendor's decay reference of a short-lived nuclide was dummied."""
+
+STATED_REFERENCE = {"GE": "decay reference (0009,100D)", "SIEMENS": "decay reference (0071,1022)"}
+"""Where vendors state the moment that values refer to."""
+
 _SERIES_TIME = "SeriesDate (0008,0021), SeriesTime (0008,0031)"
 _ACQUISITION_TIME = "AcquisitionDate (0008,0022), AcquisitionTime (0008,0032)"
 _FRAME_REFERENCE_TIME = "FrameReferenceTime (0054,1300)"
@@ -236,13 +243,18 @@ def decay_reference(
     StudyError
         The header does not determine the moment.
     """
-    stated_everywhere = bool(np.isfinite(times.stated_reference_s).all())
     if series.enhanced:
         return "15", _enhanced_reference_s(series, times, half_life_s)
     if series.decay_correction == "NONE":
         return "13", _frame_average_s(times, half_life_s)
-    if stated_everywhere:
-        return "12a", times.stated_reference_s
+    if np.isfinite(times.stated_reference_s).all():
+        dummied = _how_dummied(series, times, half_life_s)
+        if not dummied:
+            _compare_stated(series, times, half_life_s, remarks)
+            return "12a", times.stated_reference_s
+        remarks.reinterpretations.append(
+            f"the vendor's {STATED_REFERENCE[series.manufacturer]} {dummied}: it is not used"
+        )
     if _series_starts_in_time(times):
         _compare_with_frames(series, times, half_life_s, remarks)
         return "12b", np.full(len(series.slices), times.series_start_s)
@@ -337,6 +349,72 @@ def _series_starts_in_time(times: Timeline) -> bool:
     return bool(on_the_clock(late_s) <= SERIES_TOLERANCE_S)
 
 
+def _how_dummied(series: PetSeries, times: Timeline, half_life_s: float) -> str:
+    """Say what shows that the vendor's decay reference was overwritten; empty where nothing."""
+    try:
+        start_fits = _series_starts_in_time(times)
+    except StudyError:
+        start_fits = False
+    stated_s, start_s = times.stated_reference_s, np.array([times.series_start_s])
+    if start_fits and _apart_s(stated_s, start_s) <= DISAGREEMENT_S:
+        return ""
+    clocks = [each.decay_reference for each in series.slices]
+    if any(each is not None and each.time() == time() for each in clocks):
+        return "reads 00:00:00"
+    if not start_fits or half_life_s >= LONGEST_CLOCK_HALF_LIFE_S:
+        return ""
+    injection_s, clock_s = times.injection_s, _injection_clock_s(times)
+    for start_uptake_s, stated_uptake_s in (
+        (start_s - injection_s, stated_s - injection_s),
+        # Where the date of injection does not fit the series either, the clock has to tell.
+        (_since_clock_s(start_s, clock_s), _since_clock_s(stated_s, clock_s)),
+    ):
+        if _is_of_one_scan(start_uptake_s):
+            if _is_of_one_scan(stated_uptake_s):
+                return ""
+            return "is more than an hour before the injection, or 12 hours after it"
+    return ""
+
+
+def _is_of_one_scan(uptake_s: Array) -> bool:
+    found_s = on_the_clock(uptake_s)
+    return bool(((found_s >= -HOUR_S) & (found_s <= LONGEST_UPTAKE_S)).all())
+
+
+def _since_clock_s(moment_s: Array, clock_s: float) -> Array:
+    """Time [s] since the clock last said `clock_s`; or to when it will, if within the hour."""
+    found_s = moment_s % DAY_S - clock_s
+    return np.where(on_the_clock(found_s) < -HOUR_S, found_s + DAY_S, found_s)
+
+
+def _compare_stated(
+    series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
+) -> None:
+    """Hold the vendor's decay reference against the series and its frames, where they agree."""
+    try:
+        starts_in_time = _series_starts_in_time(times)
+        frames_s = back_from_frames_s(series, times, half_life_s)
+    except StudyError:
+        return
+    start_s = times.series_start_s
+    if not starts_in_time or _apart_s(frames_s, start_s) > DISAGREEMENT_S:
+        return
+    apart_s = _apart_s(times.stated_reference_s, start_s)
+    if apart_s > DISAGREEMENT_S:
+        remarks.warnings.append(
+            Warning(
+                Kind.DECAY_REFERENCE,
+                f"decay reference disagrees: the vendor's {STATED_REFERENCE[series.manufacturer]} "
+                f"is {_minutes(apart_s)} from what {_SERIES_TIME} and {_FRAME_REFERENCE_TIME} "
+                "agree on; the former is used",
+            )
+        )
+
+
+def _apart_s(these_s: Array, those_s: Array | float) -> float:
+    return float(np.abs(these_s - those_s).max())
+
+
 def _compare_with_frames(
     series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
 ) -> None:
@@ -344,7 +422,7 @@ def _compare_with_frames(
         frames_s = back_from_frames_s(series, times, half_life_s)
     except StudyError:
         return
-    apart_s = float(np.abs(frames_s - times.series_start_s).max())
+    apart_s = _apart_s(frames_s, times.series_start_s)
     if apart_s > DISAGREEMENT_S:
         remarks.warnings.append(
             Warning(
@@ -368,22 +446,26 @@ def _compare_injection_times(times: Timeline, remarks: Remarks) -> None:
         )
 
 
-def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) -> Array:
+def _injection_clock_s(times: Timeline) -> float:
     dated = not np.isnan(times.injection_s)
-    clock_s = times.injection_s % DAY_S if dated else times.injection_clock_s
+    return times.injection_s % DAY_S if dated else times.injection_clock_s
+
+
+def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) -> Array:
+    clock_s = _injection_clock_s(times)
     if np.isnan(clock_s):
         raise StudyError(
             f"the time of injection is unknown ({_START_DATETIME} and {_START_TIME} missing): "
             "add one of them to the header"
         )
     if half_life_s >= LONGEST_CLOCK_HALF_LIFE_S:
+        dated = not np.isnan(times.injection_s)
         trouble = "does not fit the date of the scan" if dated else "is missing"
         raise StudyError(
             "the day of injection is unknown, and with this half-life the uptake may exceed a day "
             f"({_START_DATETIME} {trouble}): correct it in the header"
         )
-    found_s = reference_s % DAY_S - clock_s
-    return np.where(on_the_clock(found_s) < -HOUR_S, found_s + DAY_S, found_s)
+    return _since_clock_s(reference_s, clock_s)
 
 
 def _remark_other_day(stated_s: Array, found_s: Array, remarks: Remarks) -> None:

@@ -671,6 +671,96 @@ def test_a_half_life_in_minutes_or_of_another_nuclide_is_refused(
     assert "minutes?" in message
 
 
+@pytest.mark.parametrize("vendor", ["GE", "Siemens"])
+@pytest.mark.parametrize(
+    ("stated", "rule", "uptake_s", "disagrees"),
+    [
+        (moment(REFERENCE_S), "12a", REFERENCE_S, False),
+        (moment(REFERENCE_S + 59), "12a", REFERENCE_S + 59, False),
+        (moment(REFERENCE_S + 61), "12a", REFERENCE_S + 61, True),
+        (moment(REFERENCE_S + 7200), "12a", REFERENCE_S + 7200, True),
+        (moment(-3600), "12a", -3600, True),
+        (moment(-3601), "12b", REFERENCE_S, False),
+        (moment(43_200), "12a", 43_200, True),
+        (moment(43_201), "12b", REFERENCE_S, False),
+        (datetime(2025, 1, 1), "12b", REFERENCE_S, False),
+        (datetime(1900, 1, 1), "12b", REFERENCE_S, False),
+        (datetime(1900, 1, 1, 11), "12b", REFERENCE_S, False),
+        (datetime(2031, 5, 1, 11), "12b", REFERENCE_S, False),
+    ],
+)
+def test_the_stated_decay_reference_is_held_against_series_and_frames(
+    vendor: str, stated: datetime, rule: str, uptake_s: float, disagrees: bool
+) -> None:
+    """Two hours off gave SUV x 2.13 silently; overwritten by midnight x 201."""
+    header = two_beds(VENDORS[vendor], REFERENCE_S)
+    provenance = suv_factors(stating(vendor, stated, **header)).provenance
+    assert provenance["rule"] == rule
+    assert provenance["minutes_to_reference"] == pytest.approx([uptake_s / 60] * 2)
+    warned = [each for each in provenance["warnings"] if "decay reference disagrees" in each]
+    assert bool(warned) is disagrees
+    said = provenance["reinterpretations"]
+    assert [REFERENCE_TAG[vendor] in each for each in [*warned, *said]] == [True] * (
+        disagrees + (rule == "12b")
+    )
+
+
+REFERENCE_TAG = {"GE": "(0009,100D)", "Siemens": "(0071,1022)"}
+
+
+def stating(vendor: str, reference: datetime, **header: Any) -> PetSeries:
+    """A series whose vendor states the decay reference."""
+    tag, creator = {
+        "GE": (GE_REFERENCE, "GEMS_PETD_01"),
+        "Siemens": (SIEMENS_REFERENCE, "SIEMENS MED PT"),
+    }[vendor]
+    private = {tag: (creator, "DT", dt(reference))}
+    return read_pet_series(pet_headers(N_SLICES, private=private, **header))
+
+
+def test_the_stated_decay_reference_stands_where_series_and_frames_do_not_agree() -> None:
+    """The series may start earlier, with a scout view; then its start is no witness."""
+    series = stating("Siemens", moment(REFERENCE_S), **two_beds(SIEMENS, REFERENCE_S - 300))
+    scouted = replace(series, series_start=moment(REFERENCE_S - 900))
+    provenance = suv_factors(scouted).provenance
+    assert (provenance["rule"], provenance["warnings"]) == ("12a", [])
+
+
+def test_the_stated_decay_reference_stands_where_nothing_else_fits() -> None:
+    """The series was rewritten, so that its start says nothing of the injection."""
+    series = stating("GE", moment(50_000), **two_beds(GE, REFERENCE_S))
+    late = replace(series, series_start=moment(REFERENCE_S + 5400))
+    assert suv_factors(late).provenance["rule"] == "12a"
+    midnight = stating("GE", datetime(1900, 1, 1), **two_beds(GE, REFERENCE_S))
+    late = replace(midnight, series_start=moment(REFERENCE_S + 5400))
+    assert suv_factors(late).provenance["rule"] == "12c"
+    assert suv_factors(late).factors == pytest.approx(suv_factors(midnight).factors, rel=1e-9)
+
+
+def test_a_dummied_date_of_injection_dummies_no_decay_reference() -> None:
+    stated = stating("GE", moment(REFERENCE_S), **two_beds(GE, REFERENCE_S))
+    dummied = replace(stated, injection=datetime(1900, 1, 1, 10))
+    assert suv_factors(dummied).provenance["rule"] == "12a"
+    assert suv_factors(dummied).factors == pytest.approx(suv_factors(stated).factors, rel=1e-9)
+    both = replace(
+        stating("GE", moment(-7200), **two_beds(GE, REFERENCE_S)),
+        injection=datetime(1900, 1, 1, 10),
+    )
+    assert suv_factors(both).provenance["rule"] == "12b"
+    assert suv_factors(both).factors == pytest.approx(suv_factors(stated).factors, rel=1e-9)
+
+
+def test_a_long_half_life_allows_a_late_decay_reference() -> None:
+    late = stating("GE", moment(200_000), **two_beds(GE, REFERENCE_S), RadionuclideHalfLife=282_276)
+    assert suv_factors(late).provenance["rule"] == "12a"
+
+
+def test_a_dummied_decay_reference_is_refused_by_strict() -> None:
+    series = stating("GE", datetime(1900, 1, 1), **two_beds(GE, REFERENCE_S))
+    message = refusal(series, strict=True)
+    assert "(0009,100D) reads 00:00:00: it is not used" in message
+
+
 def test_disagreeing_times_of_injection_are_a_warning() -> None:
     series = read_pet_series(pet_headers(RadiopharmaceuticalStartTime=tm(moment(-600))))
     (warning,) = suv_factors(series).provenance["warnings"]
