@@ -247,8 +247,9 @@ def test_paths_that_may_not_be_looked_at_are_wrong_arguments(sound, tmp_path):
         if not shutil.which("setpriv"):
             pytest.skip("the superuser can't give up its rights here: setpriv is missing")
         command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    tests = ROOT / "tests"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tests}:{tests / 'builders'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
