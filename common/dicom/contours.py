@@ -73,6 +73,8 @@ def fill_contours(
     contours: Iterable[npt.NDArray[np.float64]],
     shape: tuple[int, int, int],
     affine: npt.NDArray[np.float64],
+    *,
+    may_overlap: bool = False,
 ) -> FilledContours:
     """Find the voxels whose centres lie inside the contours of one region of interest.
 
@@ -82,6 +84,8 @@ def fill_contours(
         Closed planar polygons, each (n, 3) in RAS+ [mm]; the last point joins the first.
     shape, affine
         Grid of the voxels: counts along x, y, z and (4, 4) voxel -> RAS+ mm, slices along z.
+    may_overlap
+        Whether what overlaps is meant to be outside, so that nothing is said of it.
 
     Returns
     -------
@@ -128,7 +132,7 @@ def fill_contours(
             "all points are centres of voxels, as of a mask that a program outlined: what the "
             "edges run through is inside"
         )
-    if n_erased:
+    if n_erased and not may_overlap:
         warnings.append(
             f"contours of one slice overlap in {n_erased * voxel_ml(affine):.3g} ml, which are "
             "outside by the even-odd rule, as holes are: check that nothing was drawn twice"

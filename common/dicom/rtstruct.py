@@ -15,7 +15,9 @@ from common.dicom.contours import fill_contours
 from common.dicom.masks import Mask, listed, matching, names_by_number, refusing_malformed
 from common.errors import Kind, StudyError, Warning
 
-CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+XOR = "CLOSEDPLANAR_XOR"
+"""Contours of a region that by their type exclude what they have in common."""
+CLOSED = ("CLOSED_PLANAR", XOR)
 
 NO_TUMOURS = frozenset(
     {
@@ -67,8 +69,11 @@ def read_rtstruct(
         taken, n_others = [], 0
         for region in chosen:
             drawn = contours_of.get(region, [])
-            contours = [_points_mm(each) for each in drawn if _kind(each) in CLOSED]
-            filled = fill_contours(contours, shape, affine)
+            kinds = [_kind(each) for each in drawn]
+            contours = [
+                _points_mm(each) for each, kind in zip(drawn, kinds, strict=True) if kind in CLOSED
+            ]
+            filled = fill_contours(contours, shape, affine, may_overlap=XOR in kinds)
             labels |= filled.inside.view(np.uint8)
             warnings += [
                 Warning(Kind.MASK, f"region {region}: {note}")

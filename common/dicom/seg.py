@@ -54,6 +54,9 @@ SAME_PLANE_MM = 0.01
 ON_SLICES = 0.02
 """Distance [slice spacings] from an image's slices for planes of other pixels to lie on them."""
 
+SEEN, SEEN_AND_AGREED = 4, 2
+"""Gaps as wide as the declared spacing that confirm it: alone, or together with the thickness."""
+
 ORIENTATION_TOLERANCE = 2e-3
 """Direction cosines are often written with 3 or 4 decimals."""
 
@@ -119,11 +122,11 @@ def place_frames(
     found = (_on_slices_of(image, positions, axes_mm, n_pixels) for image in images)
     on_slices = [each for each in found if each is not None]
     drawn_on = next((each for each in on_slices if each.same_pixels), None)
-    if drawn_on is not None:
+    plane_of_frame, plane_mm = _planes(positions @ normal)
+    if drawn_on is not None and not _is_seen(np.diff(plane_mm), measures[0]):
         slice_of_frame, spacing_mm = drawn_on.slice_of_frame, drawn_on.spacing_mm
         notes = _contradiction(_positive(measures[0], "SpacingBetweenSlices"), spacing_mm)
     else:
-        plane_of_frame, plane_mm = _planes(positions @ normal)
         slices_mm = [each.spacing_mm for each in on_slices if each.off <= ON_SLICES]
         slice_of_plane, spacing_mm, notes = _slices(plane_mm, measures[0], slices_mm)
         slice_of_frame = slice_of_plane[plane_of_frame]
@@ -213,19 +216,17 @@ def _slices(
 ) -> tuple[NDArray[np.intp], float, list[str]]:
     """Number the slices on which the planes lie; return also the spacing [mm] and notes.
 
-    Which planes are absent is told by what is declared twice, or declared and seen twice; by the
-    slices of an image on which the planes lie, `image_mm` apart; by the thickness, by the spacing
-    that is declared alone. Planes alone may be of lesions far apart: only where most of them are
-    neighbours do they tell.
+    Which planes are absent is told by a spacing that is declared and equals the thickness or is
+    seen; by the slices of an image on which the planes lie, `image_mm` apart; by the thickness;
+    by the spacing that is declared alone. Planes alone may be of lesions far apart: only where
+    most of them are neighbours do they tell.
     """
     declared_mm = _positive(measures, "SpacingBetweenSlices")
     thickness_mm = _positive(measures, "SliceThickness")
     gaps_mm = np.diff(plane_mm)
-    n_as_declared = (
-        0 if declared_mm is None else sum(map(_alike, gaps_mm, [declared_mm] * len(gaps_mm)))
-    )
     candidates: list[tuple[float | None, str]] = []
-    if declared_mm and (n_as_declared > 1 or (thickness_mm and _alike(thickness_mm, declared_mm))):
+    is_agreed = declared_mm and thickness_mm and _alike(thickness_mm, declared_mm)
+    if is_agreed or _is_seen(gaps_mm, measures):
         candidates.append((declared_mm, ""))
     candidates += [(mm, "the slices of the image that the planes lie on") for mm in image_mm]
     by_header = [(thickness_mm, tag_of("SliceThickness")), (declared_mm, "")]
@@ -262,6 +263,21 @@ def _slices(
         f"{tag_of('SpacingBetweenSlices')} nor {tag_of('SliceThickness')}, and they lie on no "
         "slices of PET or CT: give the mask as NIfTI"
     )
+
+
+def _is_seen(gaps_mm: FloatArray, measures: Dataset) -> bool:
+    """Tell whether planes lie as far apart as is declared, and not by chance.
+
+    Some writers declare the gap between two lesions. But slices of another reconstruction may be
+    twice as far apart as those of the image at hand.
+    """
+    declared_mm = _positive(measures, "SpacingBetweenSlices")
+    if declared_mm is None:
+        return False
+    thickness_mm = _positive(measures, "SliceThickness")
+    is_agreed = thickness_mm is not None and _alike(thickness_mm, declared_mm)
+    n_seen = sum(_alike(gap, declared_mm) for gap in gaps_mm)
+    return n_seen >= (SEEN_AND_AGREED if is_agreed else SEEN)
 
 
 def _alike(one_mm: float, other_mm: float) -> bool:

@@ -469,6 +469,29 @@ def test_a_spacing_that_is_seen_twice_rules_beside_an_image_of_other_pixels():
     assert_mask_is(read_seg(seg, images=[Grid((16, 16, 40), fine)]), dense, AXIAL)
 
 
+@pytest.mark.parametrize("thickness_mm", [3, None])
+def test_planes_of_a_coarser_reconstruction_are_as_thick_as_they_say(thickness_mm):
+    """On every second slice of the CT at hand, a lesion would have fallen into slices."""
+    dense = np.ones((4, 4, 5), dtype=np.uint8)
+    measures = {"SpacingBetweenSlices": 3} | (
+        {"SliceThickness": thickness_mm} if thickness_mm else {}
+    )
+    seg = without_spacing(build_seg(dense, AXIAL, ["a"]), **measures)
+    finer = Grid((4, 4, 20), AXIAL @ np.diag([1, 1, 0.5, 1]))
+    assert_mask_is(read_seg(seg, images=[finer]), dense, AXIAL)
+    # Three nodes evenly apart, whose gap was declared, are no such planes.
+    nodes = np.zeros((4, 4, 20), dtype=np.uint8)
+    nodes[1, 2, [3, 9, 15]] = 1
+    seg = without_spacing(
+        build_seg(nodes, finer.affine, ["a"]), SpacingBetweenSlices=9, SliceThickness=1.5
+    )
+    for pixels in (1, 2):
+        image = Grid(
+            (4 * pixels, 4 * pixels, 20), finer.affine @ np.diag([1 / pixels, 1 / pixels, 1, 1])
+        )
+        assert_mask_is(read_seg(seg, images=[image]), nodes, finer.affine)
+
+
 def test_the_gap_between_lesions_is_never_the_thickness_of_a_plane():
     nodes = np.zeros((6, 6, 12), dtype=np.uint8)
     nodes[2, 2, 2], nodes[3, 3, 8] = 1, 1
@@ -616,6 +639,15 @@ def test_regions_of_points_stand_beside_tumours_but_not_alone():
     assert texts(mask.warnings) == ["region 2: 1 contour(s) are points or open lines: ignored"]
     with pytest.raises(StudyError, match=r"only points or open lines \(ContourGeometricType"):
         read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("iso"))
+
+
+def test_contours_that_exclude_each_other_by_their_type_may_overlap():
+    squares = {"a": [square(0.5, 4.5, 0.5, 4.5, 1), square(2.5, 6.5, 2.5, 6.5, 1)]}
+    (warning,) = texts(read_rtstruct(build_rtstruct(squares), SHAPE, AXIAL).warnings)
+    assert warning.startswith("region 1: contours of one slice overlap in 0.06 ml")
+    mask = read_rtstruct(build_rtstruct(squares, geometric_type="CLOSEDPLANAR_XOR"), SHAPE, AXIAL)
+    assert mask.labels.sum() == 2 * (16 - 4)
+    assert mask.warnings == ()
 
 
 def test_a_contour_that_does_not_say_whether_it_is_closed_is_refused():

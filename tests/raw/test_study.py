@@ -732,9 +732,15 @@ def other_frame(rtstruct, uid="1.9.8"):
     rtstruct.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = uid
 
 
-def test_regions_in_another_frame_are_read_where_the_series_they_name_is_there(tmp_path):
-    """Files of IBSI and of rt-utils up to 1.2.0 were refused, by a message of an equal tag."""
-    study = rtstruct_of(layouts.subfolders(tmp_path), other_frame)
+def other_frames(rtstruct):
+    other_frame(rtstruct)
+    rtstruct.ReferencedFrameOfReferenceSequence[0].FrameOfReferenceUID = "1.9.8"
+
+
+@pytest.mark.parametrize("change", [other_frame, other_frames], ids=["IBSI", "rt-utils 1.2.0"])
+def test_regions_in_another_frame_are_read_where_the_series_they_name_is_there(tmp_path, change):
+    """They were refused, by a message that named a tag which was equal."""
+    study = rtstruct_of(layouts.subfolders(tmp_path), change)
     images = read(study)
     assert_is_the_phantom(images)
     (warning,) = images.warnings
