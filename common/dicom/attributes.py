@@ -352,11 +352,14 @@ def clock_time(header: Dataset, keyword: str, zone: timezone | None) -> time | N
 
 def date_and_time(
     header: Dataset, date_keyword: str, time_keyword: str, zone: timezone | None
-) -> datetime | None:
-    """Return the moment that a date (DA) and a time (TM) make up, None unless both are there."""
+) -> datetime | time | None:
+    """Return the moment that a date (DA) and a time (TM) make up.
+
+    The time of day alone where the date is missing; None where the time is.
+    """
     day, clock = text(header, date_keyword), clock_time(header, time_keyword, zone)
     if day is None or clock is None:
-        return None
+        return clock
     return _parse_moment(day, clock, tag_of(date_keyword))
 
 

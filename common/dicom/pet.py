@@ -13,6 +13,7 @@ Knows pydicom.
 
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -426,10 +427,12 @@ def _slice(header: Dataset, manufacturer: str) -> PetSlice:
     require_no_intercept(header)
     zone = utc_offset(header)
     acquired = date_and_time(header, "AcquisitionDate", "AcquisitionTime", zone)
+    if not isinstance(acquired, datetime):
+        acquired = date_time(header, "AcquisitionDateTime", zone) or acquired
     stated = DECAY_REFERENCE.get(manufacturer)
     by_philips = manufacturer == "PHILIPS"
     return PetSlice(
-        acquisition=acquired or date_time(header, "AcquisitionDateTime", zone),
+        acquisition=acquired,
         frame_reference_time_s=_seconds(header, "FrameReferenceTime"),
         frame_duration_s=_seconds(header, "ActualFrameDuration"),
         decay_reference=private_date_time(header, stated, zone) if stated else None,

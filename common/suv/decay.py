@@ -56,9 +56,12 @@ class Timeline:
     series_start_s : float
         Start of the series.
     injection_s : float
-        RadiopharmaceuticalStartDateTime.
+        RadiopharmaceuticalStartDateTime; NaN also where no moment of the scan has a date.
     injection_clock_s : float
-        RadiopharmaceuticalStartTime, from midnight.
+        RadiopharmaceuticalStartTime, from midnight; where no moment of the scan has a date, the
+        time of day of RadiopharmaceuticalStartDateTime, if that is there.
+    is_dated : bool
+        Some moment of the scan has a date.
 
     """
 
@@ -69,6 +72,7 @@ class Timeline:
     series_start_s: float
     injection_s: float
     injection_clock_s: float
+    is_dated: bool
 
 
 def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
@@ -87,24 +91,55 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
     injected = series.injection or series.injection_clock
     zone = default if injected is None else _offset(injected, default)
 
-    def seconds(moments: Iterable[datetime | None]) -> Array:
-        return _numbers(
-            None
-            if each is None
-            else (each.replace(tzinfo=None) - _MIDNIGHT - _offset(each, default) + zone)
-            / timedelta(seconds=1)
-            for each in moments
-        )
+    def seconds(moment: datetime | time | None) -> float:
+        if moment is None:
+            return float("nan")
+        if isinstance(moment, time):
+            return _clock_s(moment, default, zone)
+        since = moment.replace(tzinfo=None) - _MIDNIGHT - _offset(moment, default) + zone
+        return since / timedelta(seconds=1)
 
-    series_start_s, injection_s = seconds([series.series_start, series.injection])
+    acquisitions = [each.acquisition for each in series.slices]
+    scan = [series.series_start, *acquisitions]
+    scan_s = np.array([seconds(each) for each in scan])
+    stated_s = np.array([seconds(each.decay_reference) for each in series.slices])
+    undated = np.array([isinstance(each, time) for each in scan])
+    dated_s = [*scan_s[~undated], *stated_s]
+    day_s = next((each for each in dated_s if np.isfinite(each)), None)
+    if undated.any():
+        _remark_missing_dates(undated, remarks)
+        near_s = scan_s[np.isfinite(scan_s)][0] if day_s is None else day_s
+        scan_s[undated] = _nearest_day_s(scan_s[undated], near_s)
+    injection_s, injection_clock_s = seconds(series.injection), seconds(series.injection_clock)
+    is_dated = day_s is not None or not undated.any()
+    if not is_dated and np.isfinite(injection_s):
+        injection_s, injection_clock_s = float("nan"), injection_s % DAY_S
     return Timeline(
-        acquisition_s=seconds(each.acquisition for each in series.slices),
-        stated_reference_s=seconds(each.decay_reference for each in series.slices),
+        acquisition_s=scan_s[1:],
+        stated_reference_s=stated_s,
         frame_reference_time_s=_numbers(each.frame_reference_time_s for each in series.slices),
         frame_duration_s=_numbers(each.frame_duration_s for each in series.slices),
-        series_start_s=float(series_start_s),
-        injection_s=float(injection_s),
-        injection_clock_s=_clock_s(series.injection_clock, default, zone),
+        series_start_s=float(scan_s[0]),
+        injection_s=injection_s,
+        injection_clock_s=injection_clock_s,
+        is_dated=is_dated,
+    )
+
+
+def _nearest_day_s(clock_s: Array, moment_s: float) -> Array:
+    """Put times of day [s] on the day on which they are nearest to a moment."""
+    return moment_s + (clock_s - moment_s + DAY_S / 2) % DAY_S - DAY_S / 2
+
+
+def _remark_missing_dates(undated: NDArray[np.bool_], remarks: Remarks) -> None:
+    """Say which dates are missing: of the series, the first of `undated`, or of slices."""
+    missing = [
+        name
+        for name, is_missing in ((_SERIES_DATE, undated[0]), (_ACQUISITION_DATE, undated[1:].any()))
+        if is_missing
+    ]
+    remarks.reinterpretations.append(
+        f"no date ({' and '.join(missing)} missing): times count by the clock alone"
     )
 
 
@@ -154,9 +189,7 @@ def _offset(moment: datetime | time, default: timedelta) -> timedelta:
     return default if offset is None else offset
 
 
-def _clock_s(clock: time | None, default: timedelta, zone: timedelta) -> float:
-    if clock is None:
-        return float("nan")
+def _clock_s(clock: time, default: timedelta, zone: timedelta) -> float:
     since_midnight = _of_day(clock) - _offset(clock, default) + zone
     return since_midnight / timedelta(seconds=1) % DAY_S
 
@@ -191,8 +224,12 @@ LONGEST_UPTAKE_S = 43_200.0
 STATED_REFERENCE = {"GE": "decay reference (0009,100D)", "SIEMENS": "decay reference (0071,1022)"}
 """Where vendors state the moment that values refer to."""
 
-_SERIES_TIME = "SeriesDate (0008,0021), SeriesTime (0008,0031)"
-_ACQUISITION_TIME = "AcquisitionDate (0008,0022), AcquisitionTime (0008,0032)"
+_SERIES_DATE = "SeriesDate (0008,0021)"
+_SERIES_CLOCK = "SeriesTime (0008,0031)"
+_ACQUISITION_DATE = "AcquisitionDate (0008,0022)"
+_ACQUISITION_CLOCK = "AcquisitionTime (0008,0032)"
+_SERIES_TIME = f"{_SERIES_DATE}, {_SERIES_CLOCK}"
+_ACQUISITION_TIME = f"{_ACQUISITION_DATE}, {_ACQUISITION_CLOCK}"
 _FRAME_REFERENCE_TIME = "FrameReferenceTime (0054,1300)"
 _FRAME_DURATION = "ActualFrameDuration (0018,1242)"
 _START_DATETIME = "RadiopharmaceuticalStartDateTime (0018,1078)"
@@ -340,8 +377,8 @@ def _are_uptakes(stated_s: Array, half_life_s: float) -> bool:
 def _series_starts_in_time(times: Timeline) -> bool:
     if np.isnan(times.series_start_s):
         raise StudyError(
-            f"the decay reference is unknown ({_SERIES_TIME} missing): "
-            "add them to the header as the scanner wrote them"
+            f"the decay reference is unknown ({_SERIES_CLOCK} is missing): "
+            "add it to the header as the scanner wrote it"
         )
     if np.isnan(times.acquisition_s).all():
         raise StudyError(_no_acquisition_time())
@@ -459,6 +496,11 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
             "add one of them to the header"
         )
     if half_life_s >= LONGEST_CLOCK_HALF_LIFE_S:
+        if not times.is_dated:
+            raise StudyError(
+                "the day of the scan is unknown, and with this half-life the uptake may exceed a "
+                f"day ({_SERIES_DATE} and {_ACQUISITION_DATE} missing): add them to the header"
+            )
         dated = not np.isnan(times.injection_s)
         trouble = "does not fit the date of the scan" if dated else "is missing"
         raise StudyError(
@@ -510,7 +552,7 @@ def _acquisition_s(times: Timeline) -> Array:
 
 def _no_acquisition_time() -> str:
     return (
-        f"the time of acquisition is unknown ({_ACQUISITION_TIME} missing): "
+        f"the time of acquisition is unknown ({_ACQUISITION_CLOCK} is missing): "
         "export the series from the scanner anew"
     )
 

@@ -335,6 +335,9 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         rule, uptake, vendor_factor = "", None, None
         factors = scale.per_unit * _ratio(suv_type, scale.suv_type, series, weight_kg)
     _require_positive(factors)
+    alternatives = _alternatives(suv_type, series, weight_kg)
+    if rule == "12c":
+        _compare_with_qiba(series, factors, alternatives["qiba"], remarks)
     if strict:
         refuse_reinterpretations(remarks)
     return SuvConversion(
@@ -352,7 +355,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
             injection_from=None if uptake is None else _injection_from(series),
             minutes_to_reference=None if uptake is None else value_range(uptake / 60),
             vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
-            alternatives=_alternatives(suv_type, series, weight_kg),
+            alternatives=alternatives,
         ),
         remarks.as_warnings,
     )
@@ -539,6 +542,23 @@ def _require_positive(factors: Array) -> None:
             f"the factor to SUV is not a positive number ({_DOSE}, {_HALF_LIFE}, times of "
             f"injection and scan, {SUV_FACTOR} or {ACTIVITY_FACTOR}): correct the header"
         )
+
+
+def _compare_with_qiba(
+    series: PetSeries, factors: Array, by_qiba: float | None, remarks: Remarks
+) -> None:
+    """Say what QIBA's rule gives where a FrameReferenceTime is 0, which it takes as missing."""
+    is_zero = any(each.frame_reference_time_s == 0 for each in series.slices)
+    if series.manufacturer == "GE" or not is_zero or by_qiba is None:
+        return
+    change = by_qiba / float(np.median(factors)) - 1
+    remarks.warnings.append(
+        Warning(
+            Kind.DECAY_REFERENCE,
+            "FrameReferenceTime (0054,1300) is 0 and is used as such; by QIBA's rule, which takes "
+            f"0 as missing, the factor to SUV is {by_qiba:.6g} ({change:+.2%})",
+        )
+    )
 
 
 def _alternatives(

@@ -60,8 +60,9 @@ class PetSlice:
 
     Attributes
     ----------
-    acquisition : datetime or None
-        AcquisitionDate and AcquisitionTime; of an enhanced object FrameAcquisitionDateTime.
+    acquisition : datetime, time or None
+        AcquisitionDate and AcquisitionTime, the time alone where the date is missing; of an
+        enhanced object FrameAcquisitionDateTime.
     frame_reference_time_s : float or None
         FrameReferenceTime [s].
     frame_duration_s : float or None
@@ -79,7 +80,7 @@ class PetSlice:
 
     """
 
-    acquisition: datetime | None = None
+    acquisition: datetime | time | None = None
     frame_reference_time_s: float | None = None
     frame_duration_s: float | None = None
     decay_reference: datetime | None = None
@@ -122,8 +123,8 @@ class PetSeries:
         RadiopharmaceuticalStartDateTime.
     injection_clock : time or None
         RadiopharmaceuticalStartTime.
-    series_start : datetime or None
-        SeriesDate and SeriesTime.
+    series_start : datetime, time or None
+        SeriesDate and SeriesTime; the time alone where the date is missing.
     enhanced : bool
         An Enhanced PET object, in which `PetSlice.decay_reference` is standard.
     reinterpretations : tuple of str
@@ -147,7 +148,7 @@ class PetSeries:
     nuclide_half_life_s: float | None = None
     injection: datetime | None = None
     injection_clock: time | None = None
-    series_start: datetime | None = None
+    series_start: datetime | time | None = None
     enhanced: bool = False
     reinterpretations: tuple[str, ...] = ()
     first_file: int = 0

@@ -39,6 +39,7 @@ from pet_headers import (
 from scipy.integrate import quad
 from suv_cases import (
     AT_START,
+    BEDS_S,
     CONVERT,
     GE,
     GE_REFERENCE,
@@ -145,8 +146,8 @@ def test_refuses(header: dict[str, Any], what: str, tmp_path: Path) -> None:
         ({"units": "CM2ML", "height_m": 175.0}, "PatientSize (0010,1020) is 175"),
         ({"dose_bq": 0.0}, "RadionuclideTotalDose (0018,1074) is 0"),
         ({"half_life_s": 0.0}, "RadionuclideHalfLife (0018,1075) is 0"),
-        ({"series_start": None}, "SeriesTime (0008,0031) missing"),
-        ({"slices": (PetSlice(),)}, "AcquisitionTime (0008,0032) missing"),
+        ({"series_start": None}, "(SeriesTime (0008,0031) is missing)"),
+        ({"slices": (PetSlice(),)}, "AcquisitionTime (0008,0032) is missing"),
         # 23 h by the clock are a thousand half-lives of Rb-82
         ({"injection": None, "injection_clock": time(12, 1), "half_life_s": 76.4}, "positive"),
     ],
@@ -159,7 +160,7 @@ def test_a_time_missing_in_one_slice_refuses_the_frames() -> None:
     for keyword, what in (
         ("FrameReferenceTime", "FrameReferenceTime (0054,1300) is missing"),
         ("ActualFrameDuration", "ActualFrameDuration (0018,1242) is missing"),
-        ("AcquisitionTime", "AcquisitionTime (0008,0032) missing"),
+        ("AcquisitionTime", "AcquisitionTime (0008,0032) is missing"),
     ):
         header = two_beds(SIEMENS, 5400)
         header[keyword] = PerSlice(*header.get(keyword, [300_000] * N_SLICES)[:-1], None)
@@ -759,6 +760,78 @@ def test_a_dummied_decay_reference_is_refused_by_strict() -> None:
     series = stating("GE", datetime(1900, 1, 1), **two_beds(GE, REFERENCE_S))
     message = refusal(series, strict=True)
     assert "(0009,100D) reads 00:00:00: it is not used" in message
+
+
+DATES = ("SeriesDate", "AcquisitionDate")
+
+
+@pytest.mark.parametrize("vendor", VENDORS.values())
+@pytest.mark.parametrize("series_s", [REFERENCE_S, REFERENCE_S + 5400])
+@pytest.mark.parametrize("injection", ["date-time", "clock time"])
+@pytest.mark.parametrize("missing", [DATES, DATES[:1], DATES[1:]])
+@pytest.mark.parametrize("injected", [datetime(2025, 1, 1, 10), datetime(2025, 1, 1, 22, 57, 30)])
+def test_times_whose_dates_were_dropped_count_by_the_clock(
+    vendor: str, series_s: float, injection: str, missing: tuple[str, ...], injected: datetime
+) -> None:
+    """The second injection: the series starts before midnight, its second bed after it."""
+    beds = [moment(each, injected) for each in BEDS_S]
+    header = two_beds(vendor, series_s) | {
+        "SeriesDate": da(moment(series_s, injected)),
+        "SeriesTime": tm(moment(series_s, injected)),
+        "AcquisitionDate": of_each(da, beds),
+        "AcquisitionTime": of_each(tm, beds),
+        "RadiopharmaceuticalStartDateTime": dt(injected) if injection == "date-time" else None,
+        "RadiopharmaceuticalStartTime": tm(injected),
+    }
+    dated = suv_factors(read_pet_series(pet_headers(N_SLICES, **header)))
+    found = suv_factors(read_pet_series(pet_headers(N_SLICES, **(header | dict.fromkeys(missing)))))
+    assert found.factors == pytest.approx(dated.factors, rel=1e-9)
+    assert found.provenance["rule"] == dated.provenance["rule"]
+    said = [each for each in found.provenance["reinterpretations"] if "by the clock alone" in each]
+    assert [[keyword in each for keyword in DATES] for each in said] == [
+        [keyword in missing for keyword in DATES]
+    ]
+
+
+def test_no_date_of_the_scan_is_refused_for_long_half_lives_and_by_strict() -> None:
+    header = dict.fromkeys(DATES)
+    long_lived = read_pet_series(pet_headers(1, RadionuclideHalfLife=282_276.0, **header))
+    assert "SeriesDate (0008,0021) and AcquisitionDate (0008,0022) missing" in refusal(long_lived)
+    assert "by the clock alone" in refusal(read_pet_series(pet_headers(1, **header)), strict=True)
+    acquired = pet_headers(1, RadionuclideHalfLife=282_276.0, AcquisitionDate=None)
+    provenance = suv_factors(read_pet_series(acquired)).provenance
+    assert provenance["minutes_to_reference"] == [60, 60]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "frame_reference_ms", "warned"),
+    [(SIEMENS, 0, True), ("CPS", 0, True), (GE, 0, False), (SIEMENS, 150_000, False)],
+)
+def test_a_frame_reference_time_of_0_is_a_warning_with_what_qiba_gives(
+    vendor: str, frame_reference_ms: int, warned: bool
+) -> None:
+    """QIBA refers to the first acquisition; so that T_ave of 180 s is the difference."""
+    header = {
+        "Manufacturer": vendor,
+        "FrameReferenceTime": frame_reference_ms,
+        "ActualFrameDuration": 180_000,
+        "SeriesTime": tm(moment(REFERENCE_S + 2700)),
+    }
+    provenance = suv_factors(read_pet_series(pet_headers(2, **header))).provenance
+    assert provenance["rule"] == "12c"
+    assert [
+        each.startswith("FrameReferenceTime (0054,1300) is 0") for each in provenance["warnings"]
+    ] == ([True] * warned)
+    if warned:
+        by_qiba = 1 / activity_per_suv(REFERENCE_S)
+        (warning,) = provenance["warnings"]
+        assert f"{by_qiba:.6g} (-0.94%)" in warning
+        assert pytest.approx(-0.0094, abs=5e-5) == 2 ** (-90 / HALF_LIFE_S) - 1
+
+
+def test_a_frame_reference_time_of_0_is_no_matter_where_the_series_starts_in_time() -> None:
+    series = read_pet_series(pet_headers(2, FrameReferenceTime=0, ActualFrameDuration=60_000))
+    assert suv_factors(series).provenance["warnings"] == []
 
 
 def test_disagreeing_times_of_injection_are_a_warning() -> None:
