@@ -638,7 +638,7 @@ def ward(hospital, garden, tmp_path) -> Path:
 def test_text_of_an_unexpected_error_in_a_study_is_dropped(
     ward, tmp_path, monkeypatch, capfd, jobs
 ):
-    monkeypatch.setattr(createproject, "read_study", fail)
+    monkeypatch.setattr("common.raw.study.read_study", fail)
     said = ["-vv", "--debug", "--log-file", str(tmp_path / "log")]
     output = ["-o", str(tmp_path / "p.zip"), "-j", jobs]
     assert createproject.main([str(ward), *output, *said]) == 3
