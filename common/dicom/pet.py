@@ -410,6 +410,18 @@ def read_pet_series(
     )
 
 
+def is_attenuation_corrected(header: Dataset) -> bool:
+    """Tell whether a PET header says that attenuation was corrected for.
+
+    Raises
+    ------
+    StudyError
+        Malformed values.
+    """
+    is_enhanced = text(header, "SOPClassUID") == ENHANCED_PET
+    return "ATTN" in (_frame_corrections(header) if is_enhanced else _corrections(header))
+
+
 def _require_pet(header: Dataset) -> None:
     if text(header, "Modality") != "PT":
         raise StudyError(

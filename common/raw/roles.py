@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from common.dicom.attributes import joined_text, tag_of
 from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
+from common.dicom.pet import is_attenuation_corrected
 from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
 from common.raw.layouts import sidecar_of
@@ -56,6 +57,15 @@ class NiftiFiles:
 Candidate = NiftiFile | NiftiFiles | Series | DicomFile
 
 
+def is_corrected(candidate: Candidate) -> bool:
+    """Tell whether a candidate is a PET series that is corrected for attenuation."""
+    return (
+        isinstance(candidate, Series)
+        and candidate.modality == "PT"
+        and all(is_attenuation_corrected(file.header) for file in candidate.files)
+    )
+
+
 def modality_of(file: DicomFile) -> str:
     """Return the Modality."""
     return file.modality
@@ -70,6 +80,13 @@ def kind(candidate: Candidate) -> str:
     if isinstance(candidate, Series):
         return f"DICOM series of {candidate.n_images}"
     return f"DICOM {modality_of(candidate)}"
+
+
+def kind_beside_others(candidate: Candidate) -> str:
+    """Return what tells a candidate from others of its role; no identity."""
+    if isinstance(candidate, Series) and candidate.modality == "PT":
+        return f"{kind(candidate)}, ATTN {'yes' if is_corrected(candidate) else 'no'}"
+    return kind(candidate)
 
 
 # --- patterns --------------------------------------------------------------------------------
@@ -204,12 +221,13 @@ def nameless_left_out(n_files: int) -> tuple[str, ...]:
 
 def private_name(role: str, candidate: Candidate) -> str:
     """Return a candidate's description and path, for the private mapping alone."""
-    return f"{ROLE_NAMES[role]}: {kind(candidate)}: {' | '.join(labels(candidate)[:2])}"
+    described = " | ".join(labels(candidate)[:2])
+    return f"{ROLE_NAMES[role]}: {kind_beside_others(candidate)}: {described}"
 
 
 def several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
     """Say that several candidates fit a role, and of what kinds they are."""
-    kinds = [kind(each) for each in candidates]
+    kinds = [kind_beside_others(each) for each in candidates]
     if len(kinds) > MOST_LISTED:
         kinds = [f"{n} x {each}" for each, n in Counter(kinds).items()]
     reason = (
@@ -393,6 +411,9 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
         # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
         remarks += passed_over(fitting["pet"])
         fitting["pet"] = [*nifti_pet]
+    for role in fitting.keys() & {"pet", "header"}:
+        fitting[role], left_out = _without_uncorrected(fitting[role])
+        remarks += left_out
     nameless = [file.name for file in files.nifti if not file.roles and not patterns.name_any(file)]
     if nameless and all(fitting.values()):
         remarks += nameless_left_out(len(nameless))
@@ -532,6 +553,21 @@ def _without_single_slices(
         return [*candidates], ()
     remark = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
     return [each for each in candidates if each not in single], (remark,)
+
+
+def _without_uncorrected(
+    candidates: Sequence[Candidate],
+) -> tuple[list[Candidate], tuple[str, ...]]:
+    """Leave out PET series not corrected for attenuation beside one that is: they give no SUV."""
+    series = [each for each in candidates if isinstance(each, Series)]
+    uncorrected = [each for each in series if not is_corrected(each)]
+    if not uncorrected or len(uncorrected) == len(series):
+        return [*candidates], ()
+    remark = (
+        f"PET series not corrected for attenuation ({len(uncorrected)}, "
+        f"{tag_of('CorrectedImage')} lacks ATTN) are left out"
+    )
+    return [each for each in candidates if each not in uncorrected], (remark,)
 
 
 def _geometry(series: Series) -> tuple[str, ...]:

@@ -330,9 +330,9 @@ def with_second_mask(tmp_path):
         ),
         (
             with_second_pet,
-            "2 candidates for PET (DICOM series of 6; DICOM series of 6): choose with --pet "
-            "PATTERN",
-            "PET uncorr. Doe | NAC/pet_000.dcm",
+            "2 candidates for PET (DICOM series of 6, ATTN yes; DICOM series of 6, ATTN yes): "
+            "choose with --pet PATTERN",
+            "PET: DICOM series of 6, ATTN yes: PET uncorr. Doe | NAC/pet_000.dcm",
         ),
         (
             with_second_mask,
@@ -388,6 +388,55 @@ def test_a_pattern_tells_corrected_from_uncorrected(tmp_path):
         layouts.write_pet(study / uid, SeriesInstanceUID=uid, SeriesDescription=name)
     assert "2 candidates for PET" in str(refusal(study, pet="*AC*"))
     assert names(roles_of(study, pet="*[!N]AC*").pet)[0].startswith("1.9")
+
+
+UNCORRECTED = ["NORM", "DTIM", "DECY", "RAN"]
+
+
+def uncorrected(study, **attributes):
+    """Add the series without attenuation correction, which no clinical study is without."""
+    attributes = {"CorrectedImage": UNCORRECTED} | attributes
+    layouts.write_pet(study / "NAC", SeriesInstanceUID="1.9", **attributes)
+    return study
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{}, {"CorrectedImage": None}, {"CorrectedImage": PerSlice("DECY", *[["ATTN", "DECY"]] * 5)}],
+)
+def test_an_uncorrected_series_is_no_rival_of_a_corrected_one(tmp_path, attributes):
+    found = roles_of(uncorrected(layouts.subfolders(tmp_path), **attributes))
+    assert {name.split("/")[0] for name in names(found.pet)} == {"PET"}
+    assert found.warnings == (
+        "PET series not corrected for attenuation (1, CorrectedImage (0028,0051) lacks ATTN) are "
+        "left out",
+    )
+
+
+def test_an_uncorrected_series_alone_or_named_is_taken_and_refused_later(tmp_path):
+    study = uncorrected(layouts.subfolders(tmp_path))
+    assert names(roles_of(study, pet="NAC").pet)[0].startswith("NAC")
+    shutil.rmtree(study / "PET")
+    found = roles_of(study)
+    assert names(found.pet)[0].startswith("NAC")
+    assert found.warnings == ()
+
+
+def test_candidates_are_told_apart_by_slices_and_attenuation_correction(tmp_path):
+    study = with_second_pet(tmp_path)
+    for number, corrections in enumerate((UNCORRECTED, None)):
+        layouts.write_pet(
+            study / f"NAC{number}",
+            SeriesInstanceUID=f"1.1{number}",
+            SeriesDescription="Doe",
+            CorrectedImage=corrections,
+        )
+    error = refusal(study)
+    assert "2 candidates for PET (DICOM series of 6, ATTN yes; DICOM" in str(error)
+    assert "ATTN no" not in error.private
+    error = refusal(study, pet="Doe")
+    assert "2 candidates for PET (DICOM series of 6, ATTN no; DICOM series" in str(error)
+    assert "PET: DICOM series of 6, ATTN no: Doe | NAC0/pet_000.dcm" in error.private
 
 
 def test_the_case_of_a_pattern_counts(tmp_path):
@@ -573,7 +622,7 @@ def test_of_several_series_beside_a_nifti_pet_none_is_picked_as_header(tmp_path)
     study = layouts.nifti_with_header(tmp_path)
     layouts.write_pet(study / "other", SeriesInstanceUID="1.9", SeriesDescription="other Doe")
     error = refusal(study)
-    assert "2 candidates for DICOM header (DICOM series of 1; DICOM series of 6)" in str(error)
+    assert "2 candidates for DICOM header (DICOM series of 1, ATTN yes; DICOM" in str(error)
     assert "other Doe" in error.private
     assert names(roles_of(study, header="PET_header*").header) == ["PET_header.dcm"]
 
