@@ -174,10 +174,13 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
 
 def functional_group(header: Dataset, frame: Dataset, keyword: str) -> Dataset | None:
     """Return a functional group of a multi-frame object: the frame's own, else the shared one."""
-    for groups in (frame, *items(header, "SharedFunctionalGroupsSequence")):
-        for item in items(groups, keyword):
-            return item
-    return None
+    return next(iter(functional_groups(header, frame, keyword)), None)
+
+
+def functional_groups(header: Dataset, frame: Dataset, keyword: str) -> list[Dataset]:
+    """Return all items of a functional group: the frame's own, else the shared ones."""
+    places = (frame, *items(header, "SharedFunctionalGroupsSequence"))
+    return next(filter(None, (items(groups, keyword) for groups in places)), [])
 
 
 def has_creator(header: Dataset, private: PrivateTag) -> bool:

@@ -36,6 +36,7 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
 
 from common.dicom.attributes import (
     functional_group,
+    functional_groups,
     items,
     joined_text,
     required_numbers,
@@ -229,6 +230,12 @@ _NO_SLICE = re.compile(
 
 _NO_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")
 """Values of RescaleType of maps that were computed from a CT."""
+
+_HU = ("HU", "HU_MOD")
+"""Values of RescaleType of an Enhanced CT, which has to say what it holds."""
+
+_HU_UNITS = ("[hnsf'U]", "hnsf'U", "HU")
+"""Codes of the Hounsfield unit in MeasurementUnitsCodeSequence (UCUM, with its older form)."""
 
 GREYSCALE = ("MONOCHROME2", "MONOCHROME1", "")
 """Values of PhotometricInterpretation, which a header without pixels may lack."""
@@ -458,12 +465,39 @@ def _is_slice(header: pydicom.Dataset, modality: str) -> bool:
         return False
     if joined_text(header, "PhotometricInterpretation") not in GREYSCALE:
         return False
-    if modality == "CT" and joined_text(header, "RescaleType").upper() in _NO_HU:
+    if modality == "CT" and not _is_in_hu(header):
         return False
     kinds = [each.upper() for k in ("ImageType", "SeriesType") for each in texts(header, k)]
     if any(map(_NO_SLICE.search, kinds)):
         return False
     return not ("DERIVED" in kinds and _is_not_axial(header))
+
+
+def _is_in_hu(header: pydicom.Dataset) -> bool:
+    """Tell whether nothing says that a CT, or a frame of it, holds other values than HU."""
+    frames = items(header, "PerFrameFunctionalGroupsSequence")
+    if joined_text(header, "RescaleType").upper() in _NO_HU or not _is_unit_hu(
+        items(header, "RealWorldValueMappingSequence")
+    ):
+        return False
+    return all(_is_frame_in_hu(header, frame) for frame in frames)
+
+
+def _is_frame_in_hu(header: pydicom.Dataset, frame: pydicom.Dataset) -> bool:
+    rescaling = functional_group(header, frame, "PixelValueTransformationSequence")
+    rescale_type = joined_text(rescaling, "RescaleType").upper() if rescaling is not None else ""
+    mappings = functional_groups(header, frame, "RealWorldValueMappingSequence")
+    return (not rescale_type or rescale_type in _HU) and _is_unit_hu(mappings)
+
+
+def _is_unit_hu(mappings: Iterable[pydicom.Dataset]) -> bool:
+    """Tell whether mappings to real values name no unit, or HU among others."""
+    units = [
+        joined_text(unit, "CodeValue")
+        for mapping in mappings
+        for unit in items(mapping, "MeasurementUnitsCodeSequence")
+    ]
+    return not units or any(unit in _HU_UNITS for unit in units)
 
 
 def _is_not_axial(header: pydicom.Dataset) -> bool:

@@ -1,6 +1,7 @@
 """Which files are DICOM, and which of them are the slices of a CT or PET series."""
 
 import contextlib
+import copy
 import os
 import resource
 import subprocess
@@ -34,6 +35,7 @@ from dicom_checks import (
     slices,
 )
 from pydicom import uid
+from pydicom.dataset import Dataset
 
 from common.dicom.files import group_series, read_dicom_file
 from common.dicom.pixels import read_pet
@@ -156,6 +158,61 @@ def test_axial_slices_are_candidates_derived_or_not(tmp_path, image_type):
 def test_ct_values_are_hu_unless_they_are_said_not_to_be(tmp_path, rescale_type):
     write_slices(tmp_path, slices(RescaleType=rescale_type))
     assert len(read_series(tmp_path)) == 1
+
+
+def of_units(*codes):
+    """A mapping to real values in each of some units."""
+    mappings = []
+    for code in codes:
+        unit, mapping = Dataset(), Dataset()
+        unit.CodeValue, unit.CodingSchemeDesignator, unit.CodeMeaning = code, "UCUM", code
+        mapping.RealWorldValueSlope, mapping.MeasurementUnitsCodeSequence = 1.0, [unit]
+        mappings.append(mapping)
+    return mappings
+
+
+@pytest.mark.parametrize("place", ["per frame", "shared", "one frame of many"])
+@pytest.mark.parametrize(
+    ("rescale_type", "units", "is_ct"),
+    [
+        ("HU", (), True),
+        ("hu_mod", (), True),
+        ("", (), True),
+        ("HU", ("[hnsf'U]",), True),
+        ("", ("mg/ml", "[hnsf'U]"), True),
+        ("US", (), False),
+        ("Z_EFF", (), False),
+        ("MGML", (), False),
+        ("", ("mg/ml",), False),
+        ("HU", ("ml/min/100ml", "1"), False),
+    ],
+)
+def test_an_enhanced_ct_in_another_unit_than_hu_is_no_candidate(
+    tmp_path, place, rescale_type, units, is_ct
+):
+    """A map of relative cerebral blood flow was written as a CT."""
+    enhanced = build_enhanced(noise(SHAPE), affine_of(), ImageType=["DERIVED", "PRIMARY"])
+    frames = enhanced.PerFrameFunctionalGroupsSequence
+    said = Dataset()
+    rescaling = copy.deepcopy(frames[0].PixelValueTransformationSequence[0])
+    rescaling.RescaleType = rescale_type
+    said.PixelValueTransformationSequence = [rescaling]
+    if units:
+        said.RealWorldValueMappingSequence = of_units(*units)
+    if place == "shared":
+        for frame in frames:
+            del frame.PixelValueTransformationSequence
+        enhanced.SharedFunctionalGroupsSequence[0].update(said)
+    for frame in {"shared": [], "per frame": frames, "one frame of many": frames[-1:]}[place]:
+        frame.update(said)
+    write_file(tmp_path / "enhanced", enhanced)
+    assert len(read_series(tmp_path)) == is_ct
+
+
+@pytest.mark.parametrize(("units", "is_ct"), [(("mg/ml",), False), (("mg/ml", "[hnsf'U]"), True)])
+def test_a_mapping_to_another_unit_than_hu_makes_single_images_a_map(tmp_path, units, is_ct):
+    write_slices(tmp_path, slices(RealWorldValueMappingSequence=of_units(*units)))
+    assert len(read_series(tmp_path)) == is_ct
 
 
 def test_original_coronal_slices_are_candidates(tmp_path):
