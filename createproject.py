@@ -128,6 +128,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("ct", "pet"),
         help="what an RTSTRUCT was drawn on, where it names a series that is not there",
     )
+    files.add_argument(
+        "--uneven-slices",
+        choices=("refuse", "resample"),
+        default="refuse",
+        help="CT or PET with unevenly spaced slices: refuse, or interpolate linearly onto their "
+        "finest even grid (default: refuse)",
+    )
     suv = parser.add_argument_group("SUV")
     suv.add_argument(
         "--pet-units",
@@ -268,6 +275,7 @@ def plan(
         allow_empty_mask=options.allow_empty_mask,
         trust_geometry=options.trust_geometry,
         mask_on=options.mask_on,
+        uneven_slices=options.uneven_slices,
     )
     fixed = [SOFTWARE, options.name, dict(patterns.by_role), asdict(conversion)]
     studies, outcomes = [], []

@@ -66,13 +66,18 @@ def read_ct(stack: Stack) -> Image:
     StudyError
         Pixels that cannot be read.
     """
-    data: NDArray[Any] = np.empty(stack.shape, np.int16, order="F")
+    data: NDArray[Any] = np.empty(_shape_of_slices(stack), np.int16, order="F")
     for k, hu in _rescaled_planes(stack, np.ones(len(stack.slices))):
         with np.errstate(invalid="ignore"):
             data[:, :, k] = hu
         if data.dtype == np.int16 and not np.array_equal(data[:, :, k], hu):
             data = data.astype(np.float32)
             data[:, :, k] = hu
+    if stack.places is not None:
+        data = _between_slices(data, stack.places)
+        with np.errstate(invalid="ignore"):
+            whole = data.astype(np.int16)
+        data = whole if np.array_equal(whole, data) else data
     return Image(data, stack.affine)
 
 
@@ -95,10 +100,26 @@ def read_pet(stack: Stack, factors: NDArray[np.float64]) -> Image:
             f"{tag_of('RescaleIntercept')} of the PET is {offset:g}: DICOM demands 0 for PET; "
             "export the original series"
         )
-    data = np.empty(stack.shape, np.float32, order="F")
+    data = np.empty(_shape_of_slices(stack), np.float32, order="F")
     for k, suv in _rescaled_planes(stack, factors):
         data[:, :, k] = suv
+    if stack.places is not None:
+        data = _between_slices(data, stack.places)
     return Image(data, stack.affine)
+
+
+def _shape_of_slices(stack: Stack) -> tuple[int, int, int]:
+    return (*stack.shape[:2], len(stack.slices))
+
+
+def _between_slices(data: NDArray[Any], places: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Interpolate linearly between slices: a plane at each of `places`, as `Stack` has them."""
+    planes = np.empty((*data.shape[:2], len(places)), np.float32, order="F")
+    for k, place in enumerate(places):
+        below = int(place)
+        above = min(below + 1, data.shape[2] - 1)
+        planes[:, :, k] = (1 - place % 1) * data[:, :, below] + place % 1 * data[:, :, above]
+    return planes
 
 
 def _rescaled_planes(

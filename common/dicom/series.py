@@ -7,8 +7,9 @@ A CT or PET series as a stack of slices: their order, their grid, and what forbi
 Knows pydicom. DICOM's LPS coordinates end here: affines are RAS+.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +171,12 @@ LARGEST_SLICE_OFFSET = 0.1
 LARGEST_VOLUME = 2**31
 """Voxels beyond which a header is taken as damaged: five times a total-body CT."""
 
+ON_SLICE = 0.01
+"""Distance from a plane of an even grid to a slice that still counts as the same [spacings]."""
+
+MOST_GAPS_NAMED = 4
+"""Odd gaps whose files are named."""
+
 _SAME_DIRECTION = 1e-3
 _SAME_SPACING = 1e-3
 _MOVING = ("DYNAMIC", "GATED")
@@ -183,17 +190,21 @@ class Stack:
     ----------
     slices : tuple of Slice
     shape : (int, int, int)
-        Columns, rows, slices.
+        Columns, rows, planes of the grid.
     affine : (4, 4) float64 array
         Voxel index to RAS+ [mm]; sheared where the gantry was tilted.
     warnings : tuple of Warning
         What makes one doubt that all slices are there; no identity.
+    places : (n_planes,) float64 array or None
+        Of each plane of the grid, its place between the slices: 1.25 is a quarter of the way from
+        the second to the third. None where the slices themselves are the grid's planes.
     """
 
     slices: tuple[Slice, ...]
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
     warnings: tuple[Warning, ...] = ()
+    places: NDArray[np.float64] | None = None
 
     @property
     def headers(self) -> tuple[Dataset, ...]:
@@ -207,8 +218,14 @@ class Stack:
         return tuple((place[id(item.file.header)], item.frame) for item in self.slices)
 
 
-def stack_slices(series: Series) -> Stack:
+def stack_slices(series: Series, *, resample_uneven: bool = False) -> Stack:
     """Order the slices of a series and find the grid they make up.
+
+    Parameters
+    ----------
+    series : Series
+    resample_uneven : bool
+        Bring unevenly spaced slices onto their finest even grid instead of refusing them.
 
     Raises
     ------
@@ -222,14 +239,16 @@ def stack_slices(series: Series) -> Stack:
     _refuse_mixed(slices, role)
     normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
     slices.sort(key=lambda item: float(item.position_mm @ normal))
-    step_mm = _even_step_mm(slices, normal, role)
-    shape = (*slices[0].matrix, len(slices))
+    grid = _even_grid(slices, normal, role, resample_uneven=resample_uneven)
+    shape = (*slices[0].matrix, grid.n_planes)
     if min(shape) < 1 or np.prod(shape, dtype=np.int64) > LARGEST_VOLUME:
         raise StudyError(
             f"the {role} has an implausible size ({tag_of('Rows')}, {tag_of('Columns')}): "
             "export it again"
         )
-    return Stack(tuple(slices), shape, _affine(slices[0], step_mm), _signs_of_loss(slices, role))
+    affine = _affine(slices[0], grid.step_mm)
+    warnings = (*grid.warnings, *_signs_of_loss(slices, role))
+    return Stack(tuple(slices), shape, affine, warnings, grid.places)
 
 
 # --- what forbids a stack --------------------------------------------------------------------
@@ -276,37 +295,88 @@ def _refuse_mixed(slices: Sequence[Slice], role: str) -> None:
             )
 
 
-def _even_step_mm(
-    slices: Sequence[Slice], normal: NDArray[np.float64], role: str
-) -> NDArray[np.float64]:
-    """Return the vector from slice to slice [LPS]; not along the normal where the gantry tilts."""
-    if len(slices) == 1:
+# --- the grid of slices ----------------------------------------------------------------------
+
+
+class _EvenGrid(NamedTuple):
+    """Planes from the first slice on; see `Stack` for `places`."""
+
+    n_planes: int
+    step_mm: NDArray[np.float64]
+    """From plane to plane [LPS]; not along the normal where the gantry tilts."""
+    places: NDArray[np.float64] | None = None
+    warnings: tuple[Warning, ...] = ()
+
+
+def _even_grid(
+    slices: Sequence[Slice], normal: NDArray[np.float64], role: str, *, resample_uneven: bool
+) -> _EvenGrid:
+    n_slices = len(slices)
+    if n_slices == 1:
         raise StudyError(f"the {role} has one slice: give the whole series")
     positions_mm = np.array([item.position_mm for item in slices])
-    gaps_mm = np.diff(positions_mm @ normal)
+    heights_mm = (positions_mm - positions_mm[0]) @ normal
+    gaps_mm = np.diff(heights_mm)
     spacing_mm = float(gaps_mm.mean())
     if gaps_mm.min() <= LARGEST_SLICE_OFFSET * spacing_mm:
         raise StudyError(
             f"the {role} has several slices in one place ({tag_of('ImagePositionPatient')}): "
             "duplicate, dynamic or gated images; give each slice once",
-            _names_around(slices, int(gaps_mm.argmin())),
+            _files_at(slices, gaps_mm, [int(gaps_mm.argmin())]),
         )
-    step_mm: NDArray[np.float64] = (positions_mm[-1] - positions_mm[0]) / (len(slices) - 1)
-    even_mm = positions_mm[0] + np.arange(len(slices))[:, np.newaxis] * step_mm
-    offsets_mm = np.linalg.norm(positions_mm - even_mm, axis=1)
-    if offsets_mm.max() > LARGEST_SLICE_OFFSET * spacing_mm:
+    whole_mm = positions_mm[-1] - positions_mm[0]
+    step_mm = whole_mm / (n_slices - 1)
+    if _offset_mm(positions_mm, np.arange(n_slices), step_mm) <= LARGEST_SLICE_OFFSET * spacing_mm:
+        return _EvenGrid(n_slices, step_mm)
+    uneven = (
+        f"{tag_of('ImagePositionPatient')}: gaps from {gaps_mm.min():.2f} to "
+        f"{gaps_mm.max():.2f} mm, {n_slices} slices"
+    )
+    n_steps = int(np.ceil(heights_mm[-1] / gaps_mm.min() - LARGEST_SLICE_OFFSET))
+    step_mm = whole_mm / n_steps
+    fine_mm = float(step_mm @ normal)
+    is_straight = (
+        _offset_mm(positions_mm, heights_mm / fine_mm, step_mm) <= LARGEST_SLICE_OFFSET * fine_mm
+    )
+    if not (resample_uneven and is_straight):
         raise StudyError(
-            f"the {role} has missing or unevenly spaced slices ({tag_of('ImagePositionPatient')}: "
-            f"gaps from {gaps_mm.min():.2f} to {gaps_mm.max():.2f} mm, {len(slices)} slices): "
-            "export the complete series",
-            _names_around(slices, int(gaps_mm.argmax())),
+            f"the {role} has missing or unevenly spaced slices ({uneven}): export the complete "
+            "series" + (", or give --uneven-slices resample" if is_straight else ""),
+            _files_at(slices, gaps_mm, _odd_gaps(gaps_mm)),
         )
-    return step_mm
+    text = (
+        f"the {role} has unevenly spaced slices ({uneven}): interpolated linearly onto "
+        f"{n_steps + 1} slices of {fine_mm:.2f} mm"
+    )
+    places = np.interp(np.arange(n_steps + 1) * fine_mm, heights_mm, np.arange(n_slices))
+    on_slice = np.abs(places - np.rint(places)) * gaps_mm.max() <= ON_SLICE * fine_mm
+    places = np.where(on_slice, np.rint(places), places)
+    return _EvenGrid(n_steps + 1, step_mm, places, (Warning(Kind.SERIES, text),))
 
 
-def _names_around(slices: Sequence[Slice], gap: int) -> str:
-    """Return the files on both sides of a gap (private)."""
-    return f"{slices[gap].file.name}; {slices[gap + 1].file.name}"
+def _offset_mm(
+    positions_mm: NDArray[np.float64], places: NDArray[Any], step_mm: NDArray[np.float64]
+) -> float:
+    """Return how far [mm] a slice lies at most from its place on a line of even steps."""
+    on_line_mm = positions_mm[0] + places[:, np.newaxis] * step_mm
+    return float(np.linalg.norm(positions_mm - on_line_mm, axis=1).max())
+
+
+def _odd_gaps(gaps_mm: NDArray[np.float64]) -> list[int]:
+    """Return the gaps least like the others, in their order."""
+    usual_mm = np.median(gaps_mm)
+    unlike = np.abs(gaps_mm - usual_mm)
+    odd = np.flatnonzero(unlike > LARGEST_SLICE_OFFSET * usual_mm)
+    oddest = odd[np.argsort(-unlike[odd], kind="stable")[:MOST_GAPS_NAMED]]
+    return sorted(map(int, oddest if len(odd) else [unlike.argmax()]))
+
+
+def _files_at(slices: Sequence[Slice], gaps_mm: NDArray[np.float64], gaps: Iterable[int]) -> str:
+    """Return the files on both sides of gaps, and how wide these are (private)."""
+    return "; ".join(
+        f"{slices[gap].file.name} and {slices[gap + 1].file.name}: {gaps_mm[gap]:.2f} mm apart"
+        for gap in gaps
+    )
 
 
 def _signs_of_loss(slices: Sequence[Slice], role: str) -> tuple[Warning, ...]:

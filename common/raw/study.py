@@ -373,6 +373,7 @@ class Conversion:
     allow_empty_mask: bool = False
     trust_geometry: bool = False
     mask_on: str | None = None
+    uneven_slices: str = "refuse"
 
     @property
     def roi_pattern(self) -> re.Pattern[str] | None:
@@ -519,7 +520,9 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         *check_identity(roles, trusted=conversion.trust_geometry),
     ]
     ct, pet = (
-        stack_slices(image) if isinstance(image, Series) else image
+        stack_slices(image, resample_uneven=conversion.uneven_slices == "resample")
+        if isinstance(image, Series)
+        else image
         for image in (roles.ct, roles.pet)
     )
     header: Series | Stack | None = None if isinstance(pet, Stack) else roles.header
@@ -545,7 +548,23 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
                 f"read so, whatever --mask-on {conversion.mask_on}"
             )
             warnings.append(Warning(Kind.MASK, text))
+    warnings += _drawn_on_uneven(roles.mask, {"ct": ct, "pet": pet}, drawn_on)
     return Plan(ct, pet, roles.mask, drawn_on, header, suv, tuple(warnings))
+
+
+def _drawn_on_uneven(
+    mask: Candidate, images: Mapping[str, NiftiFile | Stack], drawn_on: DrawnOn | None
+) -> Iterator[Warning]:
+    """Warn of a mask that was drawn slice by slice on slices that are interpolated."""
+    for role, image in images.items():
+        if not isinstance(image, Stack) or image.places is None or not isinstance(mask, DicomFile):
+            continue
+        if drawn_on.role == role if drawn_on is not None else _names_series(mask, image):
+            yield Warning(
+                Kind.MASK,
+                f"the {mask.modality} was drawn on the unevenly spaced slices of the "
+                f"{ROLE_NAMES[role]}: on the even grid it may have gaps between them: look at it",
+            )
 
 
 def _suv(source: Series | Stack | None, conversion: Conversion, *, in_unit: bool) -> SuvConversion:

@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from said import texts
 
+from common.dicom.pixels import read_ct, read_pet
 from common.dicom.series import stack_slices
 from common.errors import StudyError
 
@@ -111,7 +112,7 @@ def test_missing_and_uneven_slices_are_refused(tmp_path, gaps_mm, shown):
     write_slices(tmp_path, series_with_gaps(gaps_mm))
     assert refusal(tmp_path, "PT") == (
         f"the PET has missing or unevenly spaced slices (ImagePositionPatient (0020,0032): {shown})"
-        ": export the complete series"
+        ": export the complete series, or give --uneven-slices resample"
     )
 
 
@@ -131,12 +132,134 @@ def test_slices_in_one_place_are_refused(tmp_path, gaps_mm):
     )
 
 
-@pytest.mark.parametrize("gaps_mm", [[3, 3, 0, 3, 3], [3, 3, 6, 3, 3]])
-def test_the_files_beside_a_gap_are_named_to_the_private_mapping(tmp_path, gaps_mm):
+@pytest.mark.parametrize(
+    ("gaps_mm", "files"),
+    [
+        ([3, 3, 0, 3, 3], "c and d: 0.00 mm apart"),
+        ([3, 3, 6, 3, 3], "c and d: 6.00 mm apart"),
+        ([3, 3, 3, 3, 1.5], "e and last: 1.50 mm apart"),
+        ([3, 1, 2, 3, 3], "b and c: 1.00 mm apart; c and d: 2.00 mm apart"),
+    ],
+)
+def test_the_files_beside_a_gap_are_named_to_the_private_mapping(tmp_path, gaps_mm, files):
+    """Where the odd gap was shorter than the others, the first two files were named."""
     write_slices(tmp_path, series_with_gaps(gaps_mm), names=["first", "b", "c", "d", "e", "last"])
     with pytest.raises(StudyError) as refused:
         stack_slices(read_series(tmp_path, "PT")[0])
-    assert refused.value.private == "c; d"
+    assert refused.value.private == files
+
+
+def test_of_many_odd_gaps_the_oddest_are_named(tmp_path):
+    gaps_mm = [3, 3, 3, 3, 3, 3, 3, 3, 3, 4.1, 4.2, 4.3, 4.4, 4.5, 4.6]
+    write_slices(tmp_path, series_with_gaps(gaps_mm))
+    with pytest.raises(StudyError) as refused:
+        stack_slices(read_series(tmp_path, "PT")[0])
+    named = refused.value.private.split("; ")
+    assert [each.split(": ")[1] for each in named] == [
+        f"{mm:.2f} mm apart" for mm in (4.3, 4.4, 4.5, 4.6)
+    ]
+
+
+# --- uneven slices brought onto an even grid -------------------------------------------------
+
+MIXED = [3.27] * 4 + [6.54] * 3
+UNEVEN = {
+    "two spacings": (MIXED, 3.27, 11),
+    "an odd last slice": ([3.27] * 5 + [1.9], 18.25 / 10, 11),
+    "a slice at a table joint": ([3.0, 3.0, 1.0, 2.0, 3.0], 1.0, 13),
+    "rounded to whole mm": ([3, 3, 4, 3, 3, 3, 4], 23 / 8, 9),
+    "a missing slice": ([3, 3, 6, 3], 3.0, 6),
+}
+
+
+def resampled(folder, modality="CT", factors=1.0):
+    stack = stack_slices(*read_series(folder, modality), resample_uneven=True)
+    if modality == "CT":
+        return stack, read_ct(stack)
+    return stack, read_pet(stack, np.broadcast_to(factors, len(stack.slices)))
+
+
+def write_ramp(folder, gaps_mm, modality="CT", tilt=0.0, slopes=1.0, intercept=0.0):
+    """Write slices of values that rise by 1000 a millimetre, and from column to column."""
+    z_mm = np.cumsum([0, *gaps_mm])
+    ramp = 1000 * z_mm + 8 * np.arange(4)[:, np.newaxis, np.newaxis]
+    stored = np.rint(np.broadcast_to(ramp / slopes, (4, 5, len(z_mm)))).astype(np.uint16)
+    datasets = slices(stored, modality=modality, slopes=slopes, intercept=intercept)
+    for dataset, z in zip(datasets, z_mm, strict=True):
+        dataset.ImagePositionPatient = [0, f"{tilt * z:.5f}", f"{z:.5f}"]
+    write_slices(folder, datasets)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.3])
+@pytest.mark.parametrize("modality", ["CT", "PT"])
+@pytest.mark.parametrize(("gaps_mm", "spacing_mm", "n_planes"), UNEVEN.values(), ids=UNEVEN)
+def test_uneven_slices_come_onto_their_finest_even_grid(
+    tmp_path, gaps_mm, spacing_mm, n_planes, modality, tilt
+):
+    """What is linear in space is not changed by linear interpolation."""
+    write_ramp(tmp_path, gaps_mm, modality, tilt)
+    assert "give --uneven-slices resample" in refusal(tmp_path, modality)
+    stack, image = resampled(tmp_path, modality)
+    assert image.data.shape == stack.shape == (4, 5, n_planes)
+    np.testing.assert_allclose(image.affine[:3, 2], [0, -tilt * spacing_mm, spacing_mm], atol=1e-4)
+    z_mm = spacing_mm * np.arange(n_planes)
+    assert z_mm[-1] == pytest.approx(sum(gaps_mm), abs=1e-3)
+    expected = 1000 * z_mm + 8 * np.arange(4)[:, np.newaxis, np.newaxis]
+    np.testing.assert_allclose(
+        image.data, np.broadcast_to(expected, image.data.shape), atol=0.01 * spacing_mm * 1000
+    )
+    (warning,) = texts(stack.warnings)
+    role = {"CT": "CT", "PT": "PET"}[modality]
+    assert warning == (
+        f"the {role} has unevenly spaced slices (ImagePositionPatient (0020,0032): gaps from "
+        f"{min(gaps_mm):.2f} to {max(gaps_mm):.2f} mm, {len(gaps_mm) + 1} slices): interpolated "
+        f"linearly onto {n_planes} slices of {spacing_mm:.2f} mm"
+    )
+
+
+def test_planes_that_lie_on_slices_are_those_slices(tmp_path):
+    stored = noise((4, 4, 8)) * 2
+    datasets = slices(stored, intercept=-1024)
+    # As scanners round them, to a hundredth of a millimetre.
+    for dataset, z_mm in zip(datasets, np.cumsum([0, *MIXED]), strict=True):
+        dataset.ImagePositionPatient = [0, 0, f"{z_mm - 700.004:.2f}"]
+    write_slices(tmp_path, datasets)
+    _, image = resampled(tmp_path)
+    hu = stored.astype(int) - 1024
+    assert image.data.dtype == np.int16
+    np.testing.assert_array_equal(image.data[:, :, [0, 1, 2, 3, 4, 6, 8, 10]], hu)
+    np.testing.assert_array_equal(image.data[:, :, 5], (hu[:, :, 4] + hu[:, :, 5]) / 2)
+
+
+def test_uneven_slices_have_their_own_factors_to_suv(tmp_path):
+    slopes = np.linspace(1, 3, len(MIXED) + 1)
+    write_ramp(tmp_path, MIXED, "PT", slopes=slopes)
+    _, plain = resampled(tmp_path, "PT")
+    factors = np.linspace(2, 1, len(MIXED) + 1)
+    _, image = resampled(tmp_path, "PT", factors)
+    on_slices = [0, 1, 2, 3, 4, 6, 8, 10]
+    np.testing.assert_allclose(
+        image.data[:, :, on_slices], plain.data[:, :, on_slices] * factors, rtol=1e-6
+    )
+
+
+def test_even_slices_are_not_resampled(tmp_path):
+    stored = noise(SHAPE)
+    write_slices(tmp_path, slices(stored))
+    stack, image = resampled(tmp_path)
+    assert (stack.places, stack.warnings) == (None, ())
+    assert_image_is(image, stored, affine_of(), np.int16)
+
+
+def test_slices_pushed_aside_or_in_one_place_are_refused_all_the_same(tmp_path):
+    for name, datasets in (
+        ("aside", series_with_gaps([3] * 5, sideways_mm=0.35)),
+        ("twice", series_with_gaps([3, 3, 0.01, 3])),
+    ):
+        write_slices(tmp_path / name, datasets)
+        with pytest.raises(StudyError) as refused:
+            resampled(tmp_path / name, "PT")
+        assert "--uneven-slices" not in str(refused.value)
 
 
 def test_one_slice_is_no_volume(tmp_path):

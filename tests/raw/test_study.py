@@ -787,6 +787,23 @@ def test_mask_on_does_not_contradict_the_series_that_is_named(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("role", "is_drawn_on"), [("CT", False), ("PET", True)])
+def test_unevenly_spaced_slices_are_resampled_if_asked_for(tmp_path, role, is_drawn_on):
+    """The phantom is alike in all slices but for the first and the last: none is missed."""
+    study = layouts.subfolders(tmp_path)
+    (study / role / "pet_003.dcm").unlink()
+    assert "unevenly spaced slices" in refusal(study)
+    images = read(study, uneven_slices="resample")
+    assert_is_the_phantom(images)
+    warnings = texts(images.warnings)
+    assert any(
+        each.startswith(f"the {role} has unevenly spaced slices")
+        and each.endswith("interpolated linearly onto 6 slices of 4.00 mm")
+        for each in warnings
+    )
+    assert any("was drawn on the unevenly spaced" in each for each in warnings) is is_drawn_on
+
+
 def test_what_was_taken_is_told_for_the_private_mapping(tmp_path):
     taken = read(layouts.subfolders(tmp_path)).taken
     assert taken == Taken("GK p.v. 3 Doe (6 slices)", "PET corr. Doe (6 slices)", "MASK/RS.dcm",
