@@ -268,4 +268,17 @@ def _decoded_plane(stream: BinaryIO, syntax: str, layout: _Layout, frame: int) -
         photometric_interpretation=layout.photometric or "MONOCHROME2",
         pixel_keyword="PixelData",
     )
-    return plane
+    return _sign_extended(plane, layout)
+
+
+def _sign_extended(plane: Plane, layout: _Layout) -> Plane:
+    """Return signed values of fewer bits than allocated, where the bits above were left empty.
+
+    A compressed stream may say that it holds unsigned values, whatever the header says; decoders
+    take its word. Values are then beyond what the stored bits can say, and none is negative.
+    """
+    sign = 1 << layout.bits_stored - 1
+    if not layout.signed or plane.min() < 0 or not sign <= plane.max() < 2 * sign:
+        return plane
+    signed = plane.astype(layout.dtype.newbyteorder("="))
+    return (signed ^ sign) - sign

@@ -75,6 +75,30 @@ def test_bits_beside_the_stored_ones_are_no_values(tmp_path):
         assert_image_is(read_image(tmp_path / name), stored, affine_of(), np.int16)
 
 
+@pytest.mark.parametrize("bits", [12, 13, 15])
+@pytest.mark.parametrize("syntax", [name for name in SYNTAXES if name[0] in "RJ"])
+def test_signed_values_are_read_though_their_stream_says_unsigned(tmp_path, syntax, bits):
+    """Signed CT of 13 bits in a JPEG 2000 stream of 16 had air at +7192 HU."""
+    stored = noise(ENCODABLE, bits, signed=True)
+    stored[:, :, 1] = np.abs(stored[:, :, 1]) // 2
+    low = slices((stored & ((1 << bits) - 1)).astype(np.uint16))
+    for path in write_slices(tmp_path, low, SYNTAXES[syntax]):
+        header = pydicom.dcmread(path)
+        header.BitsStored, header.HighBit, header.PixelRepresentation = bits, bits - 1, 1
+        header.save_as(path)
+    assert_image_is(read_image(tmp_path), stored, affine_of(), np.int16)
+
+
+def test_signed_values_beyond_the_bits_that_a_header_tells_stay_as_decoded(tmp_path):
+    """BitsStored is wrong in them, not the sign: 12 bits end at 2047."""
+    stored = np.clip(noise(ENCODABLE, 16, signed=True), -1024, 3071)
+    for path in write_slices(tmp_path, slices(stored), uid.JPEGLSLossless):
+        header = pydicom.dcmread(path)
+        header.BitsStored, header.HighBit = 12, 11
+        header.save_as(path)
+    assert_image_is(read_image(tmp_path), stored, affine_of(), np.int16)
+
+
 def test_padding_values_stay_as_they_are(tmp_path):
     stored = noise(SHAPE, 12, signed=True)
     stored[:2] = -2000
