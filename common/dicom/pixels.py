@@ -3,6 +3,7 @@
 Knows pydicom and its decoders. One plane at a time is in memory besides the volume.
 """
 
+import os
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from common.geometry import Image
 
 _UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 _PIXEL_DATA = (0x7FE0, 0x0010)
+_PIXEL_VRS = (b"OW", b"OB", b"UN")
 _IMPLAUSIBLE_SCALE = 1e20  # times 32 bits still far within float32
 
 Plane = NDArray[Any]
@@ -182,7 +184,7 @@ def _plane_reader(file: DicomFile) -> Iterator[PlaneReader]:
         return
     with open(file.path, "rb") as stream:
         stream.seek(file.pixel_offset)
-        length = _element_length(stream, *file.header.original_encoding)
+        length = _element_length(stream, is_little_endian=layout.little_endian)
         # A file without preamble names no syntax, and is not compressed.
         if not syntax or syntax in _UNCOMPRESSED:
             yield partial(_uncompressed_plane, stream, stream.tell(), length, layout)
@@ -220,12 +222,20 @@ def _layout(file: DicomFile) -> _Layout:
     return layout
 
 
-def _element_length(stream: BinaryIO, is_implicit: bool, is_little_endian: bool) -> int:
-    """Read past tag, VR and length of the pixel data element; return the length [bytes]."""
-    fields = ("<" if is_little_endian else ">") + ("HHI" if is_implicit else "HH4xI")
-    group, element, length = struct.unpack(fields, stream.read(struct.calcsize(fields)))
+def _element_length(stream: BinaryIO, *, is_little_endian: bool) -> int:
+    """Read past tag, VR and length of the pixel data element; return the length [bytes].
+
+    Whether there is a VR is seen in the file: some declare the other kind of transfer syntax.
+    """
+    order = "<" if is_little_endian else ">"
+    group, element, vr = struct.unpack(f"{order}HH2s", stream.read(6))
     if (group, element) != _PIXEL_DATA:
         raise ValueError("no pixel data")
+    if vr not in _PIXEL_VRS:
+        stream.seek(-len(vr), os.SEEK_CUR)
+        (length,) = struct.unpack(f"{order}I", stream.read(4))
+    else:
+        (length,) = struct.unpack(f"{order}2xI", stream.read(6))
     return int(length)
 
 

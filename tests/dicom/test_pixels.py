@@ -1,6 +1,7 @@
 """Voxels of CT and PET series against the arrays put in."""
 
 import itertools
+from io import BytesIO
 
 import numpy as np
 import pydicom
@@ -8,6 +9,7 @@ import pytest
 from dicom_builders import affine_of, noise, write_bare_file, write_slices
 from dicom_checks import ENCODABLE, SHAPE, SYNTAXES, assert_image_is, read_image, refusal, slices
 from pydicom import uid
+from pydicom.filewriter import write_file_meta_info
 
 FORMATS = {
     "8 bits": {"bits": 8, "allocated": 8},
@@ -52,6 +54,28 @@ def test_files_without_preamble_are_read(tmp_path, implicit):
     for k, dataset in enumerate(slices(stored)):
         write_bare_file(tmp_path / f"image{k}", dataset, implicit=implicit)
     assert_image_is(read_image(tmp_path), stored, affine_of(), np.int16)
+
+
+@pytest.mark.parametrize("declared", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, None])
+@pytest.mark.parametrize("implicit", [True, False])
+@pytest.mark.parametrize("modality", ["CT", "PT"])
+def test_vr_contrary_to_the_declared_transfer_syntax_is_read(
+    tmp_path, declared, implicit, modality
+):
+    stored = noise(SHAPE, 12)
+    for k, dataset in enumerate(slices(stored, modality=modality)):
+        path = tmp_path / f"image{k}"
+        write_bare_file(path, dataset, implicit=implicit)
+        meta = dataset.file_meta
+        if declared is None:
+            del meta.TransferSyntaxUID
+        else:
+            meta.TransferSyntaxUID = declared
+        beginning = BytesIO()
+        write_file_meta_info(beginning, meta, enforce_standard=False)
+        path.write_bytes(bytes(128) + b"DICM" + beginning.getvalue() + path.read_bytes())
+    dtype = np.int16 if modality == "CT" else np.float32
+    assert_image_is(read_image(tmp_path, modality), stored, affine_of(), dtype)
 
 
 @pytest.mark.parametrize("syntax", ["explicit", "deflated", "RLE"])
