@@ -58,7 +58,7 @@ STAGES = {
             ("raw",),
             "out/p.zip",
             ("--pet-units", "suv"),
-            ("--pet-units", "suv", "--name", "other"),
+            ("--pet-units", "suv", "--suv-type", "ibw"),
         ),
         Stage(
             preprocessing.main,
@@ -115,7 +115,7 @@ def run_uninterrupted(inputs: Path) -> dict[str, tuple[Files, Files, float]]:
     """Return what each stage leaves if nothing happens, old options and new, and its time [s]."""
     found = {}
     for name, stage in STAGES.items():
-        folder = prepared(inputs, inputs.parent / f"whole_{name}")
+        folder = prepared(inputs, inputs.parent / f"{inputs.name}_{name}")
         old = finished(start(stage.main, with_other_options(stage), folder))
         left_by_old = contents(folder / "out")
         began = time.monotonic()
