@@ -20,7 +20,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from common.dicom.attributes import (
     functional_group,
@@ -431,7 +431,8 @@ def _frames(dataset: Dataset) -> Iterator[NDArray[Any]]:
     from pydicom.pixels import iter_pixels
 
     n_frames = int(number(dataset, "NumberOfFrames") or 1)
-    syntax = dataset.file_meta.TransferSyntaxUID
+    # A file that names no syntax is not compressed.
+    syntax = dataset.file_meta.setdefault("TransferSyntaxUID", ExplicitVRLittleEndian).value
     if "PixelData" not in dataset:
         raise StudyError(f"the SEG has no {tag_of('PixelData')}: export it again")
     if syntax == DEFLATED_FRAMES:

@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import compress
+from dicom_builders import compress, write_bare_file
 from mask_builders import (
     FRAME_UID,
     IMAGE_UID,
@@ -155,6 +155,16 @@ def test_fractions_count_from_one_half():
         )
         stored = np.around(fractions * maximum)
         assert_mask_is(read_seg(seg), stored >= maximum / 2, AXIAL)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL"])
+@pytest.mark.parametrize("implicit", [True, False])
+def test_a_seg_without_transfer_syntax_is_read(tmp_path, kind, implicit):
+    seg = build_seg((np.indices(SHAPE).sum(0) % 3 == 0).astype(np.uint8), AXIAL, ["a"], kind=kind)
+    expected = read_seg(seg)
+    write_bare_file(tmp_path / "seg", seg, implicit=implicit)
+    mask = read_seg(str(tmp_path / "seg"))
+    np.testing.assert_array_equal(mask.labels, expected.labels)
 
 
 def test_segments_are_chosen_by_label():
