@@ -27,6 +27,7 @@ from pydicom.dataelem import RawDataElement, convert_raw_data_element, empty_val
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.tag import BaseTag
 from pydicom.uid import (
+    UID,
     AllTransferSyntaxes,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -263,6 +264,9 @@ _ROLE_OF_CLASS = {
     for sop_class in classes
 }
 
+_CLASS_IN_META = re.compile(rb"\x02\x00\x02\x00UI(..)", re.DOTALL)
+"""MediaStorageSOPClassUID up to its value."""
+
 _PREAMBLE, _MOST_OF_META = 132, 1024
 _BLOCK, _FIRST_READ = 2**20, 2**15
 _META_VRS = (b"UL", b"OB", b"UI")
@@ -321,6 +325,8 @@ class Series:
 def read_dicom_file(path: str, name: str) -> DicomFile | None:
     """Read the header of a file; None where it is not DICOM or holds no object of a series.
 
+    None also where it is damaged, but of a kind that plays no role: a dose report, a screen save.
+
     Raises
     ------
     StudyError
@@ -355,8 +361,10 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
             f"a file cannot be read ({error.strerror}): check it and its permissions", name
         ) from error
     except Exception as error:  # pydicom raises nearly every type on damaged files
-        if is_marked:
+        if is_marked and not _plays_no_role(start):
             raise _damaged(start, name) from error
+        return None
+    if is_damaged and _plays_no_role(start):
         return None
     if is_damaged and (is_marked or is_object):
         raise _damaged(start, name)
@@ -432,6 +440,19 @@ def _is_of_series(header: pydicom.FileDataset) -> bool:
         header, "SOPClassUID"
     )
     return not sop_class or sop_class.startswith(_OBJECT_OF_SERIES)
+
+
+def _plays_no_role(start: bytes) -> bool:
+    """Tell whether the first bytes name, in full, a kind of object that is no image or mask."""
+    found = _CLASS_IN_META.search(start)
+    if found is None:
+        return False
+    length = int.from_bytes(found[1], "little")
+    value = start[found.end() : found.end() + length]
+    sop_class = UID(value.rstrip(b"\0 ").decode("latin-1"))
+    is_whole = len(value) == length and len(start) > found.end() + length
+    # Of a class that DICOM does not know the name itself may be damaged.
+    return is_whole and sop_class.name != sop_class and sop_class not in _ROLE_OF_CLASS
 
 
 def _damaged(start: bytes, name: str) -> StudyError:

@@ -251,6 +251,44 @@ def test_a_file_cut_short_is_never_passed_over(tmp_path, modality, syntax):
             read_image(tmp_path, modality)
 
 
+NO_ROLES = {
+    "dose report": ("SR", uid.XRayRadiationDoseSRStorage),
+    "screen save": ("OT", uid.SecondaryCaptureImageStorage),
+    "screen save of a CT": ("CT", uid.SecondaryCaptureImageStorage),
+    "MR": ("MR", uid.MRImageStorage),
+}
+
+
+@pytest.mark.parametrize(("modality", "sop_class"), NO_ROLES.values(), ids=NO_ROLES)
+def test_a_damaged_file_that_no_role_needs_is_passed_over(tmp_path, modality, sop_class):
+    """It failed its study."""
+    stored = noise(SHAPE)
+    write_slices(tmp_path, slices(stored))
+    [beside] = write_slices(
+        tmp_path, slices(noise((6, 6, 1)), SOPClassUID=sop_class, Modality=modality), names=["none"]
+    )
+    content = beside.read_bytes()
+    pixels = content.index(b"\xe0\x7f\x10\x00")
+    class_end = content.index(sop_class.encode()) + len(sop_class) + 2
+    for end in range(class_end, pixels - 8, 17):
+        beside.write_bytes(content[:end])
+        assert_image_is(read_image(tmp_path), stored, affine_of(), np.int16)
+    for position in range(class_end, pixels, 29):
+        beside.write_bytes(content[:position] + b"\xff" * 16 + content[position + 16 :])
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize("sop_class", [uid.CTImageStorage, uid.SegmentationStorage, "1.2.826.77"])
+def test_a_damaged_file_that_may_be_needed_is_refused(tmp_path, sop_class):
+    write_slices(tmp_path, slices())
+    [beside] = write_slices(
+        tmp_path, slices(noise((6, 6, 1)), SOPClassUID=sop_class), names=["none"]
+    )
+    content = beside.read_bytes()
+    beside.write_bytes(content[: content.index(b"\x28\x00\x10\x00") + 5])
+    assert "is damaged (its header cannot be read)" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("padding", [b"\0", bytes(7), bytes(512), b"\n"])
 def test_bytes_after_the_last_element_are_padding_only_if_they_are_zeros(tmp_path, padding):
     """Fewer than eight others may be all that is left of the next element, such as contours."""
