@@ -145,6 +145,8 @@ def required_numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.fl
     """
     label = tag_of(keyword)
     values = texts(header, keyword)
+    if not any(values):
+        raise StudyError(f"a value is missing in the header ({label}): export the series anew")
     if len(values) != count:
         expected = "a number" if count == 1 else f"{count} numbers"
         raise malformed(label, expected)

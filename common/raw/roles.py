@@ -279,6 +279,8 @@ def hints_of_roles(
                 f"DICOM files ({n_files}) of {tag_of('Modality')} {modality} are localizers, "
                 "screen saves, reformats or maps: export the original series"
             )
+    if "pet" in missing or "header" in missing:
+        yield from _other_modalities(files)
     if "header" in missing:
         yield "give one DICOM file of the PET, or --pet-units suv if its values are SUV"
     if n_nameless and missing and missing != ["header"]:
@@ -286,6 +288,18 @@ def hints_of_roles(
             f"NIfTI files ({n_nameless}) have no word for a role in their path: choose with "
             + " ".join(f"--{role} PATTERN" for role in missing if role != "header")
         )
+
+
+def _other_modalities(files: StudyFiles) -> Iterator[str]:
+    """Yield what may be the PET, by a Modality that DICOM does not have for it."""
+    for modality in ("NM", "PET"):
+        n_files = sum(modality_of(file).upper() == modality for file in files.dicom)
+        if n_files:
+            yield (
+                f"DICOM files ({n_files}) have {tag_of('Modality')} {modality}, a PET has PT: if "
+                "they are PET, correct it"
+                + (", or export them from the PET scanner anew" if modality == "NM" else "")
+            )
 
 
 def hints_of_folder(folder: str, files: StudyFiles) -> Iterator[str]:

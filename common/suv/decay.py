@@ -377,7 +377,7 @@ def _are_uptakes(stated_s: Array, half_life_s: float) -> bool:
 def _series_starts_in_time(times: Timeline) -> bool:
     if np.isnan(times.series_start_s):
         raise StudyError(
-            f"the decay reference is unknown ({_SERIES_CLOCK} is missing): "
+            f"the decay reference is unknown ({_SERIES_CLOCK} is missing, or has no minutes): "
             "add it to the header as the scanner wrote it"
         )
     if np.isnan(times.acquisition_s).all():
@@ -492,7 +492,8 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
     clock_s = _injection_clock_s(times)
     if np.isnan(clock_s):
         raise StudyError(
-            f"the time of injection is unknown ({_START_DATETIME} and {_START_TIME} missing): "
+            f"the time of injection is unknown ({_START_DATETIME} and {_START_TIME} are missing, "
+            "or have no minutes): "
             "add one of them to the header"
         )
     if half_life_s >= LONGEST_CLOCK_HALF_LIFE_S:
@@ -552,7 +553,7 @@ def _acquisition_s(times: Timeline) -> Array:
 
 def _no_acquisition_time() -> str:
     return (
-        f"the time of acquisition is unknown ({_ACQUISITION_CLOCK} is missing): "
+        f"the time of acquisition is unknown ({_ACQUISITION_CLOCK} is missing, or has no minutes): "
         "export the series from the scanner anew"
     )
 

@@ -425,6 +425,11 @@ def _require_suv_type(suv_type: str) -> None:
 
 
 def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
+    if not series.corrected_image and not series.enhanced:
+        raise StudyError(
+            f"it is unknown whether attenuation was corrected for ({_CORRECTED_IMAGE} is missing): "
+            "add it to the header as the scanner wrote it, or export the series anew"
+        )
     if "ATTN" not in series.corrected_image:
         state = (
             f"{_ATTENUATION_CORRECTED} is not YES"

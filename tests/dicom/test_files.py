@@ -347,7 +347,7 @@ def test_numbers_under_another_vr_are_read(tmp_path, vr):
     assert_image_is(read_image(tmp_path), stored.astype(float) - 1024, affine_of(), np.int16)
 
 
-@pytest.mark.parametrize("value", ["1,5", "CANARY", "nan", "inf", "1e999", "", "1\\2", "0x10"])
+@pytest.mark.parametrize("value", ["1,5", "CANARY", "nan", "inf", "1e999", "1\\2", "0x10"])
 def test_what_is_no_number_is_refused_and_not_shown(tmp_path, value):
     datasets = slices()
     datasets[1].add_new("RescaleSlope", "LO", value)
@@ -355,6 +355,20 @@ def test_what_is_no_number_is_refused_and_not_shown(tmp_path, value):
     assert refusal(tmp_path) == (
         "malformed header (RescaleSlope (0028,1053) is not a number): correct it, or export the "
         "series anew"
+    )
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_an_absent_number_is_called_missing(tmp_path, value):
+    """It was "malformed ... not a number"."""
+    datasets = slices()
+    if value is None:
+        del datasets[1].RescaleSlope
+    else:
+        datasets[1].RescaleSlope = value
+    write_slices(tmp_path, datasets)
+    assert refusal(tmp_path) == (
+        "a value is missing in the header (RescaleSlope (0028,1053)): export the series anew"
     )
 
 

@@ -439,6 +439,16 @@ def test_candidates_are_told_apart_by_slices_and_attenuation_correction(tmp_path
     assert "PET: DICOM series of 6, ATTN no: Doe | NAC0/pet_000.dcm" in error.private
 
 
+@pytest.mark.parametrize("modality", ["NM", "PET"])
+def test_a_pet_by_another_modality_is_hinted_at(tmp_path, modality):
+    study = layouts.subfolders(tmp_path)
+    layouts.write_pet(study / "PET", Modality=modality)
+    assert (
+        f"no PET; DICOM files (6) have Modality (0008,0060) {modality}, a PET has PT: if they are "
+        "PET, correct it"
+    ) in str(refusal(study))
+
+
 def test_the_case_of_a_pattern_counts(tmp_path):
     assert "no CT; --ct fits no candidate" in str(refusal(with_second_ct(tmp_path), ct="LUNG*"))
 

@@ -133,6 +133,7 @@ def test_refuses(header: dict[str, Any], what: str, tmp_path: Path) -> None:
     ("change", "what"),
     [
         ({"corrected_image": frozenset({"DECY"})}, "CorrectedImage (0028,0051) lacks ATTN"),
+        ({"corrected_image": frozenset()}, "CorrectedImage (0028,0051) is missing"),
         ({"corrected_image": frozenset({"ATTN"})}, "CorrectedImage (0028,0051) lacks DECY"),
         ({"decay_correction": None}, "DecayCorrection (0054,1102) is missing"),
         (
@@ -146,7 +147,7 @@ def test_refuses(header: dict[str, Any], what: str, tmp_path: Path) -> None:
         ({"units": "CM2ML", "height_m": 175.0}, "PatientSize (0010,1020) is 175"),
         ({"dose_bq": 0.0}, "RadionuclideTotalDose (0018,1074) is 0"),
         ({"half_life_s": 0.0}, "RadionuclideHalfLife (0018,1075) is 0"),
-        ({"series_start": None}, "(SeriesTime (0008,0031) is missing)"),
+        ({"series_start": None}, "(SeriesTime (0008,0031) is missing, or has no minutes)"),
         ({"slices": (PetSlice(),)}, "AcquisitionTime (0008,0032) is missing"),
         # 23 h by the clock are a thousand half-lives of Rb-82
         ({"injection": None, "injection_clock": time(12, 1), "half_life_s": 76.4}, "positive"),
