@@ -14,11 +14,11 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import StageError, StudyError
 from common.geometry import Image
@@ -34,6 +34,15 @@ _MEMBER = re.compile(
 _INDEX = "studies.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1 << 22
+
+SCHEMA_VERSION = 1
+"""Of the layout and of the records in ``studies.json``, each of which says so."""
+
+_LOCAL_HEADER = struct.Struct("<4s2xH18xHH")
+_LOCAL_SIGNATURE = b"PK\3\4"
+_END_RECORD = struct.Struct("<4s6xH10x")
+_LONGEST_DESCRIPTOR = 24
+"""What may follow a member's data: its size and checksum once more [bytes]."""
 
 _LARGEST_RECORD = 1 << 16
 """What ``studies.json`` may hold a study [bytes]."""
@@ -93,13 +102,15 @@ def read_directory(path: Path) -> dict[str, ArchivedStudy]:
     Raises
     ------
     StageError
-        Not a zip, truncated, encrypted, or with members that a zip of ours can't have.
+        Not a zip, truncated, encrypted, with members that a zip of ours can't have, with a
+        directory that differs from what the file holds, or made by a newer version.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as stream, zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
             for entry in entries:
                 _check_member(path, entry)
+            _check_directory(path, stream, archive)
             records = _read_records(archive)
     except (*_DAMAGED, OSError) as error:
         # A seek to a damaged offset is an OSError too.
@@ -108,7 +119,9 @@ def read_directory(path: Path) -> dict[str, ArchivedStudy]:
         raise StageError(
             f"{path}: not a zip file, or truncated or damaged: make it again with createproject.py"
         ) from error
-    return _studies(path, entries, records)
+    studies = _studies(path, entries, records)
+    _check_records(path, studies, records)
+    return studies
 
 
 def _studies(
@@ -148,6 +161,109 @@ def _check_member(path: Path, entry: zipfile.ZipInfo) -> None:
         )
     if entry.flag_bits & 1:
         raise StageError(f"{path}: is encrypted: give a plain zip")
+    if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
+        raise zipfile.BadZipFile("a stored member has two sizes")
+
+
+# --- directory against content ---------------------------------------------------------------
+
+
+def _check_directory(path: Path, stream: BinaryIO, archive: zipfile.ZipFile) -> None:
+    """Refuse a directory that lacks members, or calls them otherwise than they do themselves.
+
+    One flipped bit in it takes away the entries that follow, or an image from its study.
+    """
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    borders = [*(entry.header_offset for entry in entries), archive.start_dir]
+    missing = [*_members_between(stream, 0, borders[0])]
+    for entry, end in zip(entries, borders[1:], strict=True):
+        plain_end = entry.header_offset + _LOCAL_HEADER.size + len(entry.orig_filename.encode())
+        is_image = _MEMBER.fullmatch(entry.filename)
+        if is_image and plain_end + entry.compress_size == end:
+            # As in a zip of ours; what reads an image holds its name against the directory's.
+            continue
+        name, begin = _local_header(stream, entry.header_offset)
+        if name != entry.orig_filename:
+            raise StageError(
+                f"{path}: its directory is damaged, it has another name than {_shown(name)} itself: make "
+                "it again with createproject.py"
+            )
+        missing += _members_between(stream, begin + entry.compress_size, end)
+    if missing:
+        listed = ", ".join(sorted(set(map(_shown, missing))))
+        raise StageError(
+            f"{path}: its directory is damaged, it lacks {listed}: make it again with "
+            "createproject.py"
+        )
+    if _number_promised(stream, archive) not in (None, len(entries) % (1 << 16)):
+        raise StageError(
+            f"{path}: its directory is damaged, it lists {len(entries)} members and promises "
+            "another number: make it again with createproject.py"
+        )
+
+
+def _local_header(stream: BinaryIO, offset: int) -> tuple[str, int]:
+    """Return the name that stands before a member's data, and where those begin."""
+    stream.seek(offset)
+    header = stream.read(_LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
+        raise zipfile.BadZipFile("no member where the directory says")
+    _, flags, n_name, n_extra = _LOCAL_HEADER.unpack(header)
+    name = stream.read(n_name).decode("utf-8" if flags & 0x800 else "cp437")
+    return name, offset + _LOCAL_HEADER.size + n_name + n_extra
+
+
+def _members_between(stream: BinaryIO, begin: int, end: int) -> Iterator[str]:
+    """Yield the name of a member where the directory says there is none.
+
+    That of the first tells: those that follow it have lost their entries with it.
+    """
+    while end - begin >= _LOCAL_HEADER.size:
+        stream.seek(begin)
+        at = stream.read(_LONGEST_DESCRIPTOR + len(_LOCAL_SIGNATURE)).find(_LOCAL_SIGNATURE)
+        if at < 0:
+            return
+        name, data = _local_header(stream, begin + at)
+        yield name
+        stream.seek(begin + at + 18)
+        begin = data + int.from_bytes(stream.read(4), "little")
+
+
+def _number_promised(stream: BinaryIO, archive: zipfile.ZipFile) -> int | None:
+    """Return how many members the last record promises; None where another one does."""
+    n_after = _END_RECORD.size + len(archive.comment)
+    stream.seek(max(stream.seek(0, 2) - n_after, 0))
+    signature, number = _END_RECORD.unpack(stream.read(_END_RECORD.size))
+    return number if signature == b"PK\5\6" and number != (1 << 16) - 1 else None
+
+
+def _shown(member: str) -> str:
+    """Return the study that a member is of; other names are not ours to say."""
+    match = _MEMBER.fullmatch(member)
+    if match is not None and match["hash"].isprintable() and len(match["hash"]) <= LONGEST_NAME:
+        return f"study {match['hash']}"
+    return _INDEX if PurePosixPath(member).name == _INDEX else "a file of another name"
+
+
+def _check_records(
+    path: Path, studies: Mapping[str, ArchivedStudy], records: Mapping[str, Any]
+) -> None:
+    """Refuse a zip that lacks images which ``studies.json`` tells of, or is of a newer version."""
+    for study_hash, record in sorted(records.items()):
+        version = record.get("schema_version", SCHEMA_VERSION)
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise StageError(
+                f"{path}: was made by a newer version (schema_version {version!r:.20}, this one "
+                f"reads up to {SCHEMA_VERSION}): use that version, or make it again with this one"
+            )
+        shapes = record.get("shapes", {})
+        held = studies[study_hash].members if study_hash in studies else {}
+        lacking = [role for role in ROLES if role in shapes and role not in held]
+        if lacking:
+            raise StageError(
+                f"{path}: lacks the {ROLE_NAMES[lacking[0]]} of study {study_hash:.{LONGEST_NAME}}, "
+                f"which its {_INDEX} tells of: make it again with createproject.py"
+            )
 
 
 def _check_name(path: Path, study_hash: str) -> None:
@@ -181,6 +297,7 @@ def _is_record(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("suv", {}), dict)
+        and isinstance(value.get("shapes", {}), dict)
         and isinstance(value.get("warnings", []), list)
         and isinstance(value.get("warning_kinds", []), list)
     )
@@ -247,7 +364,8 @@ def write_part(
             # Its size is not known before it is written; the assembled zip has plain entries.
             with archive.open(_entry(name), "w", force_zip64=True) as member:
                 member.writelines(encode_nifti(images[role]))
-        archive.writestr(_entry(f"{project}/{_INDEX}"), _records_text({study_hash: record}))
+        told = {**record, "schema_version": SCHEMA_VERSION}
+        archive.writestr(_entry(f"{project}/{_INDEX}"), _records_text({study_hash: told}))
 
 
 def assemble(path: Path, sources: Mapping[str, Path], project: str) -> None:

@@ -313,22 +313,10 @@ def test_shards_that_end_at_once_share_a_mapping(made, tmp_path):
     """Each read it before the other had written, and one's rows were lost."""
     for number in range(4):
         shutil.copytree(made["p1"], tmp_path / "raw" / f"q{number}" / "scan")
-    script = str(Path(createproject.__file__))
+    script, options = str(Path(createproject.__file__)), ("--mapping", "m.csv", "-j", "1")
     shards = [
         subprocess.Popen(
-            [
-                sys.executable,
-                script,
-                "raw",
-                "-o",
-                f"{n}.zip",
-                "--mapping",
-                "m.csv",
-                "--shard",
-                f"{n}/3",
-                "-j",
-                "1",
-            ],
+            [sys.executable, script, "raw", "-o", f"{n}.zip", "--shard", f"{n}/3", *options],
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
         )

@@ -82,7 +82,7 @@ def test_studies_are_read_as_they_were_written(project):
     for number, study_hash in enumerate(HASHES):
         study = studies[study_hash]
         assert (study.project, study.missing) == ("lymphoma", ())
-        assert study.record == {**RECORD, "number": number}
+        assert study.record == {**RECORD, "number": number, "schema_version": 1}
         for role, image in IMAGES.items():
             read = project_zip.read_image(project, study, role)
             np.testing.assert_array_equal(read.data, image.data)
@@ -324,26 +324,122 @@ def test_every_damaged_byte_is_found_by_a_checksum(project):
     assert project_zip.read_image(project, study, "ct").data.shape == (6, 5, 4)
 
 
-def test_a_damaged_directory_ends_in_a_refusal_or_the_same_images(project):
-    """Bits flipped in the directory, sizes and offsets among them."""
+def test_a_damaged_directory_ends_in_a_refusal_or_the_same_studies(project):
+    """Bits flipped in the directory, sizes, offsets and names among them: nothing is lost."""
     whole = project.read_bytes()
-    expected = images_of(project)
+    records = {h: study.record for h, study in project_zip.read_directory(project).items()}
+    images = images_of(project)
     begin = whole.index(b"PK\1\2")
     rng = random.Random(4)
     n_refused = 0
-    for _ in range(150):
+    for _ in range(300):
         damaged = bytearray(whole)
         damaged[rng.randrange(begin, len(whole))] ^= 1 << rng.randrange(8)
         project.write_bytes(damaged)
         try:
-            found = images_of(project)
+            found = project_zip.read_directory(project)
+            found_images = images_of(project)
         except (StageError, StudyError):
             n_refused += 1
             continue
-        for study_hash in found.keys() & expected.keys():
-            for role in found[study_hash].keys() & expected[study_hash].keys():
-                np.testing.assert_array_equal(found[study_hash][role], expected[study_hash][role])
-    assert n_refused > 20
+        assert {h: s.record for h, s in found.items()} == records
+        for study_hash, by_role in images.items():
+            for role, voxels in by_role.items():
+                np.testing.assert_array_equal(found_images[study_hash][role], voxels)
+    assert n_refused > 100
+
+
+def directory_entries(content):
+    """Offset and name of each entry of the directory."""
+    at = content.index(b"PK\1\2")
+    while content[at : at + 4] == b"PK\1\2":
+        n_name, n_extra, n_comment = struct.unpack_from("<HHH", content, at + 28)
+        yield at, content[at + 46 : at + 46 + n_name].decode()
+        at += 46 + n_name + n_extra + n_comment
+
+
+def spoilt(path, ending, change):
+    """Change the entry of the second study's file whose name ends so."""
+    content = bytearray(path.read_bytes())
+    at = [at for at, name in directory_entries(content) if name.endswith(ending)][
+        1 if ending.startswith("_") else 0
+    ]
+    change(content, at)
+    path.write_bytes(content)
+    return refusal(path)
+
+
+def test_entries_that_a_directory_lost_are_named(project):
+    """One bit made them the comment of another: their studies were gone, without a word."""
+
+    def lengthen(content, at):
+        content[at + 33] ^= 0x20  # the length of the comment: all that follows is one
+
+    said = spoilt(project, "_petsuv.nii.gz", lengthen)
+    assert said.startswith("its directory is damaged, it lacks ")
+    assert "studies.json" in said
+    assert f"study {sorted(HASHES)[2]}" in said
+
+
+@pytest.mark.parametrize(
+    ("ending", "says"),
+    [("_ct.nii.gz", f"than study {sorted(HASHES)[1]} itself"), ("studies.json", "studies.json")],
+)
+def test_a_directory_that_calls_a_file_otherwise_is_refused(project, ending, says):
+    """An incomplete study, or no provenance of any."""
+
+    def rename(content, at):
+        content[content.index(ending.encode(), at) + 1] ^= 1
+
+    assert says in spoilt(project, ending, rename)
+
+
+def test_a_number_of_members_that_is_not_held_is_refused(project):
+    content = bytearray(project.read_bytes())
+    content[-22 + 10] ^= 1
+    project.write_bytes(content)
+    assert "lists 10 members and promises another number" in refusal(project)
+
+
+def test_an_image_that_studies_json_tells_of_must_be_there(tmp_path):
+    record = {"shapes": {"ct": [6, 5, 4], "petsuv": [4, 4, 4], "mask": [4, 4, 4]}}
+    path = tmp_path / "a.zip"
+    images = {role: image for role, image in IMAGES.items() if role != "petsuv"}
+    project_zip.write_part(path, "p", "abc", images, record)
+    assert refusal(path).startswith("lacks the PET of study abc, which its studies.json tells of")
+
+
+@pytest.mark.parametrize("version", [2, 99, "2.0", None])
+def test_a_zip_of_a_newer_version_is_refused(tmp_path, version):
+    records = json.dumps({"abc": {"schema_version": version}})
+    path = zip_of(tmp_path / "a.zip", {member(): b"x", "p/studies.json": records.encode()})
+    assert refusal(path).startswith("was made by a newer version (schema_version ")
+
+
+def test_zips_of_other_makes_are_not_taken_for_damaged(tmp_path):
+    """Members with descriptors after their data, extra fields, in any order, behind a stub."""
+    path = tmp_path / "a.zip"
+    with open(path, "wb") as stream, zipfile.ZipFile(_Unseekable(stream), "w") as made:
+        for role in ("mask", "ct", "petsuv"):
+            made.writestr(member(role=role), encoded(IMAGES[role]))
+    content = path.read_bytes()
+    assert b"PK\x07\x08" in content
+    assert images_of(path)["abc"].keys() == set(project_zip.ROLES)
+    path.write_bytes(b"#!/bin/sh\nexit\n" + content)
+    assert images_of(path)["abc"].keys() == set(project_zip.ROLES)
+
+
+class _Unseekable(io.RawIOBase):
+    """A stream like a pipe: zipfile writes descriptors."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def writable(self):
+        return True
+
+    def write(self, block):
+        return self._stream.write(block)
 
 
 def test_a_kept_study_that_is_damaged_stops_the_assembly_with_a_remedy(project, tmp_path):
