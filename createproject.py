@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from common import project_zip
 from common.errors import IncompleteStudy, StudyError
-from common.hashing import DEFAULT_LENGTHS, SHORTEST_KEY, fingerprint
+from common.hashing import DEFAULT_LENGTHS, LONGEST_NAME, SHORTEST_KEY, fingerprint
 from common.nifti import load_library
 from common.raw import mapping, pseudonyms
 from common.raw.project import StudyFolder, files_of, image_bytes, list_files
@@ -211,8 +211,8 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error(f"{options.raw_project} is not a folder")
     if max(options.hash_length) > LONGEST_DIGEST:
         parser.error(f"--hash-length: a digest has {LONGEST_DIGEST} characters")
-    if sum(options.hash_length) > project_zip.LONGEST_NAME:
-        parser.error(f"--hash-length: a hash has at most {project_zip.LONGEST_NAME} characters")
+    if sum(options.hash_length) > LONGEST_NAME:
+        parser.error(f"--hash-length: a hash has at most {LONGEST_NAME} characters")
     options.name = options.name or options.raw_project.resolve().name
     if not options.name.isprintable() or not re.fullmatch(r"(?!\.\.?$)[^/\\:]+", options.name):
         parser.error(f"--name {options.name!r} can't be a folder's name: choose another by --name")

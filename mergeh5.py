@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import functools
+import json
 import logging
 import re
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import splits
-from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
+from common.errors import StageError, StudyError, Unreachable, WorkerCrashed, WorkerKilled
 from common.hashing import DEFAULT_LENGTHS
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
@@ -159,13 +160,20 @@ class MergePlan:
 def merge(options: argparse.Namespace) -> list[Outcome]:
     """Check the inputs, write the merged file, and the splits if asked for."""
     with exclusive(options.output, force=options.force, lock=options.lock):
+        versions = [version_of(path) for path in options.inputs]
         plan = checked_plan(options)
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
         if status == "written":
-            write_merged(options, plan)
+            write_merged(options, plan, versions)
         elif options.splits is not None:
             write_splits(options, plan)
     return [Outcome(study, status) for study in studies_of(plan.sources, plan.parameters)]
+
+
+def version_of(path: Path) -> tuple[int, int, int]:
+    """Return what tells a file from one that is put in its place."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def checked_plan(options: argparse.Namespace) -> MergePlan:
@@ -209,13 +217,20 @@ def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, An
         if refused and not allow_mixed:
             raise StageError(
                 f"{path}: made with other options than {inputs[0]} "
-                + "; ".join(f"{k}: {other.get(k)}, not {first.get(k)}" for k in refused)
+                + "; ".join(f"{k}: {told(other, k)}, not {told(first, k)}" for k in refused)
                 + ": make them alike, or merge with --allow-mixed"
             )
         merged.update(dict.fromkeys(differing, "mixed"))
         if "shape" in differing and "shape" not in refused:
             merged["shape"] = [*first["shape"][:2], None]
     return merged
+
+
+def told(parameters: Mapping[str, Any], name: str) -> str:
+    """Return an option of value in a line: whoever made the file may have put anything there."""
+    value = parameters.get(name)
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+    return text[:80]
 
 
 def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
@@ -230,9 +245,10 @@ def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
                 continue
             first = first or (suv_type, path)
             if suv_type != first[0]:
+                here, there = (f"{each!r:.20}" for each in (suv_type, first[0]))
                 raise StageError(
-                    f"{path}: SUV is of type {suv_type}, not {first[0]} as in {first[1]}: make "
-                    "them alike (createproject.py --suv-type), or merge with --allow-mixed"
+                    f"{path}: SUV is of type {here}, not {there} as in {first[1]}: make them alike "
+                    "(createproject.py --suv-type), or merge with --allow-mixed"
                 )
 
 
@@ -265,7 +281,7 @@ def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
         return False
     try:
         return bool(in_own_process(holds, options.output, plan, options.link))
-    except WorkerKilled:
+    except (WorkerKilled, Unreachable):
         raise
     except StageError:
         return False
@@ -282,8 +298,16 @@ def holds(path: Path, plan: MergePlan, linked: bool) -> bool:
     )
 
 
-def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
-    """Replace the output by copies of, or links to, the studies in the plan."""
+def write_merged(
+    options: argparse.Namespace, plan: MergePlan, versions: Sequence[tuple[int, int, int]]
+) -> None:
+    """Replace the output by copies of, or links to, the studies in the plan.
+
+    Raises
+    ------
+    StageError
+        An input is not of the version that was planned with.
+    """
     made_by = {"parameters": plan.parameters, "software": SOFTWARE}
     assemble = (
         functools.partial(merging.assemble_links, **made_by, folder=options.output.parent)
@@ -292,6 +316,9 @@ def write_merged(options: argparse.Namespace, plan: MergePlan) -> None:
     )
 
     def write_what_goes_beside(path: Path) -> None:
+        for source, version in zip(options.inputs, versions, strict=True):
+            if version_of(source) != version:
+                raise StageError(f"{source}: has been made anew since this run began: run again")
         if options.splits is not None:
             write_splits(options, plan)
 

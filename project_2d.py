@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import StageError, StudyError
+from common.errors import Kind, StageError, StudyError, Warning
 from common.geometry import ORIENTATIONS
-from common.hashing import fingerprint
+from common.hashing import array_digest, fingerprint
 from common.hdf5 import merge
 from common.hdf5.studies import (
     COMPRESSIONS,
@@ -63,10 +63,12 @@ class StoredStudy:
     """What a worker needs to project one study.
 
     `slab` is the length along z to pad to, for stacking; None for projections as long as they are.
+    `digests` are those of the study as it was planned with (`merge.read_digests`).
     """
 
     path: Path
     key: str
+    digests: Sequence[str]
     angles: tuple[float, ...]
     slab: int | None
     parameters: Mapping[str, Any]
@@ -85,12 +87,15 @@ class Source:
         Options of value that it was made with.
     shapes : dict of hash to (2, X, Y, Z)
         Of all its studies.
+    spacings_mm : dict of hash to (x, y, z)
+        Of all its studies.
     digests, projects : dict by hash
         Of this shard's.
     """
 
     parameters: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    spacings_mm: Mapping[str, Any]
     digests: Mapping[str, Sequence[str]]
     projects: Mapping[str, str]
 
@@ -227,7 +232,9 @@ def read_source(path: Path, shard: tuple[int, int]) -> Source:
     shapes = read_shapes(path)
     keys = [key for key in shapes if cli.in_shard(key, shard)]
     digests = merge.read_digests(dict.fromkeys(keys, path))
-    return Source(parameters, shapes, digests, read_attributes(path, keys, "project"))
+    spacings_mm = read_attributes(path, list(shapes), "spacing")
+    projects = read_attributes(path, keys, "project")
+    return Source(parameters, shapes, spacings_mm, digests, projects)
 
 
 def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, Any]) -> list[Job]:
@@ -236,6 +243,12 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
         raise StageError(f"{options.input}: no study in it: nothing to project")
     if options.stack and len({shape[1] for shape in source.shapes.values()}) > 1:
         raise StageError(f"{options.input}: volumes of several widths can't be stacked")
+    spacings_mm = {str(np.round(s, 6).tolist()) for s in source.spacings_mm.values()}
+    if options.stack and len(spacings_mm) > 1:
+        raise StageError(
+            f"{options.input}: volumes of several spacings ({', '.join(sorted(spacings_mm))} mm) "
+            "can't be stacked: a stack has one: leave out --stack, or make them alike"
+        )
     slab = max(shape[3] for shape in source.shapes.values()) if options.stack else None
     studies = []
     for key, digests in source.digests.items():
@@ -243,6 +256,7 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
         work = StoredStudy(
             options.input.resolve(),
             key,
+            digests,
             options.all_angles,
             slab,
             parameters,
@@ -279,12 +293,13 @@ def write_list(
 def project_study(job: Job) -> Written:
     """Project one study from all angles and write its part."""
     work: StoredStudy = job.work
-    image, attributes = read_dataset(work.path, "image", work.key)
+    image, attributes = read_as_planned(work, "image")
     check_attributes(attributes)
+    warnings = [] if attributes["orientation"][2] in "SI" else [turned_warning(attributes)]
     mips = {"image": np.clip(image_mips(image, work.angles), 0, 1).astype(image.dtype)}
     del image
     for group in ("mask", "mask_iso"):
-        mask, _ = read_dataset(work.path, group, work.key)
+        mask, _ = read_as_planned(work, group)
         if work.slab is not None and "labels" in work.parameters:
             # The masks of a stack are of one type, whichever labels a study has.
             mask = mask.astype(np.uint16)
@@ -310,7 +325,34 @@ def project_study(job: Job) -> Written:
                         work.compression,
                     )
         write_pictures(work, mips, attributes)
-    return Written()
+    return Written(warnings)
+
+
+def read_as_planned(work: StoredStudy, group: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return a dataset and its attributes.
+
+    Raises
+    ------
+    StageError
+        The file is another one now; of both, no mixture is made.
+    """
+    array, attributes = read_dataset(work.path, group, work.key)
+    made_from, *of_groups = work.digests
+    planned = dict(zip(GROUPS, of_groups, strict=True))
+    is_other = group == "image" and str(attributes.get("fingerprint")) != made_from
+    if is_other or attributes.get("sha256", array_digest(array)) != planned[group]:
+        raise StageError(f"{work.path}: has been made anew since this run began: run again")
+    return array, attributes
+
+
+def turned_warning(attributes: Mapping[str, Any]) -> Warning:
+    """Say that projections turn the body about another axis than its own."""
+    return Warning(
+        Kind.OTHER,
+        f"the third axis of its orientation {attributes['orientation']} is not the body's: the "
+        "projections turn about another axis: make the 3D file with an orientation that ends in "
+        "S or I",
+    )
 
 
 def check_attributes(attributes: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What there is to say of a study or a run: warnings, and the ways in which work ends early."""
 
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -59,6 +60,12 @@ def warnings_from(texts: Sequence[Any], kinds: Sequence[Any] = ()) -> list[Warni
     ]
 
 
+UNREACHABLE = frozenset(
+    {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV}
+)
+"""Errors of disks, mounts and file servers; they say nothing of a file."""
+
+
 class StudyError(Exception):
     """One study can't go on: unreadable, inconsistent or refused. The others do.
 
@@ -82,6 +89,10 @@ class IncompleteStudy(StudyError):
 
 class StageError(Exception):
     """The whole run can't go on; an existing output stays as it was."""
+
+
+class Unreachable(StageError):
+    """Files can't be looked at just now: a lock, a mount that is gone. They are not at fault."""
 
 
 class WorkerCrashed(StageError):

@@ -57,3 +57,17 @@ def array_digest(array: NDArray[Any]) -> str:
     digest = hashlib.sha256(f"{little_endian.dtype.str}{little_endian.shape}".encode())
     digest.update(little_endian.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+# --- names of studies ------------------------------------------------------------------------
+
+LONGEST_NAME = 100
+"""Characters of a study's name."""
+
+
+def can_name_study(text: str, longest: int = LONGEST_NAME) -> bool:
+    """Tell whether a text can name a study in files, datasets, logs and spreadsheets.
+
+    It is neither hidden nor a formula, has no control characters, and is not too long.
+    """
+    return 0 < len(text) <= longest and text.isprintable() and text[0] not in ".=+-@"

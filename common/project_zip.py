@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from common.errors import StageError, StudyError
 from common.geometry import Image
-from common.hashing import fingerprint
+from common.hashing import LONGEST_NAME, can_name_study, fingerprint
 from common.nifti import encode_nifti, read_nifti
 
 ROLES = ("ct", "petsuv", "mask")
@@ -46,9 +46,6 @@ _LONGEST_DESCRIPTOR = 24
 
 _LARGEST_RECORD = 1 << 16
 """What ``studies.json`` may hold a study [bytes]."""
-
-LONGEST_NAME = 100
-"""Characters of a study's name."""
 
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
@@ -185,8 +182,8 @@ def _check_directory(path: Path, stream: BinaryIO, archive: zipfile.ZipFile) -> 
         name, begin = _local_header(stream, entry.header_offset)
         if name != entry.orig_filename:
             raise StageError(
-                f"{path}: its directory is damaged, it has another name than {_shown(name)} itself: make "
-                "it again with createproject.py"
+                f"{path}: its directory is damaged, it has another name than {_shown(name)} "
+                "itself: make it again with createproject.py"
             )
         missing += _members_between(stream, begin + entry.compress_size, end)
     if missing:
@@ -240,7 +237,7 @@ def _number_promised(stream: BinaryIO, archive: zipfile.ZipFile) -> int | None:
 def _shown(member: str) -> str:
     """Return the study that a member is of; other names are not ours to say."""
     match = _MEMBER.fullmatch(member)
-    if match is not None and match["hash"].isprintable() and len(match["hash"]) <= LONGEST_NAME:
+    if match is not None and can_name_study(match["hash"]):
         return f"study {match['hash']}"
     return _INDEX if PurePosixPath(member).name == _INDEX else "a file of another name"
 
@@ -261,16 +258,17 @@ def _check_records(
         lacking = [role for role in ROLES if role in shapes and role not in held]
         if lacking:
             raise StageError(
-                f"{path}: lacks the {ROLE_NAMES[lacking[0]]} of study {study_hash:.{LONGEST_NAME}}, "
-                f"which its {_INDEX} tells of: make it again with createproject.py"
+                f"{path}: lacks the {ROLE_NAMES[lacking[0]]} of study "
+                f"{study_hash[:LONGEST_NAME]!r}, which its {_INDEX} tells of: make it again with "
+                "createproject.py"
             )
 
 
 def _check_name(path: Path, study_hash: str) -> None:
     """Refuse what can't name files, datasets and lines of a log."""
-    if study_hash.startswith(".") or not study_hash.isprintable() or len(study_hash) > LONGEST_NAME:
+    if not can_name_study(study_hash):
         raise StageError(
-            f"{path}: holds a study whose name is hidden, not printable or longer than "
+            f"{path}: holds a study whose name is hidden, a formula, not printable or longer than "
             f"{LONGEST_NAME} characters: rename its folder and files"
         )
 
@@ -321,6 +319,8 @@ def read_image(path: Path, study: ArchivedStudy, role: str) -> Image:
     ------
     StudyError
         Damaged, truncated, or larger than its header promises.
+    StageError
+        The zip is another one than was planned with.
     """
     member, name = study.members[role], ROLE_NAMES[role]
     try:
@@ -335,7 +335,7 @@ def read_image(path: Path, study: ArchivedStudy, role: str) -> Image:
                 pass
             return image
     except KeyError as error:
-        raise StudyError("the zip has been made anew since this run began: run again") from error
+        raise StageError(f"{path}: has been made anew since this run began: run again") from error
     except OSError as error:
         if error.errno is None:
             raise _damaged(name) from error

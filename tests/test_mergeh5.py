@@ -164,7 +164,7 @@ def test_images_of_other_suv_types_are_refused_unless_allowed(inputs, output, ca
     assert run(inputs["one"], inputs["two"], "-o", output) == 0, "a type that is unknown"
     of_type(inputs["two"], "lbm-janma")
     assert run(inputs["one"], inputs["two"], "-o", output) == 1
-    assert "two.h5: SUV is of type lbm-janma, not bw as in" in capsys.readouterr().err
+    assert "two.h5: SUV is of type 'lbm-janma', not 'bw' as in" in capsys.readouterr().err
     assert run(inputs["one"], inputs["two"], "-o", output, "--allow-mixed") == 0
 
 
@@ -282,7 +282,7 @@ def test_index_takes_no_file_of_the_working_directory_instead(
     inputs["one"].rename(tmp_path / "elsewhere" / "one.h5")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run(index, "-o", output) == 1
-    assert "index.h5: links to one.h5, which is not there" in capsys.readouterr().err
+    assert "index.h5: links to 'one.h5', which is not there" in capsys.readouterr().err
     assert run("--verify", index) != 0
     assert not output.exists()
 

@@ -141,7 +141,7 @@ def test_a_study_is_read_from_the_zip_that_was_planned_with(project, parts):
     project_zip.write_part(parts[HASHES[0]], "lymphoma", HASHES[0], changed, RECORD)
     project_zip.assemble(project.with_suffix(".new"), parts, "lymphoma")
     project.with_suffix(".new").replace(project)
-    with pytest.raises(StudyError, match="made anew since this run began: run again"):
+    with pytest.raises(StageError, match="made anew since this run began: run again"):
         project_zip.read_image(project, study, "ct")
     again = project_zip.read_directory(project)[HASHES[0]]
     np.testing.assert_array_equal(
@@ -240,10 +240,12 @@ def test_absolute_and_climbing_paths_are_refused(name, tmp_path):
     assert refusal(path).startswith("holds a member with an absolute or '..' path")
 
 
-@pytest.mark.parametrize("name", [".", ".hidden", "a\nb", "\x1b[31m", "x" * 101, "a\u202eb"])
+@pytest.mark.parametrize(
+    "name", [".", ".hidden", "=1+1", "@a", "a\nb", "\x1b[31m", "x" * 101, "a\u202eb"]
+)
 def test_studies_that_cannot_be_named_are_refused(name, tmp_path):
     path = zip_of(tmp_path / "a.zip", {member(name): b"x"})
-    assert "whose name is hidden, not printable or longer than" in refusal(path)
+    assert "whose name is hidden, a formula, not printable or longer than" in refusal(path)
 
 
 def test_one_study_twice_is_refused(tmp_path):
@@ -406,7 +408,7 @@ def test_an_image_that_studies_json_tells_of_must_be_there(tmp_path):
     path = tmp_path / "a.zip"
     images = {role: image for role, image in IMAGES.items() if role != "petsuv"}
     project_zip.write_part(path, "p", "abc", images, record)
-    assert refusal(path).startswith("lacks the PET of study abc, which its studies.json tells of")
+    assert refusal(path).startswith("lacks the PET of study 'abc', which its studies.json tells of")
 
 
 @pytest.mark.parametrize("version", [2, 99, "2.0", None])

@@ -25,10 +25,13 @@ from common.hdf5.studies import (
     all_attributes,
     attribute,
     create_file,
+    dataset_in,
     ending_loops,
+    keeping_open,
     new_file,
     open_file,
     open_studies,
+    opened,
     read_keys,
 )
 
@@ -48,23 +51,23 @@ def assemble(
     OSError
         The file can't be written.
     """
-    # One file serves many keys in a row of merging; closing follows from being forgotten.
-    opened = functools.lru_cache(maxsize=8)(lambda source: h5py.File(source, "r", locking=False))
-    with new_file(path, parameters, software) as (target, raise_failure):
+    with keeping_open(), new_file(path, parameters, software) as (target, raise_failure):
         for group in GROUPS:
             target.create_group(group)
         for key, source in sorted(sources.items()):
             raise_failure()
             for group in GROUPS:
-                try:
-                    with ending_loops(_COPYING_CPU_S):
-                        opened(source).copy(f"{group}/{key}", target[group], name=key)
-                except DAMAGE as error:
-                    raise StageError(
-                        f"{source}: study {key} cannot be copied ({group} is damaged): "
-                        "make that file again"
-                    ) from error
-        opened.cache_clear()
+                _copy(source, group, key, target)
+
+
+def _copy(source: Path, group: str, key: str, target: h5py.File) -> None:
+    try:
+        with ending_loops(_COPYING_CPU_S):
+            target.copy(dataset_in(opened(source), group, key), target[group], name=key)
+    except DAMAGE as error:
+        raise StageError(
+            f"{source}: study {key} cannot be copied ({group} is damaged): make that file again"
+        ) from error
 
 
 def assemble_links(
@@ -104,8 +107,9 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
     with open_file(path) as file:
         content = []
         for group in GROUPS:
-            attributes = all_attributes(file[group][key])
-            attributes["sha256"] = array_digest(file[group][key][()])
+            dataset = dataset_in(file, group, key)
+            attributes = all_attributes(dataset)
+            attributes["sha256"] = array_digest(dataset[()])
             # Where the values came from may differ between equal ones: other compression, say.
             for name in ("fingerprint", ATTRIBUTES_DIGEST):
                 attributes.pop(name, None)
@@ -119,8 +123,9 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
     for path, keys in keys_by_file(sources).items():
         with open_studies(path) as file:
             for key in keys:
-                made_from = str(attribute(file["image"][key], "fingerprint"))
-                digests[key] = [made_from, *(_digest(file[group][key]) for group in GROUPS)]
+                datasets = [dataset_in(file, group, key) for group in GROUPS]
+                made_from = str(attribute(datasets[0], "fingerprint"))
+                digests[key] = [made_from, *map(_digest, datasets)]
     return digests
 
 
@@ -153,7 +158,7 @@ def read_projected(path: Path) -> dict[str, str]:
         for key in file["image"]:
             study = key.rpartition("_")[0]
             if study not in found:
-                found[study] = attribute(file["image"][key], "fingerprint") or ""
+                found[study] = attribute(dataset_in(file, "image", key), "fingerprint") or ""
     return found
 
 
@@ -167,16 +172,16 @@ def assemble_stack(
 
     The sources are plain 2D files of projections of one size, or stacked files.
     """
-    opened = functools.lru_cache(maxsize=8)(_Projections)
+    projections_of = functools.lru_cache(maxsize=8)(_Projections)
     keys = sorted(sources)
-    with new_file(path, parameters, software) as (target, raise_failure):
+    with keeping_open(), new_file(path, parameters, software) as (target, raise_failure):
         stacks = {}
         fingerprints: dict[str, str] = {}
         digests = np.empty((len(keys), 32), np.uint8)
         for row, key in enumerate(keys):
             raise_failure()
             try:
-                projections = opened(sources[key])
+                projections = projections_of(sources[key])
                 for group in GROUPS:
                     dataset, at = projections.find(group, key)
                     if row == 0:
@@ -194,7 +199,6 @@ def assemble_stack(
         names.attrs["fingerprints"] = json.dumps(fingerprints, sort_keys=True)
         names.attrs["sha256"] = digests
         names.attrs[ATTRIBUTES_DIGEST] = stack_digest(keys, names.attrs["fingerprints"], digests)
-        opened.cache_clear()
 
 
 def row_digest(digests: Sequence[str]) -> NDArray[np.uint8]:
@@ -233,7 +237,7 @@ class _Projections:
     """Where a 2D file, plain or stacked, holds the projection of a key."""
 
     def __init__(self, path: Path) -> None:
-        self._file = h5py.File(path, "r", locking=False)
+        self._file = opened(path)
         self._rows: dict[str, int] = {}
         self._fingerprints: dict[str, str] = {}
         self._digests: NDArray[np.uint8] | None = None
@@ -248,16 +252,16 @@ class _Projections:
         """Return the dataset and the leading indices of the projection in it."""
         if self._rows:
             return self._file[group], (self._rows[key],)
-        return self._file[group][key], ()
+        return dataset_in(self._file, group, key), ()
 
     def digest(self, key: str) -> NDArray[np.uint8]:
         """Return the digest of the projection's values, as it was kept with them."""
         if self._digests is not None:
             return np.asarray(self._digests[self._rows[key]], np.uint8)
-        return row_digest([_digest(self._file[group][key]) for group in GROUPS])
+        return row_digest([_digest(dataset_in(self._file, group, key)) for group in GROUPS])
 
     def fingerprint(self, key: str) -> str:
         """Return the fingerprint of the study that the projection is of."""
         if self._rows:
             return self._fingerprints[key.rpartition("_")[0]]
-        return attribute(self._file["image"][key], "fingerprint") or ""
+        return attribute(dataset_in(self._file, "image", key), "fingerprint") or ""

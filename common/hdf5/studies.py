@@ -17,10 +17,12 @@ In a stacked 2D file ``image``, ``mask`` and ``mask_iso`` are datasets, (N, 2, X
 (N, 1, X, Z), and the keys of their rows are in the dataset ``key``.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +34,8 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from common.errors import StageError, StudyError
-from common.hashing import array_digest, fingerprint
+from common.errors import UNREACHABLE, StageError, StudyError, Unreachable
+from common.hashing import LONGEST_NAME, array_digest, can_name_study, fingerprint
 from common.hdf5.crash_safe_file import steady_file
 
 # --- hdf5 chunks -----------------------------------------------------------------------------
@@ -190,6 +192,12 @@ _ATTRIBUTE_CPU_S = 2
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 """What h5py raises, and what follows, where a file is damaged or holds something else."""
 
+_MOST_HOPS = 8
+"""Files that a link may lead through, index after index."""
+
+_LONGEST_ANGLE = 20
+"""Characters that the key of a projection has after the study's."""
+
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -201,7 +209,7 @@ def open_studies(path: Path) -> Iterator[h5py.File]:
     Raises
     ------
     StageError
-        No such file, not HDF5, damaged, or with other content than the three groups.
+        As `open_file`; other content than the three groups; keys that can't name a study.
     """
     with open_file(path) as file:
         if set(file) != set(GROUPS) or not all(isinstance(file[g], h5py.Group) for g in GROUPS):
@@ -209,8 +217,14 @@ def open_studies(path: Path) -> Iterator[h5py.File]:
                 f"{path}: does not hold the groups {', '.join(GROUPS)} and nothing else: "
                 "give a file of preprocessing.py, mergeh5.py or project_2d.py (not stacked)"
             )
-        if not set(file["image"]) == set(file["mask"]) == set(file["mask_iso"]):
+        keys = set(file["image"])
+        if not keys == set(file["mask"]) == set(file["mask_iso"]):
             raise StageError(f"{path}: its groups hold different studies: make it again")
+        if not all(can_name_study(key, LONGEST_NAME + _LONGEST_ANGLE) for key in keys):
+            raise StageError(
+                f"{path}: holds a study whose name is hidden, a formula, not printable or too "
+                "long: make it again"
+            )
         yield file
 
 
@@ -220,9 +234,22 @@ def open_file(path: Path) -> Iterator[h5py.File]:
 
     Raises
     ------
+    Unreachable
+        Another process has locked it, or the disk or file server fails.
     StageError
-        No such file, not HDF5, or damaged.
+        No such file, not HDF5, damaged, made by a newer version, or with links in place of groups.
     """
+    try:
+        with keeping_open(), _opened(path) as file:
+            yield file
+    except DAMAGE as error:
+        _raise_if_unreachable(path, error)
+        raise StageError(
+            f"{path}: damaged, or links to a file that is not there: make it again"
+        ) from error
+
+
+def _opened(path: Path) -> h5py.File:
     try:
         # No lock: files are replaced, never changed, and some file systems have none.
         file = h5py.File(path, "r", locking=False)
@@ -231,6 +258,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     except PermissionError as error:
         raise StageError(f"{path}: no permission to read it") from error
     except DAMAGE as error:
+        _raise_if_unreachable(path, error)
         if isinstance(error, OSError) and error.errno:
             # The system's refusal; of a file's content HDF5 tells no number.
             reason = os.strerror(error.errno)
@@ -239,12 +267,67 @@ def open_file(path: Path) -> Iterator[h5py.File]:
             ) from error
         raise StageError(f"{path}: not an HDF5 file, or truncated: make it again") from error
     try:
-        with file:
-            yield file
-    except DAMAGE as error:
-        raise StageError(
-            f"{path}: damaged, or links to a file that is not there: make it again"
+        _check_file(path, file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _raise_if_unreachable(path: Path, error: Exception) -> None:
+    # Where HDF5_USE_FILE_LOCKING is set, HDF5 locks all the same.
+    if "unable to lock file" in str(error):
+        raise Unreachable(
+            f"{path}: is locked by another process: wait for it to end, or set "
+            "HDF5_USE_FILE_LOCKING=FALSE"
         ) from error
+    # Most of libhdf5's errors have the number in their text alone.
+    found = re.search(r"errno = (\d+)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if number in UNREACHABLE:
+        raise Unreachable(
+            f"{path}: cannot be read ({os.strerror(number)}): check the disk or the file server"
+        ) from error
+
+
+def _check_file(path: Path, file: h5py.File) -> None:
+    """Refuse links that libhdf5 would follow to a pipe for ever, damage, and newer versions."""
+    if not all(isinstance(file.get(name, getlink=True), h5py.HardLink) for name in file):
+        raise StageError(f"{path}: has links in place of groups: make it again")
+    version = attribute(file, "schema_version")
+    attributes = all_attributes(file)
+    if not sound_attributes(attributes):
+        raise StageError(f"{path}: its attributes differ from their checksum: make it again")
+    if version is not None and not (isinstance(version, int) and version <= SCHEMA_VERSION):
+        raise StageError(
+            f"{path}: was made by a newer version (schema_version {version!r:.20}, this one reads "
+            f"up to {SCHEMA_VERSION}): use that version, or make it again with this one"
+        )
+
+
+def opened(path: Path) -> h5py.File:
+    """Return a file open for reading, once however many studies it serves.
+
+    See `open_file` for what it raises; to be called within `keeping_open`.
+    """
+    status = path.stat()
+    return _opened_version(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _open_version(path: Path, *version: int) -> h5py.File:
+    return _opened(path)
+
+
+_opened_version = functools.lru_cache(maxsize=8)(_open_version)
+
+
+@contextmanager
+def keeping_open() -> Iterator[None]:
+    """Keep the files of `opened` open in the body."""
+    try:
+        yield
+    finally:
+        _opened_version.cache_clear()
 
 
 @contextmanager
@@ -264,10 +347,10 @@ def ending_loops(cpu_s: float = _ATTRIBUTE_CPU_S) -> Iterator[None]:
 def read_all_attributes(path: Path) -> None:
     """Read every attribute of a file, for what that may bring to light."""
     with open_file(path) as file:
-        for group in file.values():
-            for holder in group.values() if isinstance(group, h5py.Group) else [group]:
-                all_attributes(holder)
-        all_attributes(file)
+        for name, group in file.items():
+            for key in group if isinstance(group, h5py.Group) else ():
+                all_attributes(dataset_in(file, name, key))
+            all_attributes(group)
 
 
 def read_keys(path: Path) -> list[str]:
@@ -279,18 +362,17 @@ def read_keys(path: Path) -> list[str]:
 def read_fingerprints(path: Path) -> dict[str, str]:
     """Return what each study was made from by key; of a foreign one it is empty."""
     with open_studies(path) as file:
-        return {key: attribute(image, "fingerprint") or "" for key, image in file["image"].items()}
+        return {
+            key: attribute(dataset_in(file, "image", key), "fingerprint") or ""
+            for key in file["image"]
+        }
 
 
 def read_attributes(path: Path, keys: Sequence[str], name: str) -> dict[str, Any]:
     """Return one attribute of the image datasets of `keys`; absent ones are left out."""
     with open_studies(path) as file:
-        images = file["image"]
-        return {
-            key: attribute(images[key], name)
-            for key in keys
-            if key in images and name in images[key].attrs
-        }
+        images = {k: dataset_in(file, "image", k) for k in keys if k in file["image"]}
+        return {k: attribute(v, name) for k, v in images.items() if name in v.attrs}
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
@@ -326,8 +408,10 @@ def read_dataset(path: Path, group: str, key: str) -> tuple[NDArray[Any], dict[s
     """
     with open_file(path) as file:
         try:
-            array, attributes = file[group][key][()], all_attributes(file[group][key])
+            dataset = dataset_in(file, group, key)
+            array, attributes = dataset[()], all_attributes(dataset)
         except DAMAGE as error:
+            _raise_if_unreachable(path, error)
             raise StudyError(f"{group} is damaged in the HDF5 file: make the file again") from error
     if not (_holds(attributes, "sha256", array_digest(array)) and sound_attributes(attributes)):
         raise StudyError(f"{group} is damaged in the HDF5 file (checksum): make the file again")
@@ -356,7 +440,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with open_studies(path) as file:
         shapes = {}
         for key in sorted(file["image"]):
-            image, *masks = (sound_dataset(path, file[group], key) for group in GROUPS)
+            image, *masks = (dataset_in(file, group, key) for group in GROUPS)
             if image.shape[:1] != (2,) or any(m.shape != (1, *image.shape[1:]) for m in masks):
                 raise StageError(f"{path}: study {key} has shapes that do not fit: make it again")
             if image.dtype.kind != "f" or any(mask.dtype not in MASK_TYPES for mask in masks):
@@ -365,27 +449,42 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return shapes
 
 
-def sound_dataset(path: Path, group: h5py.Group, key: str) -> h5py.Dataset:
-    """Return a dataset of the file at `path`, or one that a link in it leads to.
+def dataset_in(file: h5py.File, group: str, key: str) -> h5py.Dataset:
+    """Return a dataset of a file, or the one in another file that an index links to.
+
+    Links are followed here, for libhdf5 would look in the working directory too, and wait for a
+    pipe for ever.
 
     Raises
     ------
     StageError
-        A link to a file that is not there, to a pipe or device, which might never end, or values
-        that lie in another file.
+        A link to a file that is not there, to a pipe or device, or to something else; values that
+        lie in another file.
     """
-    link = group.get(key, getlink=True)
-    if isinstance(link, h5py.ExternalLink):
+    first = Path(file.filename)
+    for _ in range(_MOST_HOPS):
+        link = file[group].get(key, getlink=True)
+        if link is None:
+            raise KeyError(key)
+        if isinstance(link, h5py.HardLink):
+            dataset = file[group][key]
+            if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+                raise StageError(
+                    f"{first}: {key} is no dataset with its values in the file: make it again"
+                )
+            return dataset
+        path = Path(file.filename)
+        if not isinstance(link, h5py.ExternalLink) or link.path != f"/{group}/{key}":
+            raise StageError(f"{path}: has links to something else than studies: make it again")
         there = path.resolve().parent / link.filename
         if not there.exists():
-            # libhdf5 would take one of that name in the working directory.
-            raise StageError(f"{path}: links to {link.filename}, which is not there: put it back")
+            raise StageError(f"{path}: links to {link.filename!r}, which is not there: put it back")
         if not there.is_file():
             raise StageError(f"{path}: links to a device, pipe or folder: make it again")
-    dataset = group[key]
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise StageError(f"{path}: {key} is no dataset with its values in the file: make it again")
-    return dataset
+        file = opened(there)
+    raise StageError(
+        f"{first}: links that lead through more than {_MOST_HOPS} files: make it again"
+    )
 
 
 def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:

@@ -18,12 +18,12 @@ from common.hdf5.studies import (
     GROUPS,
     MASK_TYPES,
     all_attributes,
+    dataset_in,
     ending_loops,
     open_file,
     read_keys,
     read_parameters,
     sound_attributes,
-    sound_dataset,
 )
 
 _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
@@ -45,9 +45,6 @@ def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
         The file as a whole is damaged, or of another make.
     """
     parameters = read_parameters(path)
-    with open_file(path) as file:
-        if not sound_attributes(all_attributes(file)):
-            raise StageError(f"{path}: its attributes differ from their checksum: make it again")
     return [_STACK] if parameters.get("stack") else read_keys(path), parameters
 
 
@@ -77,7 +74,7 @@ def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> l
     faults = []
     for group in GROUPS:
         try:
-            dataset = sound_dataset(Path(file.filename), file[group], key)
+            dataset = dataset_in(file, group, key)
             arrays[group], attributes[group] = dataset[()], all_attributes(dataset)
         except (*DAMAGE, StageError):
             faults.append(f"{group} cannot be read")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.errors import StageError, WorkerKilled
+from common.errors import StageError, Unreachable, WorkerKilled
 from common.run import output as outputs
 from common.run.atomic import (
     clear_write_errors,
@@ -152,8 +152,8 @@ def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping
 
     Raises
     ------
-    WorkerKilled
-        That says nothing against the file.
+    WorkerKilled, Unreachable
+        They say nothing against the file.
     """
     if not output.exists():
         return {}
@@ -161,7 +161,7 @@ def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping
         return None
     try:
         return read(output)
-    except WorkerKilled:
+    except (WorkerKilled, Unreachable):
         raise
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
