@@ -453,9 +453,11 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
         *pet_warnings,
         *mask_warnings,
         *check_mask(mask, pet.grid, allow_empty=conversion.allow_empty_mask),
-        *_implausible(ct, pet, mask, weight_of(plan.suv.provenance)),
+        *_implausible(ct, pet, mask, weight_of(plan.suv.provenance.record)),
     )
-    return StudyImages(ct, pet, mask, plan.suv.provenance, warnings, taken_from(roles, regions))
+    return StudyImages(
+        ct, pet, mask, plan.suv.provenance.record, warnings, taken_from(roles, regions)
+    )
 
 
 def taken_from(roles: Roles, regions: Sequence[str]) -> Taken:
@@ -503,7 +505,7 @@ class Plan:
     @property
     def suv_rule(self) -> str:
         """What the PET's values are, and the rule that makes them SUV."""
-        units, rule = self.suv.provenance["units"], self.suv.provenance["rule"]
+        units, rule = self.suv.provenance.units, self.suv.provenance.rule
         return f"{units}, rule {rule}" if units else rule
 
 

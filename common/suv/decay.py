@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from common.errors import Kind, StudyError, Warning
 from common.suv.inputs import PetSeries, Remarks
+from common.suv.provenance import Rule
 
 # --- timeline --------------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ def average_rate_time_s(duration_s: Array, half_life_s: float) -> Array:
 
 def decay_reference(
     series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
-) -> tuple[str, Array]:
+) -> tuple[Rule, Array]:
     """Find the moment that the values of each slice refer to (DecayCorrection START or NONE).
 
     Parameters
@@ -270,7 +271,7 @@ def decay_reference(
 
     Returns
     -------
-    rule : str
+    rule : Rule
         The rule that fired; see the module.
     reference_s : (n,) array
         On the clock of `times`.
@@ -281,21 +282,21 @@ def decay_reference(
         The header does not determine the moment.
     """
     if series.enhanced:
-        return "15", _enhanced_reference_s(series, times, half_life_s)
+        return Rule.ENHANCED, _enhanced_reference_s(series, times, half_life_s)
     if series.decay_correction == "NONE":
-        return "13", _frame_average_s(times, half_life_s)
+        return Rule.FRAME_AVERAGE, _frame_average_s(times, half_life_s)
     if np.isfinite(times.stated_reference_s).all():
         dummied = _how_dummied(series, times, half_life_s)
         if not dummied:
             _compare_stated(series, times, half_life_s, remarks)
-            return "12a", times.stated_reference_s
+            return Rule.STATED_REFERENCE, times.stated_reference_s
         remarks.reinterpretations.append(
             f"the vendor's {STATED_REFERENCE[series.manufacturer]} {dummied}: it is not used"
         )
     if _series_starts_in_time(times):
         _compare_with_frames(series, times, half_life_s, remarks)
-        return "12b", np.full(len(series.slices), times.series_start_s)
-    return "12c", back_from_frames_s(series, times, half_life_s)
+        return Rule.SERIES_START, np.full(len(series.slices), times.series_start_s)
+    return Rule.BACK_FROM_FRAMES, back_from_frames_s(series, times, half_life_s)
 
 
 def back_from_frames_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:

@@ -1,10 +1,4 @@
-"""What the rescaled values of a PET series are: SUV of some type, activity, or counts.
-
-Pure.
-
-How a series becomes SUV: its factors and how they came about, without identity. Pure.
-
-Standardised uptake values: a factor for each slice of a PET series, and its provenance.
+"""Standardised uptake values: a factor for each slice of a PET series, and its provenance.
 
 Pure. SUV = stored value * RescaleSlope * factor. The rules, as they are named in the provenance:
 
@@ -13,7 +7,7 @@ Pure. SUV = stored value * RescaleSlope * factor. The rules, as they are named i
     9    Units CNTS of Philips: (7053,1000) is the factor; else "9+", and (7053,1009) gives Bq/ml
     11   DecayCorrection ADMIN: the values refer to the injection
     12a, 12b, 12c, 13, 15
-         The values refer to another moment: see `common.decay`
+         The values refer to another moment: see `common.suv.decay`
 
 Where values are activity concentrations (Units BQML, and CNTS by (7053,1009)), the factor is body
 weight [g] over the dose [Bq] left at the moment that the values refer to.
@@ -33,6 +27,7 @@ from common.suv.alternatives import ALTERNATIVES, alternative_factors
 from common.suv.body import SUV_UNITS, body_quantity
 from common.suv.decay import Array, decay_reference, timeline, uptake_s
 from common.suv.inputs import PetSeries, PetSlice, Remarks, refuse_reinterpretations
+from common.suv.provenance import Provenance, Rule, rounded, value_range
 
 # --- pet units -------------------------------------------------------------------------------
 
@@ -62,15 +57,15 @@ class Scale:
 
     Attributes
     ----------
-    rule : str
-        The rule that fired, see `common.suv`; empty for BQML.
+    rule : Rule or None
+        The rule that fired; None for BQML.
     suv_type : str or None
         SUV of this type; None for activity concentration [Bq/ml].
     per_unit : (n_slices,) array
 
     """
 
-    rule: str
+    rule: Rule | None
     suv_type: str | None
     per_unit: Array
 
@@ -86,12 +81,12 @@ def scale_of_units(series: PetSeries) -> Scale:
     in_units = np.array([each.real_world_slope for each in series.slices])
     match series.units:
         case "GML":
-            return Scale("7", _type_of_gml(series), in_units)
+            return Scale(Rule.GML, _type_of_gml(series), in_units)
         case "CM2ML":
-            return Scale("8", "bsa", in_units)
+            return Scale(Rule.CM2ML, "bsa", in_units)
         case "BQML":
             _require_decay_correction(series)
-            return Scale("", None, in_units)
+            return Scale(None, None, in_units)
         case "CNTS":
             _require_decay_correction(series)
             return _scale_of_counts(series)
@@ -159,10 +154,10 @@ def _require_decay_correction(series: PetSeries) -> None:
 def _scale_of_counts(series: PetSeries) -> Scale:
     suv = _on_every_slice(each.philips_suv_factor for each in series.slices)
     if suv is not None and series.decay_correction != "NONE":
-        return Scale("9", "bw", suv)
+        return Scale(Rule.CNTS, "bw", suv)
     activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
     if activity is not None:
-        return Scale("9", None, activity)
+        return Scale(Rule.CNTS, None, activity)
     raise StudyError(
         f"counts without scale ({_units(series)} is CNTS, but Philips' {SUV_FACTOR} and "
         f"{ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
@@ -186,7 +181,7 @@ def _on_every_slice(values: Iterable[float | None]) -> Array | None:
     return array if array.all() else None
 
 
-# --- suv provenance --------------------------------------------------------------------------
+# --- conversion ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,76 +192,38 @@ class SuvConversion:
     ----------
     factors : (n_slices,) float64 array
         SUV per rescaled value.
-    provenance : dict
-        How they came about; JSON-serialisable, without identity:
-
-        ``suv_type``, ``suv_units``
-            Type and unit of the SUV.
-        ``units``, ``header_suv_type``, ``decay_correction``, ``manufacturer``
-            What the header says.
-        ``rule``
-            What fired; see the modules `common.suv` and `common.decay`.
-        ``injection_from``
-            The header's "date-time" of injection; or "clock time" where it has no more, which then
-            is one within the day before the decay reference; or None where none is needed.
-        ``minutes_to_reference``
-            [least, largest] from injection to the moment that the values refer to, or None.
-        ``factor_range``
-            [least, largest] of `factors`.
-        ``weight_kg``
-            Body weight, or None.
-        ``vendor_factor``
-            Median factor to SUVbw that Philips states beside Units BQML, or None.
-        ``reinterpretations``, ``warnings``
-            Lists of sentences.
-        ``alternatives``
-            Median factors by other rules, or None; see `common.suv.alternatives`.
+    provenance : Provenance
+        How they came about.
     warnings : tuple of Warning
         The reinterpretations and warnings of the provenance.
     """
 
     factors: Array
-    provenance: dict[str, Any]
+    provenance: Provenance
     warnings: tuple[Warning, ...] = ()
 
 
-def provenance(
+def _conversion(
     suv_type: str,
-    rule: str,
+    rules: tuple[Rule, ...],
     factors: Array,
     weight_kg: float | None,
     remarks: Remarks,
+    alternatives: dict[str, float | None],
     **found: Any,
-) -> dict[str, Any]:
-    """Return the provenance of a conversion; `found` are more of the keys in `SuvConversion`."""
-    return {
-        "suv_type": suv_type,
-        "suv_units": SUV_UNITS[suv_type],
-        "units": None,
-        "header_suv_type": None,
-        "decay_correction": None,
-        "manufacturer": None,
-        "rule": rule,
-        "injection_from": None,
-        "minutes_to_reference": None,
-        "factor_range": value_range(factors),
-        "weight_kg": weight_kg,
-        "vendor_factor": None,
-        "reinterpretations": remarks.reinterpretations,
-        "warnings": [warning.text for warning in remarks.warnings],
-        "alternatives": dict.fromkeys(ALTERNATIVES),
+) -> SuvConversion:
+    """Return a conversion; `found` are more of the attributes of `Provenance`."""
+    provenance = Provenance(
+        suv_type,
+        rules,
+        value_range(factors),
+        weight_kg,
+        tuple(remarks.reinterpretations),
+        tuple(warning.text for warning in remarks.warnings),
+        alternatives,
         **found,
-    }
-
-
-def value_range(values: Array) -> list[float]:
-    """Return [least, largest]."""
-    return [rounded(float(values.min())), rounded(float(values.max()))]
-
-
-def rounded(value: float) -> float:
-    """Return a value to 12 digits: the same whatever the last bit of a machine's exponential."""
-    return float(f"{value:.12g}")
+    )
+    return SuvConversion(factors, provenance, remarks.as_warnings)
 
 
 # --- suv -------------------------------------------------------------------------------------
@@ -332,32 +289,28 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         vendor_factor = compare_with_vendor(series, to_suvbw, remarks)
         factors = to_suvbw * _ratio(suv_type, "bw", series, weight_kg)
     else:
-        rule, uptake, vendor_factor = "", None, None
+        rule, uptake, vendor_factor = None, None, None
         factors = scale.per_unit * _ratio(suv_type, scale.suv_type, series, weight_kg)
     _require_positive(factors)
     alternatives = _alternatives(suv_type, series, weight_kg)
-    if rule == "12c":
+    if rule is Rule.BACK_FROM_FRAMES:
         _compare_with_qiba(series, factors, alternatives["qiba"], remarks)
     if strict:
         refuse_reinterpretations(remarks)
-    return SuvConversion(
+    return _conversion(
+        suv_type,
+        tuple(each for each in (scale.rule, rule) if each is not None),
         factors,
-        provenance(
-            suv_type,
-            "+".join(filter(None, (scale.rule, rule))),
-            factors,
-            weight_kg,
-            remarks,
-            units=series.units,
-            header_suv_type=series.suv_type,
-            decay_correction=series.decay_correction,
-            manufacturer=series.manufacturer,
-            injection_from=None if uptake is None else _injection_from(series),
-            minutes_to_reference=None if uptake is None else value_range(uptake / 60),
-            vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
-            alternatives=alternatives,
-        ),
-        remarks.as_warnings,
+        weight_kg,
+        remarks,
+        alternatives,
+        units=series.units,
+        header_suv_type=series.suv_type,
+        decay_correction=series.decay_correction,
+        manufacturer=series.manufacturer,
+        injection_from=None if uptake is None else _injection_from(series),
+        minutes_to_reference=None if uptake is None else value_range(uptake / 60),
+        vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
     )
 
 
@@ -388,11 +341,8 @@ def already_suv(
     weight_kg = None if series is None else _weight_kg(series, remarks)
     if strict:
         refuse_reinterpretations(remarks)
-    return SuvConversion(
-        factors,
-        provenance(suv_type, "given as SUV", factors, weight_kg, remarks),
-        remarks.as_warnings,
-    )
+    alternatives = dict.fromkeys(ALTERNATIVES)
+    return _conversion(suv_type, (Rule.GIVEN,), factors, weight_kg, remarks, alternatives)
 
 
 def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
@@ -411,7 +361,7 @@ def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
         raise StudyError(
             f"{n_headers} PET headers for {n_slices} slices: give one header, or one for each slice"
         )
-    if conversion.provenance["rule"].endswith("13"):
+    if Rule.FRAME_AVERAGE in conversion.provenance.rules:
         raise StudyError(
             f"one header can't tell when each slice was acquired ({DECAY_CORRECTION} is NONE): "
             "give the header of every slice"
@@ -480,12 +430,12 @@ def _ratio(to_type: str, from_type: str, series: PetSeries, weight_kg: float | N
     return _quantity(to_type, series, weight_kg) / _quantity(from_type, series, weight_kg)
 
 
-def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[str, Array, Array]:
+def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[Rule, Array, Array]:
     """Rule, time from injection [s] and dose left then [Bq] of each slice."""
     dose_bq, half_life_s = _dose_bq(series, remarks), _half_life_s(series, remarks)
     if series.decay_correction == "ADMIN":
         at_injection = np.zeros(len(series.slices))
-        return "11", at_injection, at_injection + dose_bq
+        return Rule.ADMIN, at_injection, at_injection + dose_bq
     times = timeline(series, remarks)
     rule, reference_s = decay_reference(series, times, half_life_s, remarks)
     uptake = uptake_s(times, reference_s, half_life_s, remarks)

@@ -208,7 +208,7 @@ def test_offset_of_the_header_holds_for_times_without_their_own() -> None:
     )
     assert own.injection == INJECTION.replace(tzinfo=EAST)
     assert suv_factors(own).factors * activity_per_suv(REFERENCE_S) == pytest.approx(1, rel=1e-9)
-    assert suv_factors(own).provenance["reinterpretations"] == []
+    assert suv_factors(own).provenance.record["reinterpretations"] == []
 
 
 def test_acquisition_date_time_stands_in() -> None:
@@ -377,7 +377,7 @@ def test_no_value_breaks_the_reading(keyword: str, vr: str | None, value: bytes)
     (header,) = pet_headers(1)
     put_raw(header, keyword, value, vr)
     try:
-        said = json.dumps(suv_factors(read_pet_series([header])).provenance, allow_nan=False)
+        said = json.dumps(suv_factors(read_pet_series([header])).provenance.record, allow_nan=False)
     except StudyError as error:
         said = str(error)
     text = value.decode("latin-1").strip(" \0")
@@ -650,7 +650,7 @@ def test_frames_without_reference_tell_when_they_were_acquired() -> None:
     conversion = suv_factors(read_pet_series([header]))
     expected = mean_activity_per_suv(after_s, DURATION_S)
     assert conversion.factors * expected == pytest.approx(np.ones(2), rel=1e-9)
-    assert conversion.provenance["rule"] == "15"
+    assert conversion.provenance.record["rule"] == "15"
     frame.FrameContentSequence[0].FrameReferenceDateTime = dt(moment(5000))
     (_, factor) = suv_factors(read_pet_series([header])).factors
     assert factor * activity_per_suv(5000) == pytest.approx(1, rel=1e-9)

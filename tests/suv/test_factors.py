@@ -81,8 +81,8 @@ def test_converts(case: Case, tmp_path: Path) -> None:
     for expected in (BACKGROUND, HOT, COLD):
         assert suv[phantom == expected] == pytest.approx(expected, abs=5e-4)
     assert (suv[phantom == 0] == 0).all()
-    assert conversion.provenance["rule"] == case.rule
-    assert len(conversion.provenance["reinterpretations"]) == case.reinterpretations
+    assert conversion.provenance.record["rule"] == case.rule
+    assert len(conversion.provenance.record["reinterpretations"]) == case.reinterpretations
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_converts(case: Case, tmp_path: Path) -> None:
 )
 def test_strict_refuses_every_reinterpretation(case: Case, tmp_path: Path) -> None:
     series = read_pet_series(case.write(tmp_path)[0])
-    (said,) = suv_factors(series).provenance["reinterpretations"]
+    (said,) = suv_factors(series).provenance.record["reinterpretations"]
     with pytest.raises(StudyError, match=re.escape(f"refused by --strict: {said}")):
         suv_factors(series, strict=True)
 
@@ -107,8 +107,8 @@ def test_strict_refuses_every_reinterpretation(case: Case, tmp_path: Path) -> No
 def test_strict_accepts_a_plain_header(header: dict[str, Any], injection_from: str | None) -> None:
     """A clock time says what it says, as most headers do; that the day is inferred is kept."""
     series = read_pet_series(pet_headers(**header))
-    provenance = suv_factors(series, strict=True).provenance
-    assert provenance == suv_factors(series).provenance
+    provenance = suv_factors(series, strict=True).provenance.record
+    assert provenance == suv_factors(series).provenance.record
     assert provenance["injection_from"] == injection_from
 
 
@@ -179,7 +179,7 @@ def test_a_private_date_time_counts_on_every_slice_only() -> None:
     header = two_beds(GE, 5400)
     private = {GE_REFERENCE: PerSlice(given, given, given, ("GEMS_PETD_01", "DT", ""))}
     series = read_pet_series(pet_headers(N_SLICES, private=private, **header))
-    assert suv_factors(series).provenance["rule"] == "12c"
+    assert suv_factors(series).provenance.record["rule"] == "12c"
 
 
 # --- real headers ----------------------------------------------------------------------------
@@ -256,19 +256,19 @@ def real_philips() -> PetSeries:
 def test_real_siemens_header() -> None:
     conversion = suv_factors(real_siemens())
     assert conversion.factors == pytest.approx(np.full(9, 0.000401664014), abs=5e-13)
-    assert conversion.provenance["rule"] == "12b"
-    assert conversion.provenance["warnings"] == []
+    assert conversion.provenance.record["rule"] == "12b"
+    assert conversion.provenance.record["warnings"] == []
 
 
 def test_real_ge_header() -> None:
     conversion = suv_factors(real_ge())
     assert conversion.factors == pytest.approx(0.000242902977, abs=5e-13)
-    assert conversion.provenance["rule"] == "12b"
+    assert conversion.provenance.record["rule"] == "12b"
 
 
 def test_real_philips_header() -> None:
     conversion = suv_factors(real_philips())
-    provenance = conversion.provenance
+    provenance = conversion.provenance.record
     assert conversion.factors == pytest.approx(7.46375e-4, abs=5e-10)
     assert provenance["vendor_factor"] == pytest.approx(7.4645e-4, abs=5e-9)
     assert provenance["alternatives"]["frame_based"] / conversion.factors[0] == pytest.approx(
@@ -283,7 +283,7 @@ def test_alternatives_of_real_headers() -> None:
     """Worked out by hand: weight [g] over dose [Bq], times 2 to the uptake over the half-life."""
 
     def alternatives(series: PetSeries) -> dict[str, Any]:
-        found = suv_factors(series).provenance["alternatives"]
+        found = suv_factors(series).provenance.record["alternatives"]
         return {rule: factor for rule, factor in found.items() if factor is not None}
 
     of_siemens = {"autopet": 4.01664014e-4, "qiba": 4.01664014e-4}
@@ -302,7 +302,7 @@ def test_philips_witness_warns_from_one_percent() -> None:
     (frame,) = series.slices
     for ratio, warned in ((1.009, False), (1.011, True), (0.989, True)):
         altered = replace(frame, philips_suv_factor=7.4638e-4 * ratio, philips_activity_factor=1.0)
-        warnings = suv_factors(replace(series, slices=(altered,))).provenance["warnings"]
+        warnings = suv_factors(replace(series, slices=(altered,))).provenance.record["warnings"]
         assert any("vendor's factor disagrees" in each for each in warnings) is warned
 
 
@@ -314,7 +314,7 @@ def test_philips_factors_are_no_witness_beside_counts() -> None:
         decay_correction="NONE",
         slices=(replace(frame, philips_suv_factor=1.0),),
     )
-    provenance = suv_factors(counts).provenance
+    provenance = suv_factors(counts).provenance.record
     assert (provenance["rule"], provenance["vendor_factor"]) == ("9+13", None)
     assert not any("vendor's factor" in each for each in provenance["warnings"])
 
@@ -383,8 +383,8 @@ def test_types_convert_into_each_other(header_type: str, suv_type: str) -> None:
     converted = suv_factors(replace(series, units="GML", suv_type=header_type), suv_type)
     assert stored.factors * converted.factors == pytest.approx(activity.factors, rel=1e-12)
     unit = "cm2/ml" if suv_type == "bsa" else "g/ml"
-    assert converted.provenance["suv_type"] == suv_type
-    assert converted.provenance["suv_units"] == unit
+    assert converted.provenance.record["suv_type"] == suv_type
+    assert converted.provenance.record["suv_units"] == unit
 
 
 def test_type_of_suv_scales_by_the_body(case_of_man: PetSeries) -> None:
@@ -396,7 +396,9 @@ def test_type_of_suv_scales_by_the_body(case_of_man: PetSeries) -> None:
     ):
         conversion = suv_factors(case_of_man, suv_type)
         assert conversion.factors * AT_START == pytest.approx(share, rel=1e-9)
-        assert conversion.provenance["alternatives"]["autopet"] * AT_START == pytest.approx(share)
+        assert conversion.provenance.record["alternatives"]["autopet"] * AT_START == pytest.approx(
+            share
+        )
 
 
 @pytest.fixture
@@ -415,8 +417,8 @@ def test_an_unknown_type_is_a_programming_error() -> None:
 def test_weight_in_grams() -> None:
     conversion = suv_factors(read_pet_series(pet_headers(PatientWeight=70_000)))
     assert conversion.factors * AT_START == pytest.approx(np.ones(N_SLICES), rel=1e-9)
-    assert conversion.provenance["weight_kg"] == 70
-    (said,) = conversion.provenance["reinterpretations"]
+    assert conversion.provenance.record["weight_kg"] == 70
+    (said,) = conversion.provenance.record["reinterpretations"]
     assert "PatientWeight (0010,1030)" in said
 
 
@@ -485,7 +487,7 @@ def test_window_of_the_injection(
         injection_clock=None,
         half_life_s=half_life_s,
     )
-    provenance = suv_factors(series).provenance
+    provenance = suv_factors(series).provenance.record
     assert provenance["minutes_to_reference"] == pytest.approx([uptake_s / 60] * 2)
     assert len(provenance["reinterpretations"]) == reinterpretations
 
@@ -506,17 +508,17 @@ def test_limits_hold_to_the_microsecond(microsecond: int) -> None:
             replace(series, injection=injection, injection_clock=None),
             replace(series, injection=None, injection_clock=injection.time()),
         ):
-            provenance = suv_factors(found).provenance
+            provenance = suv_factors(found).provenance.record
             assert provenance["minutes_to_reference"] == pytest.approx([minutes] * 2, abs=1e-6)
             assert ("injection is later" in str(provenance["warnings"])) is (minutes < 0)
     later = replace(
         series, injection=None, injection_clock=(reference + timedelta(hours=1) + step).time()
     )
-    assert suv_factors(later).provenance["minutes_to_reference"][0] > 1379
+    assert suv_factors(later).provenance.record["minutes_to_reference"][0] > 1379
     for series_start, rule in ((timedelta(seconds=1), "12b"), (timedelta(seconds=1) + step, "12c")):
         slices = (PetSlice(reference, frame_reference_time_s=0.0, frame_duration_s=60.0),)
         at = replace(plain, series_start=reference + series_start, slices=slices)
-        assert suv_factors(at).provenance["rule"] == rule
+        assert suv_factors(at).provenance.record["rule"] == rule
 
 
 @pytest.mark.parametrize(
@@ -525,7 +527,7 @@ def test_limits_hold_to_the_microsecond(microsecond: int) -> None:
 )
 def test_day_of_a_clock_time(clock: time, minutes: float) -> None:
     series = replace(read_pet_series(pet_headers(1)), injection=None, injection_clock=clock)
-    assert suv_factors(series).provenance["minutes_to_reference"] == [minutes, minutes]
+    assert suv_factors(series).provenance.record["minutes_to_reference"] == [minutes, minutes]
 
 
 def test_long_half_lives_need_the_day() -> None:
@@ -535,16 +537,16 @@ def test_long_half_lives_need_the_day() -> None:
         if refused:
             assert "RadiopharmaceuticalStartDateTime (0018,1078) is missing" in refusal(undated)
         else:
-            assert suv_factors(undated).provenance["minutes_to_reference"] == [60, 60]
+            assert suv_factors(undated).provenance.record["minutes_to_reference"] == [60, 60]
     within = replace(series, injection=moment(REFERENCE_S - 99_999))
-    assert suv_factors(within).provenance["reinterpretations"] == []
+    assert suv_factors(within).provenance.record["reinterpretations"] == []
     assert "does not fit" in refusal(replace(series, injection=moment(REFERENCE_S - 100_000)))
 
 
 @pytest.mark.parametrize(("apart_s", "warned"), [(-61, True), (-59, False)])
 def test_the_series_and_its_frames_may_differ_by_a_minute(apart_s: float, warned: bool) -> None:
     series = read_pet_series(pet_headers(N_SLICES, **two_beds(SIEMENS, REFERENCE_S + apart_s)))
-    provenance = suv_factors(series).provenance
+    provenance = suv_factors(series).provenance.record
     assert provenance["rule"] == "12b"
     assert any("decay reference disagrees" in w for w in provenance["warnings"]) is warned
 
@@ -555,7 +557,7 @@ def test_the_series_and_its_frames_may_differ_by_a_minute(apart_s: float, warned
 )
 def test_the_series_must_start_with_the_first_bed(series_s: float, rule: str) -> None:
     series = read_pet_series(pet_headers(N_SLICES, **two_beds(SIEMENS, series_s)))
-    assert suv_factors(series).provenance["rule"] == rule
+    assert suv_factors(series).provenance.record["rule"] == rule
 
 
 @pytest.mark.parametrize("decay_correction", ["START", "NONE"])
@@ -622,7 +624,7 @@ def test_one_injection_for_slices_on_both_sides_of_midnight() -> None:
         injection=None,
         injection_clock=time(22, 55),
     )
-    minutes = suv_factors(series).provenance["minutes_to_reference"]
+    minutes = suv_factors(series).provenance.record["minutes_to_reference"]
     assert minutes == pytest.approx([60 + 2.493, 65 + 2.493], abs=1e-3)
 
 
@@ -650,7 +652,7 @@ def test_a_half_life_off_that_of_the_nuclide_is_a_warning(
     code: str, half_life_s: float, warned: bool
 ) -> None:
     headers = headers_of_nuclide(code, half_life_s)
-    warnings = suv_factors(read_pet_series(headers)).provenance["warnings"]
+    warnings = suv_factors(read_pet_series(headers)).provenance.record["warnings"]
     assert any(each.startswith("half-life disagrees") for each in warnings) is warned
 
 
@@ -696,7 +698,7 @@ def test_the_stated_decay_reference_is_held_against_series_and_frames(
 ) -> None:
     """Two hours off gave SUV x 2.13 silently; overwritten by midnight x 201."""
     header = two_beds(VENDORS[vendor], REFERENCE_S)
-    provenance = suv_factors(stating(vendor, stated, **header)).provenance
+    provenance = suv_factors(stating(vendor, stated, **header)).provenance.record
     assert provenance["rule"] == rule
     assert provenance["minutes_to_reference"] == pytest.approx([uptake_s / 60] * 2)
     warned = [each for each in provenance["warnings"] if "decay reference disagrees" in each]
@@ -724,7 +726,7 @@ def test_the_stated_decay_reference_stands_where_series_and_frames_do_not_agree(
     """The series may start earlier, with a scout view; then its start is no witness."""
     series = stating("Siemens", moment(REFERENCE_S), **two_beds(SIEMENS, REFERENCE_S - 300))
     scouted = replace(series, series_start=moment(REFERENCE_S - 900))
-    provenance = suv_factors(scouted).provenance
+    provenance = suv_factors(scouted).provenance.record
     assert (provenance["rule"], provenance["warnings"]) == ("12a", [])
 
 
@@ -732,29 +734,29 @@ def test_the_stated_decay_reference_stands_where_nothing_else_fits() -> None:
     """The series was rewritten, so that its start says nothing of the injection."""
     series = stating("GE", moment(50_000), **two_beds(GE, REFERENCE_S))
     late = replace(series, series_start=moment(REFERENCE_S + 5400))
-    assert suv_factors(late).provenance["rule"] == "12a"
+    assert suv_factors(late).provenance.record["rule"] == "12a"
     midnight = stating("GE", datetime(1900, 1, 1), **two_beds(GE, REFERENCE_S))
     late = replace(midnight, series_start=moment(REFERENCE_S + 5400))
-    assert suv_factors(late).provenance["rule"] == "12c"
+    assert suv_factors(late).provenance.record["rule"] == "12c"
     assert suv_factors(late).factors == pytest.approx(suv_factors(midnight).factors, rel=1e-9)
 
 
 def test_a_dummied_date_of_injection_dummies_no_decay_reference() -> None:
     stated = stating("GE", moment(REFERENCE_S), **two_beds(GE, REFERENCE_S))
     dummied = replace(stated, injection=datetime(1900, 1, 1, 10))
-    assert suv_factors(dummied).provenance["rule"] == "12a"
+    assert suv_factors(dummied).provenance.record["rule"] == "12a"
     assert suv_factors(dummied).factors == pytest.approx(suv_factors(stated).factors, rel=1e-9)
     both = replace(
         stating("GE", moment(-7200), **two_beds(GE, REFERENCE_S)),
         injection=datetime(1900, 1, 1, 10),
     )
-    assert suv_factors(both).provenance["rule"] == "12b"
+    assert suv_factors(both).provenance.record["rule"] == "12b"
     assert suv_factors(both).factors == pytest.approx(suv_factors(stated).factors, rel=1e-9)
 
 
 def test_a_long_half_life_allows_a_late_decay_reference() -> None:
     late = stating("GE", moment(200_000), **two_beds(GE, REFERENCE_S), RadionuclideHalfLife=282_276)
-    assert suv_factors(late).provenance["rule"] == "12a"
+    assert suv_factors(late).provenance.record["rule"] == "12a"
 
 
 def test_a_dummied_decay_reference_is_refused_by_strict() -> None:
@@ -787,8 +789,12 @@ def test_times_whose_dates_were_dropped_count_by_the_clock(
     dated = suv_factors(read_pet_series(pet_headers(N_SLICES, **header)))
     found = suv_factors(read_pet_series(pet_headers(N_SLICES, **(header | dict.fromkeys(missing)))))
     assert found.factors == pytest.approx(dated.factors, rel=1e-9)
-    assert found.provenance["rule"] == dated.provenance["rule"]
-    said = [each for each in found.provenance["reinterpretations"] if "by the clock alone" in each]
+    assert found.provenance.record["rule"] == dated.provenance.record["rule"]
+    said = [
+        each
+        for each in found.provenance.record["reinterpretations"]
+        if "by the clock alone" in each
+    ]
     assert [[keyword in each for keyword in DATES] for each in said] == [
         [keyword in missing for keyword in DATES]
     ]
@@ -800,7 +806,7 @@ def test_no_date_of_the_scan_is_refused_for_long_half_lives_and_by_strict() -> N
     assert "SeriesDate (0008,0021) and AcquisitionDate (0008,0022) missing" in refusal(long_lived)
     assert "by the clock alone" in refusal(read_pet_series(pet_headers(1, **header)), strict=True)
     acquired = pet_headers(1, RadionuclideHalfLife=282_276.0, AcquisitionDate=None)
-    provenance = suv_factors(read_pet_series(acquired)).provenance
+    provenance = suv_factors(read_pet_series(acquired)).provenance.record
     assert provenance["minutes_to_reference"] == [60, 60]
 
 
@@ -818,7 +824,7 @@ def test_a_frame_reference_time_of_0_is_a_warning_with_what_qiba_gives(
         "ActualFrameDuration": 180_000,
         "SeriesTime": tm(moment(REFERENCE_S + 2700)),
     }
-    provenance = suv_factors(read_pet_series(pet_headers(2, **header))).provenance
+    provenance = suv_factors(read_pet_series(pet_headers(2, **header))).provenance.record
     assert provenance["rule"] == "12c"
     assert [
         each.startswith("FrameReferenceTime (0054,1300) is 0") for each in provenance["warnings"]
@@ -832,12 +838,12 @@ def test_a_frame_reference_time_of_0_is_a_warning_with_what_qiba_gives(
 
 def test_a_frame_reference_time_of_0_is_no_matter_where_the_series_starts_in_time() -> None:
     series = read_pet_series(pet_headers(2, FrameReferenceTime=0, ActualFrameDuration=60_000))
-    assert suv_factors(series).provenance["warnings"] == []
+    assert suv_factors(series).provenance.record["warnings"] == []
 
 
 def test_disagreeing_times_of_injection_are_a_warning() -> None:
     series = read_pet_series(pet_headers(RadiopharmaceuticalStartTime=tm(moment(-600))))
-    (warning,) = suv_factors(series).provenance["warnings"]
+    (warning,) = suv_factors(series).provenance.record["warnings"]
     assert warning.startswith("injection times disagree")
     assert "10.0 min" in warning
     assert suv_factors(series).factors * AT_START == pytest.approx(np.ones(N_SLICES), rel=1e-9)
@@ -847,7 +853,7 @@ def test_injection_after_the_scan_is_a_warning() -> None:
     series = replace(
         read_pet_series(pet_headers()), injection=moment(REFERENCE_S + 60), injection_clock=None
     )
-    assert suv_factors(series).provenance["warnings"] == [
+    assert suv_factors(series).provenance.record["warnings"] == [
         "injection is later than the decay reference"
     ]
 
@@ -869,8 +875,8 @@ def test_offsets_are_honoured() -> None:
         ),
     )
     assert (suv_factors(aware).factors == suv_factors(series).factors).all()
-    assert suv_factors(aware).provenance["reinterpretations"] == []
-    assert suv_factors(aware).provenance["warnings"] == []
+    assert suv_factors(aware).provenance.record["reinterpretations"] == []
+    assert suv_factors(aware).provenance.record["warnings"] == []
 
 
 def test_times_without_offset_are_taken_at_the_one_there_is() -> None:
@@ -878,7 +884,7 @@ def test_times_without_offset_are_taken_at_the_one_there_is() -> None:
     mixed = replace(series, injection=INJECTION.replace(tzinfo=timezone(timedelta(hours=2))))
     conversion = suv_factors(mixed)
     assert (conversion.factors == suv_factors(series).factors).all()
-    (said,) = conversion.provenance["reinterpretations"]
+    (said,) = conversion.provenance.record["reinterpretations"]
     assert "TimezoneOffsetFromUTC (0008,0201)" in said
 
 
@@ -901,10 +907,10 @@ def test_an_injection_in_two_zones_leaves_that_of_the_scan_open() -> None:
     assert "TimezoneOffsetFromUTC (0008,0201) is missing" in refusal(utc)
     # A few minutes between them are a matter of care, not of zones.
     careless = replace(plain, injection=(INJECTION - timedelta(minutes=14)).replace(tzinfo=UTC))
-    minutes = suv_factors(careless).provenance["minutes_to_reference"]
+    minutes = suv_factors(careless).provenance.record["minutes_to_reference"]
     assert minutes == pytest.approx([74] * 2)
     by_date_time_alone = replace(utc, injection_clock=None)
-    assert suv_factors(by_date_time_alone).provenance["minutes_to_reference"] == [180, 180]
+    assert suv_factors(by_date_time_alone).provenance.record["minutes_to_reference"] == [180, 180]
 
 
 def test_the_day_of_a_clock_time_is_that_of_its_zone() -> None:
@@ -918,14 +924,14 @@ def test_the_day_of_a_clock_time_is_that_of_its_zone() -> None:
         series_start=datetime(2025, 1, 1, 23, 50, tzinfo=east),
         slices=(PetSlice(datetime(2025, 1, 1, 23, 50, tzinfo=east)),),
     )
-    assert suv_factors(series).provenance["minutes_to_reference"] == [1420.0, 1420.0]
+    assert suv_factors(series).provenance.record["minutes_to_reference"] == [1420.0, 1420.0]
     later = replace(
         series,
         injection_clock=time(23, 30, tzinfo=east),
         series_start=start,
         slices=(PetSlice(start),),
     )
-    assert suv_factors(later).provenance["minutes_to_reference"] == [60.0, 60.0]
+    assert suv_factors(later).provenance.record["minutes_to_reference"] == [60.0, 60.0]
 
 
 # --- alternatives ----------------------------------------------------------------------------
@@ -936,7 +942,7 @@ def test_alternatives_of_a_rewritten_series() -> None:
     headers[0].filename, headers[3].filename = "b.dcm", "a.dcm"
     for header in headers[1:3]:
         header.filename = "c.dcm"
-    alternatives = suv_factors(read_pet_series(headers)).provenance["alternatives"]
+    alternatives = suv_factors(read_pet_series(headers)).provenance.record["alternatives"]
     # The script takes the first file alone, here of the second bed, six minutes on.
     assert alternatives["autopet"] * activity_per_suv(3960) == pytest.approx(1)
     assert alternatives["qiba"] * AT_START == pytest.approx(1)
@@ -945,7 +951,7 @@ def test_alternatives_of_a_rewritten_series() -> None:
 
 def test_alternatives_of_the_script_ignore_the_header() -> None:
     series = read_pet_series(pet_headers(DecayCorrection="ADMIN"))
-    alternatives = suv_factors(series).provenance["alternatives"]
+    alternatives = suv_factors(series).provenance.record["alternatives"]
     assert alternatives["autopet"] * AT_START == pytest.approx(1)
     assert alternatives["qiba"] is None
     assert alternatives["frame_based"] is None
@@ -956,8 +962,10 @@ def test_qiba_takes_the_earliest_acquisition_at_last() -> None:
     private = {GE_REFERENCE: ("GEMS_PETD_01", "DT", dt(moment(1800)))}
     without = read_pet_series(pet_headers(**header))
     stated = read_pet_series(pet_headers(private=private, **header))
-    assert suv_factors(without).provenance["alternatives"]["qiba"] * AT_START == pytest.approx(1)
-    assert suv_factors(stated).provenance["alternatives"]["qiba"] * activity_per_suv(
+    assert suv_factors(without).provenance.record["alternatives"][
+        "qiba"
+    ] * AT_START == pytest.approx(1)
+    assert suv_factors(stated).provenance.record["alternatives"]["qiba"] * activity_per_suv(
         1800
     ) == pytest.approx(1)
 
@@ -968,7 +976,7 @@ def test_qiba_knows_the_private_date_time_of_ge_alone() -> None:
         read_pet_series(pet_headers(private=private, **two_beds(SIEMENS, 5400)))
     )
     assert conversion.factors * activity_per_suv(1800) == pytest.approx(np.ones(N_SLICES))
-    assert conversion.provenance["alternatives"]["qiba"] * AT_START == pytest.approx(1)
+    assert conversion.provenance.record["alternatives"]["qiba"] * AT_START == pytest.approx(1)
 
 
 def test_qiba_of_other_units() -> None:
@@ -976,7 +984,7 @@ def test_qiba_of_other_units() -> None:
     counts = replace(series, units="CNTS")
 
     def qiba(of: PetSeries) -> float | None:
-        return suv_factors(of).provenance["alternatives"]["qiba"]
+        return suv_factors(of).provenance.record["alternatives"]["qiba"]
 
     scaled = replace(series.slices[0], philips_suv_factor=0.0005, philips_activity_factor=2.5)
     assert qiba(replace(series, units="GML", suv_type="LBMJAMES128")) == 1
@@ -990,7 +998,7 @@ def test_alternatives_that_cannot_be_formed_are_null() -> None:
     series = replace(
         read_pet_series(pet_headers(1)), units="GML", weight_kg=None, injection_clock=None
     )
-    provenance = suv_factors(series).provenance
+    provenance = suv_factors(series).provenance.record
     assert provenance["alternatives"] == {"autopet": None, "qiba": 1.0, "frame_based": None}
     assert provenance["weight_kg"] is None
     # Rb-82 by the clocks of the script: so many half-lives that no number holds the factor.
@@ -1001,7 +1009,7 @@ def test_alternatives_that_cannot_be_formed_are_null() -> None:
         injection_clock=time(0, 0),
     )
     rubidium = replace(rubidium, slices=(PetSlice(datetime(2025, 1, 1, 23, 59)),))
-    assert suv_factors(rubidium).provenance["alternatives"]["autopet"] is None
+    assert suv_factors(rubidium).provenance.record["alternatives"]["autopet"] is None
 
 
 # --- values that are SUV, and one header for many slices -------------------------------------
@@ -1011,11 +1019,11 @@ def test_already_suv() -> None:
     series = read_pet_series(pet_headers(PatientWeight=70_000))
     conversion = already_suv(3, "lbm-janma", series)
     assert (conversion.factors == np.ones(3)).all()
-    assert conversion.provenance["rule"] == "given as SUV"
-    assert conversion.provenance["suv_type"] == "lbm-janma"
-    assert conversion.provenance["weight_kg"] == 70
-    assert conversion.provenance.keys() == suv_factors(series).provenance.keys()
-    assert already_suv(3).provenance["weight_kg"] is None
+    assert conversion.provenance.record["rule"] == "given as SUV"
+    assert conversion.provenance.record["suv_type"] == "lbm-janma"
+    assert conversion.provenance.record["weight_kg"] == 70
+    assert conversion.provenance.record.keys() == suv_factors(series).provenance.record.keys()
+    assert already_suv(3).provenance.record["weight_kg"] is None
     with pytest.raises(StudyError, match="refused by --strict: PatientWeight"):
         already_suv(3, "bw", series, strict=True)
 
@@ -1043,7 +1051,7 @@ def test_one_header_cannot_stand_for_uncorrected_slices() -> None:
 
 def test_decay_both_corrected_and_not_is_a_warning() -> None:
     series = read_pet_series(pet_headers(1, DecayCorrection="NONE"))
-    (warning,) = suv_factors(series).provenance["warnings"]
+    (warning,) = suv_factors(series).provenance.record["warnings"]
     assert "DECY" in warning
 
 
@@ -1073,7 +1081,7 @@ def test_factor_grows_with_weight_and_falls_with_dose(share: float, uptake_s: fl
 )
 def test_only_differences_of_time_count(case: Case, shift: timedelta) -> None:
     series = case.series()
-    if not series.injection or suv_factors(series).provenance["reinterpretations"]:
+    if not series.injection or suv_factors(series).provenance.record["reinterpretations"]:
         shift = timedelta(days=shift.days)  # the time of day counts, the day does not
 
     def later(at: datetime | None) -> datetime | None:
@@ -1095,12 +1103,12 @@ def test_only_differences_of_time_count(case: Case, shift: timedelta) -> None:
         ),
     )
     assert suv_factors(shifted).factors == pytest.approx(suv_factors(series).factors, rel=1e-9)
-    assert suv_factors(shifted).provenance["rule"] == case.rule
+    assert suv_factors(shifted).provenance.record["rule"] == case.rule
 
 
 @pytest.mark.parametrize("case", CONVERT, ids=lambda case: case.name)
 def test_provenance_is_json_without_identity(case: Case) -> None:
-    provenance = suv_factors(case.series()).provenance
+    provenance = suv_factors(case.series()).provenance.record
     text = json.dumps(provenance, allow_nan=False)
     assert json.loads(text) == provenance
     assert not re.search(r"Doe|4711|\b(19|20)\d{6}|\d{4}-\d\d-\d\d|\d\d:\d\d", text)

@@ -166,7 +166,7 @@ def converted(scan: Scan) -> tuple[str, Any]:
         conversion = suv_factors(read_pet_series(headers(scan)))
     except StudyError:
         return "refused", None
-    return conversion.provenance["rule"], conversion.factors
+    return conversion.provenance.record["rule"], conversion.factors
 
 
 def test_random_headers_convert_and_are_refused_as_the_rules_say() -> None:
