@@ -18,6 +18,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,12 +244,8 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
         raise StageError(f"{options.input}: no study in it: nothing to project")
     if options.stack and len({shape[1] for shape in source.shapes.values()}) > 1:
         raise StageError(f"{options.input}: volumes of several widths can't be stacked")
-    spacings_mm = {str(np.round(s, 6).tolist()) for s in source.spacings_mm.values()}
-    if options.stack and len(spacings_mm) > 1:
-        raise StageError(
-            f"{options.input}: volumes of several spacings ({', '.join(sorted(spacings_mm))} mm) "
-            "can't be stacked: a stack has one: leave out --stack, or make them alike"
-        )
+    if options.stack:
+        refuse_several_spacings(options.input, source)
     slab = max(shape[3] for shape in source.shapes.values()) if options.stack else None
     studies = []
     for key, digests in source.digests.items():
@@ -268,6 +265,19 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
         memory = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])
         studies.append(Job(key, fingerprint(made_from), work, beside=tuple(beside), memory=memory))
     return studies
+
+
+def refuse_several_spacings(path: Path, source: Source) -> None:
+    """Raise where volumes differ in spacing; what is no spacing fails its study later."""
+    spacings_mm = set()
+    for spacing_mm in source.spacings_mm.values():
+        with suppress(ValueError, TypeError):
+            spacings_mm.add(str(np.round(np.asarray(spacing_mm, np.float64), 6).tolist()))
+    if len(spacings_mm) > 1:
+        raise StageError(
+            f"{path}: volumes of several spacings ({', '.join(sorted(spacings_mm))} mm) can't be "
+            "stacked: a stack has one: leave out --stack, or make them alike"
+        )
 
 
 def write_list(
