@@ -735,7 +735,10 @@ HDF5_FAULTS = {
     "other groups": (lambda path: foreign(path, lambda f: f.create_group("image")), ""),
     "another group": (lambda path: changed(path, lambda f: f.create_group("extra")), "groups"),
     "a group less": (lambda path: changed(path, lambda f: delete(f, "mask_iso")), "groups"),
-    "no parameters": (lambda path: changed(path, lambda f: delete(f.attrs, "parameters")), "checksum"),
+    "no parameters": (
+        lambda path: changed(path, lambda f: delete(f.attrs, "parameters")),
+        "checksum",
+    ),
     "parameters of no use": (
         lambda path: changed(path, lambda f: f.attrs.update(parameters="[]")),
         "checksum",
