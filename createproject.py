@@ -453,9 +453,11 @@ def foresee_study(job: Job) -> Foreseen:
     found = roles.survey(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     by_role = tuple(found.summary(role) for role in ROLE_NAMES)
     try:
-        planned = plan_study(roles.choose(found), raw.conversion)
+        planned = plan_study(roles.choose(found, named_by=""), raw.conversion)
     except StudyError as error:
-        return Foreseen(status_of(error), by_role, remarks=str(error))
+        # Who may see the raw project may see names: a dry run writes no mapping to look them up.
+        remarks = f"{error}; {error.private}" if error.private else str(error)
+        return Foreseen(status_of(error), by_role, remarks=remarks)
     remarks = "; ".join(map(str, planned.warnings))
     return Foreseen("written", by_role, planned.suv_rule, remarks)
 

@@ -12,6 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -312,12 +313,25 @@ def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
         Damaged or truncated data, more data than the header promises, several volumes, no or
         contradictory orientation, units other than mm, values that are not finite numbers.
     """
+    with _refusing_damage(role), _inflated(stream) as (plain, most):
+        return _read_plain(plain, stored_size * most, role)
+
+
+@contextmanager
+def _inflated(stream: Any) -> Iterator[tuple[Any, int]]:
+    """Yield a stream without its compression, and by how many times that may have shrunk it."""
+    # Files and zip members can be peeked at.
+    if stream.peek(2)[:2] == b"\x1f\x8b":
+        with igzip.IGzipFile(fileobj=stream, mode="rb") as inflated:
+            yield inflated, _DEFLATE_LIMIT
+    else:
+        yield stream, 1
+
+
+@contextmanager
+def _refusing_damage(role: str) -> Iterator[None]:
     try:
-        # Files and zip members can be peeked at; the type of open streams does not say so.
-        if stream.peek(2)[:2] == b"\x1f\x8b":  # type: ignore[attr-defined]
-            with igzip.IGzipFile(fileobj=stream, mode="rb") as inflated:
-                return _read_plain(inflated, stored_size * _DEFLATE_LIMIT, role)
-        return _read_plain(stream, stored_size, role)
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]
         raise StudyError(
             f"the {role} is truncated or damaged (its gzip data end early or fail their "
@@ -325,23 +339,24 @@ def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
         ) from error
 
 
-def stored_bytes(path: str | os.PathLike[str]) -> int:
-    """Return what the voxels of a NIfTI file take, as its header tells [bytes].
+def read_nifti_header(path: str | os.PathLike[str], role: str) -> NiftiHeader:
+    """Read the header alone of the NIfTI file at `path`; `role` as in `read_nifti`.
 
     Raises
     ------
     StudyError
-        It can't be read.
+        It can't be read, or is none of one volume with a place in space.
     """
     try:
-        with open(path, "rb") as stream:
-            if stream.peek(2)[:2] == b"\x1f\x8b":
-                with igzip.IGzipFile(fileobj=stream, mode="rb") as inflated:
-                    header, _ = _read_header(inflated, "image")
-            else:
-                header, _ = _read_header(stream, "image")
-    except (OSError, EOFError, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]
-        raise StudyError("the image cannot be read: check the file") from error
+        with open(path, "rb") as stream, _refusing_damage(role), _inflated(stream) as (plain, _):
+            return _read_header(plain, role)[0]
+    except OSError as error:
+        raise StudyError(f"cannot read the {role} ({error.strerror}): check the file") from error
+
+
+def stored_bytes(path: str | os.PathLike[str]) -> int:
+    """Return what the voxels of a NIfTI file take, as its header tells [bytes]."""
+    header = read_nifti_header(path, "image")
     return math.prod(header.shape) * header.stored.itemsize
 
 

@@ -750,17 +750,36 @@ def test_a_dry_run_is_a_table_and_writes_nothing(run, tmp_path):
     series = "DICOM series of 6"
     rule = "BQML, rule 12b"
     ambiguous = f"2 candidates for CT ({series}; {series}): choose with --ct PATTERN"
+    ct, ct2 = (f"CT: {series}: GK p.v. 3 Doe | {name}/pet_000.dcm" for name in ("CT", "CT2"))
+    pet = f"PET: {series}, ATTN yes: PET corr. Doe | PET/pet_000.dcm"
     assert sorted((row[1:] for row in cells[1:]), reverse=True) == [
         ["written", "NIfTI file", "NIfTI file", "NIfTI file", "DICOM series of 1", rule, ""],
         ["written", series, series, "DICOM RTSTRUCT", "-", rule, ""],
-        ["skipped", series, series, "missing", "-", "", "no mask"],
-        ["failed", "2 candidates", series, "DICOM RTSTRUCT", "-", "",
-         f"{ambiguous}; the mapping file names them"],
+        ["skipped", series, series, "missing", "-", "", f"no mask; {ct}; {pet}"],
+        ["failed", "2 candidates", series, "DICOM RTSTRUCT", "-", "", f"{ambiguous}; {ct}; {ct2}"],
     ]  # fmt: skip
+    assert [row[0] for row in cells[1:]] == sorted(row[0] for row in cells[1:])
     assert cells[1][0] == hash_of("Doe", "nifti")
     assert log == ""
-    assert not any(part in printed for part in layouts.IDENTITY)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_dry_run_foresees_what_only_geometry_tells(run, tmp_path):
+    """No overlap and 4D were found by the run itself alone."""
+    raw = tmp_path / "raw"
+    far = layouts.subfolders(raw, "far")
+    layouts.write_ct(
+        far / "CT", ImagePositionPatient=layouts.PerSlice(*([999, 0, 4 * k] for k in range(6)))
+    )
+    for name, volume in (("PET", layouts.SUV), ("MASK", layouts.LABELS)):
+        study = layouts.nifti_with_header(raw).rename(raw / "Doe" / name)
+        layouts.write_nifti(study / f"{name}.nii.gz", np.stack([volume] * 3, axis=-1))
+    status, printed, _ = run("--dry-run")
+    assert status == 3
+    assert "dry run of 3 studies: 0 would be written, 0 skipped, 3 failed" in printed
+    assert "the PET and the CT do not overlap in space" in printed
+    assert "the PET holds 3 volumes (4D NIfTI)" in printed
+    assert "the mask holds 3 volumes (4D NIfTI)" in printed
 
 
 def test_a_dry_run_lists_what_cannot_even_be_looked_at(run, tmp_path):

@@ -439,8 +439,14 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
     return Survey(fitting, remarks, hints, (*names, *nameless))
 
 
-def choose(found: Survey) -> Roles:
+def choose(found: Survey, named_by: str = "the mapping file names them") -> Roles:
     """Return the one candidate of each role.
+
+    Parameters
+    ----------
+    found : Survey
+    named_by : str
+        Where several candidates are named, for the message; empty where beside it.
 
     Raises
     ------
@@ -455,7 +461,7 @@ def choose(found: Survey) -> Roles:
     reasons = [", ".join(f"no {ROLE_NAMES[role]}" for role in missing)] if missing else []
     reasons += [several_candidates(role, fitting[role]) for role in several]
     if several:
-        reasons += ["the mapping file names them", *several_examinations(fitting)]
+        reasons += [*filter(None, [named_by]), *several_examinations(fitting)]
     if missing:
         reasons += [*found.hints, *found.remarks]
         raise IncompleteStudy("; ".join(reasons), "; ".join(found.names))

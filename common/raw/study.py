@@ -41,11 +41,11 @@ from common.dicom.rtstruct import read_rtstruct, region_names
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
-from common.geometry import Image, embedded, inverse
+from common.geometry import Grid, Image, embedded, inverse
 from common.image_checks import check_labels, check_mask, check_overlap
 from common.lesions import dose_fraction
 from common.masks import completed, united
-from common.nifti import read_nifti_file
+from common.nifti import read_nifti_file, read_nifti_header
 from common.plausibility import (
     dose_out_of_range,
     implausible_images,
@@ -446,7 +446,6 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
     plan = plan_study(roles, conversion)
     ct = _read_ct(plan.ct)
     pet, pet_warnings = _read_pet(plan, conversion)
-    check_overlap(ct.grid, pet.grid)
     mask, mask_warnings, regions = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
     warnings = (
         *plan.warnings,
@@ -551,7 +550,24 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
             )
             warnings.append(Warning(Kind.MASK, text))
     warnings += _drawn_on_uneven(roles.mask, {"ct": ct, "pet": pet}, drawn_on)
+    check_overlap(_grid_of(ct, "CT"), _grid_of(pet, "PET"))
+    for file in _nifti_masks(roles.mask):
+        _grid_of(file, "mask")
     return Plan(ct, pet, roles.mask, drawn_on, header, suv, tuple(warnings))
+
+
+def _grid_of(source: NiftiFile | Stack, role: str) -> Grid:
+    """Return where the voxels of an image lie, by its headers."""
+    if isinstance(source, Stack):
+        return Grid(source.shape, source.affine)
+    header = read_nifti_header(source.path, role)
+    return Grid(header.shape, header.affine)
+
+
+def _nifti_masks(mask: Candidate) -> tuple[NiftiFile, ...]:
+    if isinstance(mask, NiftiFiles):
+        return mask.files
+    return (mask,) if isinstance(mask, NiftiFile) else ()
 
 
 def _drawn_on_uneven(
