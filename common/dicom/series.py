@@ -345,7 +345,7 @@ def _even_grid(
             _files_at(slices, gaps_mm, _odd_gaps(gaps_mm)),
         )
     text = (
-        f"the {role} has unevenly spaced slices ({uneven}): interpolated linearly onto "
+        f"the {role} has unevenly spaced slices ({uneven}): resampled linearly onto "
         f"{n_steps + 1} slices of {fine_mm:.2f} mm"
     )
     places = np.interp(np.arange(n_steps + 1) * fine_mm, heights_mm, np.arange(n_slices))

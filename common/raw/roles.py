@@ -425,7 +425,7 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
         # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
         remarks += passed_over(fitting["pet"])
         fitting["pet"] = [*nifti_pet]
-    for role in fitting.keys() & {"pet", "header"}:
+    for role in [role for role in ("pet", "header") if role in fitting]:
         fitting[role], left_out = _without_uncorrected(fitting[role])
         remarks += left_out
     nameless = [file.name for file in files.nifti if not file.roles and not patterns.name_any(file)]

@@ -105,14 +105,16 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
     scan_s = np.array([seconds(each) for each in scan])
     stated_s = np.array([seconds(each.decay_reference) for each in series.slices])
     undated = np.array([isinstance(each, time) for each in scan])
-    dated_s = [*scan_s[~undated], *stated_s]
-    day_s = next((each for each in dated_s if np.isfinite(each)), None)
+    dated_s = scan_s[~undated & np.isfinite(scan_s)]
+    stated_dates_s = stated_s[np.isfinite(stated_s)]
     if undated.any():
         _remark_missing_dates(undated, remarks)
-        near_s = scan_s[np.isfinite(scan_s)][0] if day_s is None else day_s
+        near_s = float([*dated_s, *scan_s[undated]][0])
+        if not dated_s.size and stated_dates_s.size:
+            near_s = float(_nearest_day_s(near_s, stated_dates_s[0]))
         scan_s[undated] = _nearest_day_s(scan_s[undated], near_s)
     injection_s, injection_clock_s = seconds(series.injection), seconds(series.injection_clock)
-    is_dated = day_s is not None or not undated.any()
+    is_dated = bool(dated_s.size or stated_dates_s.size or not undated.any())
     if not is_dated and np.isfinite(injection_s):
         injection_s, injection_clock_s = float("nan"), injection_s % DAY_S
     return Timeline(
@@ -127,9 +129,9 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
     )
 
 
-def _nearest_day_s(clock_s: Array, moment_s: float) -> Array:
+def _nearest_day_s(clock_s: Array | float, moment_s: float) -> Array:
     """Put times of day [s] on the day on which they are nearest to a moment."""
-    return moment_s + (clock_s - moment_s + DAY_S / 2) % DAY_S - DAY_S / 2
+    return np.asarray(moment_s + (clock_s - moment_s + DAY_S / 2) % DAY_S - DAY_S / 2)
 
 
 def _remark_missing_dates(undated: NDArray[np.bool_], remarks: Remarks) -> None:

@@ -212,7 +212,7 @@ def test_uneven_slices_come_onto_their_finest_even_grid(
     role = {"CT": "CT", "PT": "PET"}[modality]
     assert warning == (
         f"the {role} has unevenly spaced slices (ImagePositionPatient (0020,0032): gaps from "
-        f"{min(gaps_mm):.2f} to {max(gaps_mm):.2f} mm, {len(gaps_mm) + 1} slices): interpolated "
+        f"{min(gaps_mm):.2f} to {max(gaps_mm):.2f} mm, {len(gaps_mm) + 1} slices): resampled "
         f"linearly onto {n_planes} slices of {spacing_mm:.2f} mm"
     )
 

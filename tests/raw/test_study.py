@@ -798,7 +798,7 @@ def test_unevenly_spaced_slices_are_resampled_if_asked_for(tmp_path, role, is_dr
     warnings = texts(images.warnings)
     assert any(
         each.startswith(f"the {role} has unevenly spaced slices")
-        and each.endswith("interpolated linearly onto 6 slices of 4.00 mm")
+        and each.endswith("resampled linearly onto 6 slices of 4.00 mm")
         for each in warnings
     )
     assert any("was drawn on the unevenly spaced" in each for each in warnings) is is_drawn_on

@@ -60,6 +60,7 @@ from common.errors import StudyError
 from common.suv.body import body_quantity
 from common.suv.decay import average_rate_time_s
 from common.suv.factors import PetSeries, PetSlice, already_suv, spread_factors, suv_factors
+from common.suv.provenance import Rule
 
 DRO = Path(__file__).parents[3] / "shared" / "data" / "suv_dro"
 
@@ -798,6 +799,26 @@ def test_times_whose_dates_were_dropped_count_by_the_clock(
     assert [[keyword in each for keyword in DATES] for each in said] == [
         [keyword in missing for keyword in DATES]
     ]
+
+
+@pytest.mark.parametrize("stated", [datetime(1900, 1, 1), datetime(2025, 1, 1, 11, 58)])
+def test_dropped_dates_keep_a_scan_together_whatever_the_vendors_date(stated: datetime) -> None:
+    """The series starts at 11:58, before noon, its second bed is at 12:03."""
+    injected = datetime(2025, 1, 1, 10, 58)
+    header = two_beds(GE, REFERENCE_S) | {
+        "SeriesDate": None,
+        "SeriesTime": tm(moment(REFERENCE_S, injected)),
+        "AcquisitionDate": None,
+        "AcquisitionTime": of_each(tm, [moment(each, injected) for each in BEDS_S]),
+        "RadiopharmaceuticalStartDateTime": None,
+        "RadiopharmaceuticalStartTime": tm(injected),
+    }
+    provenance = suv_factors(stating("GE", stated, **header)).provenance
+    assert provenance.rules == (
+        (Rule.SERIES_START,) if stated.year == 1900 else (Rule.STATED_REFERENCE,)
+    )
+    assert provenance.minutes_to_reference == pytest.approx((60, 60))
+    assert provenance.warnings == ()
 
 
 def test_no_date_of_the_scan_is_refused_for_long_half_lives_and_by_strict() -> None:
