@@ -31,6 +31,7 @@ name=$(basename "$raw")
 
 status=0
 step() { # Runs one script: goes on after status 0 and 3 (some studies failed), stops at others.
+    echo "$(date '+%F %T') $(basename "$1")" >&2
     "$python" "$@"
     local code=$?
     case $code in
@@ -40,18 +41,25 @@ step() { # Runs one script: goes on after status 0 and 3 (some studies failed), 
     esac
 }
 
-step "$here/createproject.py" "$raw" -o "$out/$name.zip" ${CREATE:-}
+# Quotes in CREATE, PREPROCESS and PROJECT are the shell's: CREATE="--pet '*SUV*' --pet-units suv".
+# Globs in them stay patterns.
+create=() preprocess=() project=()
+set -f
+eval "create=(${CREATE:-}) preprocess=(${PREPROCESS:-}) project=(${PROJECT:-})"
+set +f
+step "$here/createproject.py" "$raw" -o "$out/$name.zip" ${create[@]+"${create[@]}"}
 step "$here/preprocessing.py" "$out/$name.zip" -o "$out/${name}_3d.h5" \
-    --measures "$out/${name}_lesions.csv" ${PREPROCESS:-}
+    --measures "$out/${name}_lesions.csv" --report "$out/${name}.html" ${preprocess[@]+"${preprocess[@]}"}
 # More projects are merged by naming their files, too.
 step "$here/mergeh5.py" "$out/${name}_3d.h5" -o "$out/all_3d.h5"
-step "$here/project_2d.py" "$out/all_3d.h5" -o "$out/all_2d.h5" --gif "$out/gif" ${PROJECT:-}
+step "$here/project_2d.py" "$out/all_3d.h5" -o "$out/all_2d.h5" --gif "$out/gif" ${project[@]+"${project[@]}"}
 
 cat <<END
 3D volumes:      $out/all_3d.h5
 2D projections:  $out/all_2d.h5, listed in all_2d.csv
 films:           $out/gif
 lesions:         $out/${name}_lesions.csv
+page to look at: $out/${name}.html
 private mapping: $out/${name}_mapping.csv (keep it apart)
 END
 exit $status

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from common.run.worker import Outcome
 
@@ -25,12 +26,18 @@ PROGRESS = logging.WARNING - 5
 def say(line: str) -> None:
     """Print a line to stdout; a reader that has closed it (``| head``) has seen enough."""
     try:
-        print(line, flush=True)
+        print(_encodable(line, sys.stdout), flush=True)
     except OSError:
         # Else the interpreter tries once more at its end, and complains.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+def _encodable(text: str, stream: Any) -> str:
+    """Return a text as a stream can show it: names of files may have what its encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
@@ -98,7 +105,7 @@ class _BarFriendlyHandler(logging.Handler):
 
                 tqdm.tqdm.write(self.format(record), file=sys.stderr)
             elif sys.stderr is not None:
-                print(self.format(record), file=sys.stderr)
+                print(_encodable(self.format(record), sys.stderr), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
 
