@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import createproject
@@ -14,8 +13,7 @@ import mergeh5
 import preprocessing
 import project_2d
 from common.report.lesion_table import COLUMNS
-from common.suv.factors import provenance
-from common.suv.inputs import Remarks
+from common.suv.factors import already_suv
 from examples import phantom
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +115,7 @@ def test_every_key_of_the_provenance_is_explained():
     text = (ROOT / "docs/formats.md").read_text()
     section = text.split("| key of `suv` |")[1].split("\n\n")[0]
     told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", section, re.MULTILINE)))
-    assert sorted(told) == sorted(provenance("bw", "6", np.ones(1), None, Remarks()))
+    assert sorted(told) == sorted(already_suv(1).provenance.record)
 
 
 def sorted_as(columns, cells):
