@@ -1,7 +1,8 @@
 """What there is to say of a study or a run: warnings, and the ways in which work ends early."""
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -93,6 +94,33 @@ class StageError(Exception):
 
 class Unreachable(StageError):
     """Files can't be looked at just now: a lock, a mount that is gone. They are not at fault."""
+
+
+class DamagedSource(StageError):
+    """A file that studies are copied from is damaged; a part can be made anew.
+
+    Attributes
+    ----------
+    source : Path
+    """
+
+    def __init__(self, message: str, source: Any) -> None:
+        super().__init__(message, source)
+        self.source = source
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@contextmanager
+def blaming(source: Any) -> Iterator[None]:
+    """Blame a file for what keeps the body from going on, unless it is out of reach."""
+    try:
+        yield
+    except (DamagedSource, Unreachable):
+        raise
+    except StageError as error:
+        raise DamagedSource(str(error), source) from error
 
 
 class WorkerCrashed(StageError):

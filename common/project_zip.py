@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from common.errors import StageError, StudyError
+from common.errors import StageError, StudyError, blaming
 from common.geometry import Image
 from common.hashing import LONGEST_NAME, can_name_study, fingerprint
 from common.nifti import encode_nifti, read_nifti
@@ -375,7 +375,7 @@ def assemble(path: Path, sources: Mapping[str, Path], project: str) -> None:
 
     Raises
     ------
-    StageError
+    DamagedSource
         A source is damaged.
     """
     records: dict[str, Any] = {}
@@ -387,13 +387,16 @@ def assemble(path: Path, sources: Mapping[str, Path], project: str) -> None:
             if n_studies > 1
         }
         for study_hash, source in sorted(sources.items()):
-            if source in shared:
-                archive, studies = shared[source]
-                records[study_hash] = _copy_study(archive, studies[study_hash], target)
-            else:
-                with zipfile.ZipFile(source) as archive:
-                    study = read_directory(source)[study_hash]
-                    records[study_hash] = _copy_study(archive, study, target)
+            with blaming(source):
+                if source in shared:
+                    archive, studies = shared[source]
+                    records[study_hash] = _copy_study(archive, studies[study_hash], target)
+                else:
+                    study = read_directory(source).get(study_hash)
+                    if study is None:
+                        raise StageError(f"{source}: lacks study {study_hash}: make it again")
+                    with zipfile.ZipFile(source) as archive:
+                        records[study_hash] = _copy_study(archive, study, target)
         target.writestr(_entry(f"{project}/{_INDEX}"), _records_text(records))
 
 

@@ -23,9 +23,10 @@ ARROWS = {
 """The rooms whose files a room's files may import, besides its own."""
 
 PURE_MAY_IMPORT = {
-    "__future__", "collections", "common", "dataclasses", "datetime", "decimal", "enum", "errno",
-    "fractions", "functools", "hashlib", "hmac", "itertools", "json", "math", "nibabel", "nilearn",
-    "numbers", "numpy", "operator", "re", "scipy", "typing", "unicodedata", "warnings",
+    "__future__", "collections", "common", "contextlib", "dataclasses", "datetime", "decimal",
+    "enum", "errno", "fractions", "functools", "hashlib", "hmac", "itertools", "json", "math",
+    "nibabel", "nilearn", "numbers", "numpy", "operator", "re", "scipy", "typing", "unicodedata",
+    "warnings",
 }  # fmt: skip
 LIBRARY_ROOMS = {
     "h5py": {"hdf5"},

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from common import project_zip
-from common.errors import StageError, StudyError
+from common.errors import DamagedSource, StageError, StudyError
 from common.geometry import Image
 from common.nifti import encode_nifti
+from common.run.pool import in_own_process
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -450,6 +451,16 @@ def test_a_kept_study_that_is_damaged_stops_the_assembly_with_a_remedy(project, 
     project.write_bytes(content)
     with pytest.raises(StageError, match=r"is damaged \(checksum\): run again with --force"):
         project_zip.assemble(tmp_path / "new.zip", dict.fromkeys(HASHES, project), "lymphoma")
+
+
+@pytest.mark.parametrize("n_left", [0, 100, -30])
+def test_a_part_that_was_cut_short_is_named_by_a_worker_too(n_left, parts, tmp_path):
+    """It ended in "unexpected BadZipFile"."""
+    part = parts[HASHES[1]]
+    part.write_bytes(part.read_bytes()[:n_left])
+    with pytest.raises(DamagedSource, match="truncated or damaged") as raised:
+        in_own_process(project_zip.assemble, tmp_path / "new.zip", parts, "lymphoma")
+    assert raised.value.source == part
 
 
 # --- large zips -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import StageError
+from common.errors import StageError, blaming
 from common.hashing import array_digest, fingerprint
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
@@ -56,8 +56,9 @@ def assemble(
             target.create_group(group)
         for key, source in sorted(sources.items()):
             raise_failure()
-            for group in GROUPS:
-                _copy(source, group, key, target)
+            with blaming(source):
+                for group in GROUPS:
+                    _copy(source, group, key, target)
 
 
 def _copy(source: Path, group: str, key: str, target: h5py.File) -> None:
@@ -180,19 +181,20 @@ def assemble_stack(
         digests = np.empty((len(keys), 32), np.uint8)
         for row, key in enumerate(keys):
             raise_failure()
-            try:
-                projections = projections_of(sources[key])
-                for group in GROUPS:
-                    dataset, at = projections.find(group, key)
-                    if row == 0:
-                        stacks[group] = _create_stack(target, group, dataset, len(keys))
-                    _copy_chunks(dataset, at, stacks[group], row)
-                fingerprints[key.rpartition("_")[0]] = projections.fingerprint(key)
-                digests[row] = projections.digest(key)
-            except DAMAGE as error:
-                raise StageError(
-                    f"{sources[key]}: projection {key} cannot be copied: make that file again"
-                ) from error
+            with blaming(sources[key]):
+                try:
+                    projections = projections_of(sources[key])
+                    for group in GROUPS:
+                        dataset, at = projections.find(group, key)
+                        if row == 0:
+                            stacks[group] = _create_stack(target, group, dataset, len(keys))
+                        _copy_chunks(dataset, at, stacks[group], row)
+                    fingerprints[key.rpartition("_")[0]] = projections.fingerprint(key)
+                    digests[row] = projections.digest(key)
+                except DAMAGE as error:
+                    raise StageError(
+                        f"{sources[key]}: projection {key} cannot be copied: make that file again"
+                    ) from error
         names = target.create_dataset(
             "key", data=keys, dtype=h5py.string_dtype(), track_times=False
         )

@@ -52,6 +52,9 @@ def temporary_beside(path: Path) -> Path:
 
 # --- files that can't be written -------------------------------------------------------------
 
+PARTS_SUFFIX = ".parts"
+"""Ends the name of the folder that holds finished parts."""
+
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: make room",
     errno.EDQUOT: "the disk quota is used up: make room",
@@ -78,10 +81,20 @@ def clear_write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
+        remedy = _REMEDIES[error.errno]
+        if error.errno == errno.ENOENT and _was_taken_away(path):
+            remedy = (
+                "another run on the same output has taken its unfinished files away: let one run "
+                "at a time write it"
+            )
         raise StageError(
-            f"{path.name} cannot be written: {_REMEDIES[error.errno]}, and run again; "
-            "finished studies are kept"
+            f"{path.name} cannot be written: {remedy}, and run again; finished studies are kept"
         ) from error
+
+
+def _was_taken_away(path: Path) -> bool:
+    """Tell whether a temporary file is gone, or the folder of parts, which runs make and remove."""
+    return path.parent.is_dir() or path.parent.name.endswith(PARTS_SUFFIX)
 
 
 # --- what a killed worker leaves beside the output -------------------------------------------

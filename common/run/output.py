@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from common.run.atomic import (
+    PARTS_SUFFIX,
     behind_links,
     clear_write_errors,
     locked,
@@ -31,7 +32,7 @@ Picklable: it is called in a worker process."""
 def parts_folder(output: Path) -> Path:
     """Return the folder that holds finished parts while a run is under way."""
     real = behind_links(output)
-    return real.with_name(real.name + ".parts")
+    return real.with_name(real.name + PARTS_SUFFIX)
 
 
 def make_folder(path: Path) -> None:
@@ -48,9 +49,13 @@ def writing_part(part: Path, beside: Sequence[Path] = ()) -> Iterator[Path]:
     """
     for path in beside:
         path.unlink(missing_ok=True)
-    here = f"{socket.gethostname()}.{os.getpid()}"
-    with writing(part, part.with_name(f"{part.name}.{here}.tmp")) as temporary:
+    with writing(part, part.with_name(f"{part.name}.{_here()}.tmp")) as temporary:
         yield temporary
+
+
+def _here() -> str:
+    """Return what tells this process from others, also where locks do not reach."""
+    return f"{socket.gethostname()}.{os.getpid()}"
 
 
 @contextmanager
@@ -95,7 +100,7 @@ def replace_output(
     with clear_write_errors(output):
         parts.mkdir(exist_ok=True)
         real = behind_links(output)
-        with writing(real, parts / f"assembled.tmp{output.suffix}") as temporary:
+        with writing(real, parts / f"assembled.{_here()}.tmp{output.suffix}") as temporary:
             in_own_process(_assemble, output, assemble, temporary, sources)
             before_replacing(temporary)
         # The new file is there; some file systems can't make sure of a folder.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.errors import StageError, Unreachable, WorkerKilled
+from common.errors import DamagedSource, StageError, Unreachable, WorkerKilled
 from common.run import output as outputs
 from common.run.atomic import (
     clear_write_errors,
@@ -114,8 +114,17 @@ def run_stage(stage: Stage, engine: Engine, *, force: bool = False) -> list[Outc
     """
     plan = _plan(stage, force=force)
     outcomes = _compute(stage, plan, engine)
-    _replace(stage, plan, outcomes)
-    return outcomes
+    made_anew: set[Path] = set()
+    while True:
+        try:
+            _replace(stage, plan, outcomes)
+            return outcomes
+        except DamagedSource as error:
+            # A part that an interrupted run has left, or that the disk has lost meanwhile.
+            if error.source in made_anew or error.source not in plan.parts.values():
+                raise
+            made_anew.add(error.source)
+            outcomes = _make_anew(stage, plan, engine, outcomes, error.source)
 
 
 # --- plan ------------------------------------------------------------------------------------
@@ -227,6 +236,20 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
         if job.hash in plan.kept
         else found.get(job.hash, Outcome(job.hash, "written"))
         for job in stage.studies
+    ]
+
+
+def _make_anew(
+    stage: Stage, plan: _Plan, engine: Engine, outcomes: Sequence[Outcome], part: Path
+) -> list[Outcome]:
+    """Have a worker write a damaged part once more; return the outcomes with that study's."""
+    [damaged] = (job for job in stage.studies if plan.parts.get(job.hash) == part)
+    logger.warning("%s: its finished part is damaged and is made anew", damaged.hash)
+    part.unlink(missing_ok=True)
+    job = replace(damaged, part=part, beside=tuple(path.absolute() for path in damaged.beside))
+    again = _compute(stage, replace(plan, todo=[job]), engine)
+    return [
+        new if new.hash == damaged.hash else old for old, new in zip(outcomes, again, strict=True)
     ]
 
 

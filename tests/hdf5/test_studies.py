@@ -1,5 +1,6 @@
 """HDF5 files: layout, what h5py reads back, raw copies, damage noticed."""
 
+import functools
 import itertools
 import json
 import os
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import StageError, StudyError
+from common.errors import DamagedSource, StageError, StudyError
 from common.hdf5 import merge, verify
 from common.hdf5 import studies as stored
+from common.run.pool import in_own_process
 
 PARAMETERS = {"dtype": "float16", "spacing": [2, 2, 3], "orientation": "LAS"}
 MADE_BY = {"parameters": PARAMETERS, "software": "test 1"}
@@ -310,6 +312,15 @@ def test_source_that_cannot_be_copied_is_named(tmp_path):
     drop(path, "mask_iso/a")
     with pytest.raises(StageError, match=r"a\.h5: study a cannot be copied \(mask_iso"):
         merge.assemble(tmp_path / "o.h5", {"a": path}, **MADE_BY)
+
+
+@pytest.mark.parametrize("n_left", [0, 100, -30])
+def test_source_that_was_cut_short_is_named_by_a_worker_too(n_left, tmp_path):
+    parts = {key: write(tmp_path / f"{key}.h5", {key: study_arrays()}) for key in "ab"}
+    parts["b"].write_bytes(parts["b"].read_bytes()[:n_left])
+    with pytest.raises(DamagedSource) as raised:
+        in_own_process(functools.partial(merge.assemble, **MADE_BY), tmp_path / "o.h5", parts)
+    assert raised.value.source == parts["b"]
 
 
 def test_attributes_beyond_64_kib_are_copied(tmp_path):

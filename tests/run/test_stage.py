@@ -6,7 +6,9 @@ import fcntl
 import functools
 import logging
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled
+from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled, blaming
 from common.run import fan_out
 from common.run import output as outputs
 from common.run.fan_out import Engine
@@ -338,6 +340,67 @@ def test_a_failed_assembly_leaves_the_old_output_and_the_parts(assembling, reaso
     assert folder.output.read_text() == "a 2\n"
 
 
+def assemble_sound(path, sources):
+    """As `assemble`, but a damaged source is said to be so."""
+    for study_hash, source in sorted(sources.items()):
+        with blaming(source):
+            if not source.read_text().startswith(study_hash):
+                raise StageError(f"{source}: is damaged")
+    assemble(path, sources)
+
+
+def test_a_damaged_part_is_made_anew_and_the_others_are_used(folder, logged):
+    plan = studies(a="1", b="fails", c="1")
+    parts = interrupted(folder, plan)
+    [of_a] = parts.glob("a.*")
+    of_a.write_text("?")
+    folder.attempts.write_text("")
+    with exclusive(folder.output):
+        outcomes = run(folder.output, plan, {}, work, assemble_sound, 1)
+    assert [outcome.status for outcome in outcomes] == ["written", "failed", "written"]
+    assert folder.output.read_text() == "a 1\nc 1\n"
+    # The study that fails is tried once, as ever.
+    assert folder.attempted == ["a", "b"]
+    assert "a: its finished part is damaged and is made anew" in text_of(logged)
+
+
+def test_a_part_that_is_damaged_whenever_it_is_made_ends_the_run(folder):
+    def never_sound(path, sources):
+        with blaming(sources["a"]):
+            raise StageError("is damaged")
+
+    with pytest.raises(StageError, match="is damaged"), exclusive(folder.output):
+        run(folder.output, studies(a="1"), {}, work, never_sound, 1)
+    assert folder.attempted == ["a", "a"]
+
+
+def test_two_runs_without_locks_do_not_write_into_one_file(folder):
+    """Both reported success, the first with the second's bytes in its output."""
+    names = []
+
+    def note(path, sources):
+        path.write_text("x")
+        raise StageError(path.name)
+
+    for _ in range(2):
+        with pytest.raises(StageError) as raised:
+            run(folder.output, studies(a="1"), {}, work, note, 1)
+        names.append(str(raised.value))
+    # One process, one name: of what tells them apart there are both.
+    assert set(names) == {f"assembled.{socket.gethostname()}.{os.getpid()}.tmp.txt"}
+
+
+def test_parts_that_another_run_takes_away_are_said_to_be(folder):
+    def take_away(path, sources):
+        assemble(path, sources)
+        shutil.rmtree(path.parent)
+
+    folder.run(studies(a="1"))
+    with pytest.raises(StageError, match="another run on the same output has taken"):
+        run(folder.output, studies(a="2"), {}, work, take_away, 1)
+    assert folder.output.read_text() == "a 1\n"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES])
 def test_a_part_that_cannot_be_written_ends_the_run_and_leaves_no_half(number, folder):
     error = OSError(number, os.strerror(number))
@@ -573,7 +636,7 @@ def test_a_new_output_is_a_success_though_nothing_can_be_removed_after_it(folder
     unlink = os.unlink
 
     def fail_on_lock_and_temporary(path, **options):
-        if str(path).endswith((".lock", "assembled.tmp.txt")):
+        if str(path).endswith((".lock", ".tmp.txt")):
             raise OSError(errno.EIO, "Input/output error")
         unlink(path, **options)
 
