@@ -77,6 +77,7 @@ class RawStudy:
 
     folder: StudyFolder
     project: str
+    hash_lengths: tuple[int, int]
     patterns: Patterns
     conversion: Conversion
 
@@ -277,7 +278,8 @@ def plan(
         mask_on=options.mask_on,
         uneven_slices=options.uneven_slices,
     )
-    fixed = [SOFTWARE, options.name, dict(patterns.by_role), asdict(conversion)]
+    lengths = tuple(options.hash_length)
+    fixed = [SOFTWARE, options.name, lengths, dict(patterns.by_role), asdict(conversion)]
     studies, outcomes = [], []
     for study_hash, folder in folders.items():
         try:
@@ -288,7 +290,7 @@ def plan(
             continue
         seen = [[file.name, file.size, file.changed_ns] for file in files]
         there = replace(folder, path=os.path.abspath(folder.path))
-        raw = RawStudy(there, options.name, patterns, conversion)
+        raw = RawStudy(there, options.name, lengths, patterns, conversion)
         studies.append(
             Job(
                 study_hash,
@@ -343,8 +345,9 @@ def convert_study(job: Job) -> Written:
     raw: RawStudy = job.work
     found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     images = read_study(found, raw.conversion)
+    record = {**images.record, "hash_lengths": raw.hash_lengths}
     with writing_part(job.part) as temporary:
-        project_zip.write_part(temporary, raw.project, job.hash, images.by_role, images.record)
+        project_zip.write_part(temporary, raw.project, job.hash, images.by_role, record)
     return Written(images.warnings, images.taken)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from common import splits
 from common.errors import StageError, StudyError, Unreachable, WorkerCrashed, WorkerKilled
-from common.hashing import DEFAULT_LENGTHS
+from common.hashing import as_hash_lengths
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     read_all_attributes,
@@ -38,6 +38,7 @@ from common.hdf5.studies import (
 )
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
 from common.run import cli, stage
+from common.run.console import PROGRESS
 from common.run.fan_out import Engine, run_studies
 from common.run.output import exclusive, make_folder, replace_output, write_beside
 from common.run.pool import in_own_process
@@ -49,6 +50,7 @@ EXAMPLES = """
   python mergeh5.py old_3d.h5 new_3d.h5 -o all_3d.h5 --on-duplicate replace
   python mergeh5.py shards/*.h5 -o index.h5 --link
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --splits 5 --splits-dir splits
+  python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --leave-out project --splits-dir splits
   python mergeh5.py --verify all_3d.h5 all_2d.h5 --jobs 4
 """
 
@@ -100,17 +102,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--splits", type=cli.positive_int, metavar="K", help="write K train/validation key lists"
+        "--splits",
+        type=cli.positive_int,
+        metavar="K",
+        help="write K train/validation key lists, and nnU-Net's splits_final.json: no patient and "
+        "no image is on both sides",
     )
     training.add_argument(
         "--splits-dir", type=Path, metavar="DIR", help="where to (default: beside the output)"
     )
     training.add_argument(
+        "--leave-out",
+        choices=("project",),
+        help="a fold a project: validate with it, train on the others",
+    )
+    training.add_argument(
         "--patient-characters",
         type=cli.positive_int,
-        default=DEFAULT_LENGTHS[0],
         metavar="P",
-        help="characters of a hash that tell the patient, as of --hash-length P S (default: 7)",
+        help="characters of a hash that tell the patient, as of --hash-length P S (default: as "
+        "the files say)",
     )
     cli.add_run_options(parser, cluster=False)
     return parser
@@ -119,8 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
     if options.verify:
-        if options.output or options.link or options.splits:
-            parser.error("--verify writes nothing: leave out -o, --link and --splits")
+        if options.output or options.link or has_folds(options):
+            parser.error("--verify writes nothing: leave out -o, --link, --splits and --leave-out")
         cli.check_files(parser, options.inputs)
         cli.check_log_file(parser, options, options.inputs)
         return
@@ -131,9 +142,14 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
     if options.splits_dir is not None:
-        if options.splits is None:
-            parser.error("--splits-dir needs --splits K")
+        if not has_folds(options):
+            parser.error("--splits-dir needs --splits K or --leave-out project")
         cli.check_folder(parser, options.splits_dir, options)
+
+
+def has_folds(options: argparse.Namespace) -> bool:
+    """Whether folds are asked for."""
+    return options.splits is not None or options.leave_out is not None
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -148,13 +164,13 @@ class MergePlan:
     parameters : dict
         Options of value that the files have in common.
     sources : dict of key to file
-    projects : dict of key to project
-        For splits; else empty.
+    samples : sequence of Sample
+        Of each key, where folds are asked for; else empty.
     """
 
     parameters: Mapping[str, Any]
     sources: Mapping[str, Path]
-    projects: Mapping[str, str]
+    samples: Sequence[splits.Sample]
 
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
@@ -162,11 +178,12 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
     with exclusive(options.output, force=options.force, lock=options.lock):
         versions = [version_of(path) for path in options.inputs]
         plan = checked_plan(options)
+        folds = planned_folds(options, plan) if has_folds(options) else []
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
         if status == "written":
-            write_merged(options, plan, versions)
-        elif options.splits is not None:
-            write_splits(options, plan)
+            write_merged(options, plan, versions, folds)
+        elif folds:
+            write_splits(options, folds)
     return [Outcome(study, status) for study in studies_of(plan.sources, plan.parameters)]
 
 
@@ -197,11 +214,29 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     }
     if "angles" not in parameters and not options.allow_mixed:
         refuse_mixed_suv_types(sources)
+    samples = read_samples(sources, parameters) if has_folds(options) else []
+    return MergePlan(parameters, sources, samples)
+
+
+def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> list[splits.Sample]:
+    """Return what decides the fold of each key, in order of key."""
     projects: dict[str, str] = {}
-    if options.splits is not None:
-        for path, keys in merging.keys_by_file(sources).items():
-            projects |= read_attributes(path, keys, "project")
-    return MergePlan(parameters, sources, projects)
+    lengths: dict[str, Any] = {}
+    for path, keys in merging.keys_by_file(sources).items():
+        projects |= read_attributes(path, keys, "project")
+        lengths |= read_attributes(path, keys, "hash_lengths")
+    digests = merging.read_image_digests(sources)
+    samples = []
+    for key in sorted(sources):
+        study = study_of(key, parameters)
+        # Whoever made the file may have put anything there.
+        told = as_hash_lengths(lengths.get(key), study)
+        samples.append(
+            splits.Sample(
+                key, study, str(projects.get(key, "")), digests[key], told[0] if told else None
+            )
+        )
+    return samples
 
 
 def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, Any]:
@@ -299,9 +334,12 @@ def holds(path: Path, plan: MergePlan, linked: bool) -> bool:
 
 
 def write_merged(
-    options: argparse.Namespace, plan: MergePlan, versions: Sequence[tuple[int, int, int]]
+    options: argparse.Namespace,
+    plan: MergePlan,
+    versions: Sequence[tuple[int, int, int]],
+    folds: Sequence[splits.Fold],
 ) -> None:
-    """Replace the output by copies of, or links to, the studies in the plan.
+    """Replace the output by copies of, or links to, the studies in the plan, and write the folds.
 
     Raises
     ------
@@ -319,29 +357,71 @@ def write_merged(
         for source, version in zip(options.inputs, versions, strict=True):
             if version_of(source) != version:
                 raise StageError(f"{source}: has been made anew since this run began: run again")
-        if options.splits is not None:
-            write_splits(options, plan)
+        if folds:
+            write_splits(options, folds)
 
     replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
 
 
-def write_splits(options: argparse.Namespace, plan: MergePlan) -> None:
-    """Write fold<i>_train.txt and fold<i>_val.txt, a key a line, whole patients in one fold."""
-    keys = sorted(plan.sources)
-    folds = splits.patient_folds(keys, plan.projects, options.splits, options.patient_characters)
+# --- folds -----------------------------------------------------------------------------------
+
+
+def planned_folds(options: argparse.Namespace, plan: MergePlan) -> list[splits.Fold]:
+    """Return the folds that are asked for, and say what they keep together.
+
+    Raises
+    ------
+    StageError
+        The patients, or the projects, can't be parted so.
+    """
+    n_characters = splits.patient_characters(plan.samples, options.patient_characters)
+    for studies in splits.equal_images(plan.samples):
+        logger.warning(
+            "%s: hold the same image, and are never in training and validation at once",
+            ", ".join(studies),
+        )
+    groups = splits.inseparable(plan.samples, n_characters)
+    if options.leave_out is None:
+        return splits.balanced_folds(groups, options.splits)
+    folds = splits.project_folds(groups)
+    if options.splits not in (None, len(folds)):
+        raise StageError(
+            f"--leave-out project makes {len(folds)} folds, one a project, not {options.splits}: "
+            "leave out --splits"
+        )
+    for number, (project, fold) in enumerate(folds.items(), start=1):
+        n_apart = len(plan.samples) - len(fold.train) - len(fold.validation)
+        logger.log(PROGRESS, "fold %d validates with project %s", number, project)
+        if n_apart:
+            logger.warning(
+                "fold %d does not train on %d images of other projects: their patients, or equal "
+                "images, are in the project that it validates with",
+                number,
+                n_apart,
+            )
+    return list(folds.values())
+
+
+def write_splits(options: argparse.Namespace, folds: Sequence[splits.Fold]) -> None:
+    """Write fold<i>_train.txt and fold<i>_val.txt, a key a line, and nnU-Net's list of them."""
     folder = options.splits_dir or options.output.parent
     make_folder(folder)
-    for number, validation in enumerate(folds, start=1):
-        held_out = set(validation)
-        training = [key for key in keys if key not in held_out]
-        for name, chosen in (("train", training), ("val", validation)):
-            text = "".join(f"{key}\n" for key in chosen)
+    for number, fold in enumerate(folds, start=1):
+        for name, keys in (("train", fold.train), ("val", fold.validation)):
+            text = "".join(f"{key}\n" for key in keys)
             write_beside(folder / f"fold{number}_{name}.txt", text)
+    write_beside(folder / "splits_final.json", splits_json(folds))
     for path in sorted(folder.iterdir()):
         # Of an earlier run with more folds, in which patients are spread differently.
         found = FOLD_FILE.fullmatch(path.name)
-        if found and int(found[1]) > options.splits:
+        if found and int(found[1]) > len(folds):
             path.unlink()
+
+
+def splits_json(folds: Sequence[splits.Fold]) -> str:
+    """Return folds as nnU-Net reads them."""
+    listed = [{"train": list(fold.train), "val": list(fold.validation)} for fold in folds]
+    return json.dumps(listed, indent=1) + "\n"
 
 
 # --- verifying -------------------------------------------------------------------------------

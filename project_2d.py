@@ -27,7 +27,7 @@ import numpy as np
 
 from common.errors import Kind, StageError, StudyError, Warning
 from common.geometry import ORIENTATIONS
-from common.hashing import array_digest, fingerprint
+from common.hashing import array_digest, as_hash_lengths, fingerprint
 from common.hdf5 import merge
 from common.hdf5.studies import (
     COMPRESSIONS,
@@ -321,11 +321,15 @@ def project_study(job: Job) -> Written:
         "hash": work.key,
         "spacing": np.array(attributes["spacing"])[[0, 2]],
     }
+    of_image: dict[str, Any] = {"fingerprint": job.fingerprint}
+    lengths = as_hash_lengths(attributes.get("hash_lengths"), work.key)
+    if lengths is not None:
+        of_image["hash_lengths"] = np.array(lengths)
     with writing_part(job.part, job.beside) as temporary:
         with create_file(temporary, work.parameters, SOFTWARE) as file:
             for i, angle in enumerate(work.angles):
                 for group in GROUPS:
-                    more = {"fingerprint": job.fingerprint} if group == "image" else {}
+                    more = of_image if group == "image" else {}
                     write_dataset(
                         file,
                         group,

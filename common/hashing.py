@@ -38,6 +38,22 @@ def pseudonym(
     return _name_digest(patient, key)[:patient_digits] + _name_digest(study, key)[-study_digits:]
 
 
+def as_hash_lengths(value: Any, study_hash: str) -> tuple[int, int] | None:
+    """Return the lengths of a hash's parts as a file tells them; None where it does not.
+
+    Parameters
+    ----------
+    value : any
+        What stands in the file, which may be of another make.
+    study_hash : str
+    """
+    if not isinstance(value, list | tuple) or not all(isinstance(n, int) for n in value):
+        return None
+    if len(value) != 2 or min(value) < 1 or sum(value) != len(study_hash):
+        return None
+    return value[0], value[1]
+
+
 def _name_digest(name: str, key: bytes | None) -> str:
     text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
     if key is None:

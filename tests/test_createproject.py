@@ -232,6 +232,7 @@ def test_studies_json_tells_provenance_by_hash(run, small_project, tmp_path):
     assert record["shapes"] == {"ct": [16, 16, 6], "petsuv": [8, 8, 6], "mask": [8, 8, 6]}
     assert record["spacings"]["ct"] == [2, 2, 4]
     assert record["warnings"] == []
+    assert record["hash_lengths"] == [7, 3]
     suv = record["suv"]
     assert (suv["suv_type"], suv["units"], suv["rule"]) == ("lbm-janma", "BQML", "12b")
     assert suv["minutes_to_reference"] == [60, 60]

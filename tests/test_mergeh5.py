@@ -24,10 +24,10 @@ def run(*arguments):
     return mergeh5.main([str(argument) for argument in arguments])
 
 
-def make(path, studies, *options):
+def make(path, studies, *options, records=None):
     """A 3D file of studies, each a hash and the seed of its images."""
     images = {key: study_images(seed) for key, seed in studies.items()}
-    archive = write_zip(path.with_suffix(".zip"), images, folder=f"{path.stem}/")
+    archive = write_zip(path.with_suffix(".zip"), images, f"{path.stem}/", records)
     arguments = [archive, "-o", path, "--jobs", 1, "-q", *SMALL, *options]
     assert preprocessing.main([str(argument) for argument in arguments]) == 0
     return path
@@ -295,6 +295,7 @@ def test_splits_part_whole_patients_into_train_and_validation(inputs, output, tm
     arguments = [inputs["one"], inputs["two"], "-o", output, "--splits", 3, "--splits-dir", lists]
     assert run(*arguments) == 0
     names = {f"fold{fold}_{part}.txt" for fold in (1, 2, 3) for part in ("train", "val")}
+    names.add("splits_final.json")
     assert {path.name for path in lists.iterdir()} == names
     held_out = []
     for fold in (1, 2, 3):
@@ -304,6 +305,10 @@ def test_splits_part_whole_patients_into_train_and_validation(inputs, output, tm
         assert sorted(train + val) == [A, B, C, D]
         assert not {key[:7] for key in train} & {key[:7] for key in val}
         held_out += val
+        assert json.loads((lists / "splits_final.json").read_text())[fold - 1] == {
+            "train": train,
+            "val": val,
+        }
     assert sorted(held_out) == [A, B, C, D]
     before = {path.name: path.read_bytes() for path in lists.iterdir()}
     run(*arguments, "--force")
@@ -328,6 +333,88 @@ def test_splits_that_cannot_be_written_leave_the_output_as_it_was(inputs, output
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {reason}")
         assert output.read_bytes() == b"old"
+
+
+def test_the_length_of_the_patients_part_goes_from_the_zip_to_the_lists(tmp_path, output, capsys):
+    """With the default of 7, visits of one patient were taken for two patients' here."""
+    studies = {"aaaaa00001": 0, "aaaaa00002": 1, "bbbbb00001": 2, "bbbbb00002": 3}
+    told = {key: {"hash_lengths": [5, 5]} for key in studies}
+    file = make(tmp_path / "visits.h5", studies, records=told)
+    for number, path in enumerate((file, project(file))):
+        lists = tmp_path / f"splits{number}"
+        arguments = [path, "-o", output, "--splits", 2, "--splits-dir", lists]
+        assert run(*arguments) == 0
+        sides = [(lists / f"fold1_{part}.txt").read_text().split() for part in ("train", "val")]
+        assert {frozenset(key[:5] for key in side) for side in sides} == {
+            frozenset({"aaaaa"}),
+            frozenset({"bbbbb"}),
+        }
+        assert run(*arguments, "--patient-characters", 7) == 1
+        assert "--patient-characters 7: study aaaaa00001 has at most 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", ["5 5", [5], [0, 10], [5, 6], [5.0, 5.0], {"5": 5}, None])
+def test_lengths_of_another_form_are_none(told, tmp_path, output, capsys):
+    records = {A: {"hash_lengths": told}, C: {"hash_lengths": told}}
+    file = make(tmp_path / "odd.h5", {A: 0, C: 1}, records=records)
+    with h5py.File(file) as held:
+        assert "hash_lengths" not in held["image"][A].attrs
+    assert run(file, "-o", output, "--splits", 2) == 0
+
+
+def test_hashes_of_an_unknown_make_need_to_be_told_apart(tmp_path, output, capsys):
+    file = make(tmp_path / "foreign.h5", {"case1_a": 0, "case1_b": 1, "case2_a": 2})
+    assert run(file, "-o", output, "--splits", 2) == 1
+    assert "say it with --patient-characters P" in capsys.readouterr().err
+    assert not output.exists()
+    assert run(file, "-o", output, "--splits", 2, "--patient-characters", 5) == 0
+    assert sorted(output.with_name("fold1_val.txt").read_text().split()) == ["case1_a", "case1_b"]
+
+
+def test_equal_images_are_named_and_kept_together(tmp_path, output, capsys):
+    """One scan under the names of two sites, twice."""
+    file = make(tmp_path / "both.h5", {A: 0, C: 0, D: 1, "eeeeeee005": 1})
+    for path in (file, project(file)):
+        assert run(path, "-o", output, "--splits", 2) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert said == [
+            f"warning: {one}, {other}: hold the same image, and are never in training and "
+            "validation at once"
+            for one, other in ((A, C), (D, "eeeeeee005"))
+        ]
+        keys = output.with_name("fold1_val.txt").read_text().split()
+        assert {key[:10] for key in keys} in ({A, C}, {D, "eeeeeee005"})
+        assert run(path, "-o", output, "--splits", 3) == 1
+        assert "2 patients can't fill 3 folds" in capsys.readouterr().err
+
+
+def test_each_project_is_left_out_once(inputs, output, capsys):
+    arguments = [inputs["one"], inputs["two"], "-o", output, "--leave-out", "project"]
+    assert run(*arguments) == 0
+    said = capsys.readouterr().err
+    assert "fold 1 validates with project one" in said
+    assert "fold 2 validates with project two" in said
+    for fold, (train, val) in enumerate((((C, D), (A, B)), ((A, B), (C, D))), start=1):
+        assert output.with_name(f"fold{fold}_train.txt").read_text().split() == [*train]
+        assert output.with_name(f"fold{fold}_val.txt").read_text().split() == [*val]
+    assert run(*arguments, "--splits", 2) == 0
+    assert run(*arguments, "--splits", 3) == 1
+    assert "makes 2 folds, one a project, not 3" in capsys.readouterr().err
+
+
+def test_a_patient_of_the_project_left_out_is_not_trained_on(inputs, output, tmp_path, capsys):
+    later = make(tmp_path / "later.h5", {"aaaaaaa009": 5, "eeeeeee005": 6})
+    arguments = ["-o", output, "--leave-out", "project"]
+    assert run(inputs["one"], inputs["two"], later, *arguments) == 0
+    said = capsys.readouterr().err
+    assert "warning: fold 1 does not train on 2 images of other projects: their patients" in said
+    assert output.with_name("fold1_val.txt").read_text().split() == ["aaaaaaa009", "eeeeeee005"]
+    assert output.with_name("fold1_train.txt").read_text().split() == [C, D]
+    assert output.with_name("fold2_train.txt").read_text().split() == [C, D, "eeeeeee005"]
+    output.unlink()
+    assert run(inputs["one"], later, *arguments) == 1
+    assert "without 'later' there is nothing to train on" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_more_folds_than_patients_are_refused(inputs, output, capsys):
@@ -429,6 +516,8 @@ WRONG = {
     "one fold": ["one", "-o", "out", "--splits", "1"],
     "folds in the output's place": ["one", "-o", "out", "--splits", "2", "--splits-dir", "out"],
     "folds among the parts": ["one", "-o", "out", "--splits", "2", "--splits-dir", "parts"],
+    "leave out what": ["one", "-o", "out", "--leave-out", "patient"],
+    "verify makes no folds": ["--verify", "one", "--leave-out", "project"],
     "folder without folds": ["one", "-o", "out", "--splits-dir", "x"],
     "verify writes nothing": ["--verify", "one", "-o", "out"],
     "verify a missing file": ["--verify", "nosuch"],

@@ -112,7 +112,7 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
             attributes = all_attributes(dataset)
             attributes["sha256"] = array_digest(dataset[()])
             # Where the values came from may differ between equal ones: other compression, say.
-            for name in ("fingerprint", ATTRIBUTES_DIGEST):
+            for name in ("fingerprint", "hash_lengths", ATTRIBUTES_DIGEST):
                 attributes.pop(name, None)
             content.append(attributes)
         return content
@@ -127,6 +127,15 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
                 datasets = [dataset_in(file, group, key) for group in GROUPS]
                 made_from = str(attribute(datasets[0], "fingerprint"))
                 digests[key] = [made_from, *map(_digest, datasets)]
+    return digests
+
+
+def read_image_digests(sources: Mapping[str, Path]) -> dict[str, str]:
+    """Return the digest of each key's image, from the file that `sources` names."""
+    digests: dict[str, str] = {}
+    for path, keys in keys_by_file(sources).items():
+        with open_studies(path) as file:
+            digests |= {key: _digest(dataset_in(file, "image", key)) for key in keys}
     return digests
 
 

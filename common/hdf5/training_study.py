@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from common import project_zip
 from common.errors import IncompleteStudy, Warning, texts_and_kinds, warnings_from
 from common.geometry import Image
+from common.hashing import as_hash_lengths
 from common.hdf5.studies import create_file, write_dataset
 from common.image_checks import check_labels, check_mask, check_overlap
 from common.masks import completed
@@ -186,6 +187,9 @@ def _attributes(
         "measures": json.dumps(placed.measures, sort_keys=True),
         **{name: json.dumps(found) for name, found in texts_and_kinds(told).items()},
     }
+    lengths = as_hash_lengths(study.record.get("hash_lengths"), study.hash)
+    if lengths is not None:
+        of_image["hash_lengths"] = np.array(lengths)
     of_iso = {"connectivity": 26, "iso_threshold": recipe.iso_threshold}
     if recipe.iso_suv is not None:
         of_iso = {"connectivity": 26, "iso_suv": recipe.iso_suv}
