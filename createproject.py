@@ -245,6 +245,8 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
                 path, folders, studies, [*outcomes, *done], options
             ),
             known_skips=known_skips,
+            read_absent=project_zip.read_absent,
+            listed=outcomes,
         )
         outcomes = outcomes + stage.run_stage(converting, cli.engine(options), force=options.force)
     return sorted(outcomes, key=lambda outcome: outcome.hash)

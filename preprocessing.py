@@ -266,11 +266,16 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 # Slow to load, and only for those who ask for it.
                 from common.report.page import write_report
 
+                absent = [
+                    Outcome(study_hash, status, reason)
+                    for study_hash, (status, reason) in project_zip.read_absent(options.zip).items()
+                    if cli.in_shard(study_hash, options.shard)
+                ]
                 write_report(
                     options.report,
                     options.output.resolve(),
                     path.resolve(),
-                    outcomes,
+                    [*absent, *outcomes],
                     cli.engine(options),
                     SOFTWARE,
                 )

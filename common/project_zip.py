@@ -32,6 +32,7 @@ _MEMBER = re.compile(
     r"(?:(?P<project>.+)/)?(?P<hash>[^/]+)/(?P=hash)_(?P<role>ct|petsuv|mask)\.nii\.gz"
 )
 _INDEX = "studies.json"
+_LONGEST_REASON = 1000
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1 << 22
 
@@ -119,6 +120,29 @@ def read_directory(path: Path) -> dict[str, ArchivedStudy]:
     studies = _studies(path, entries, records)
     _check_records(path, studies, records)
     return studies
+
+
+def read_absent(path: Path) -> dict[str, tuple[str, str]]:
+    """Return status and reason, by hash, of the studies that a zip tells of and does not hold.
+
+    Raises
+    ------
+    StageError
+        As `read_directory`.
+    """
+    held = read_directory(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = _read_records(archive)
+    except (*_DAMAGED, OSError) as error:
+        raise StageError(f"{path}: cannot be read: check it") from error
+    return {
+        study_hash: (record["status"], str(record.get("reason", "")))
+        for study_hash, record in sorted(records.items())
+        if record.get("status") in ("skipped", "failed")
+        and study_hash not in held
+        and can_name_study(study_hash)
+    }
 
 
 def _studies(
@@ -368,8 +392,15 @@ def write_part(
         archive.writestr(_entry(f"{project}/{_INDEX}"), _records_text({study_hash: told}))
 
 
-def assemble(path: Path, sources: Mapping[str, Path], project: str) -> None:
+def assemble(
+    path: Path,
+    sources: Mapping[str, Path],
+    project: str,
+    absent: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
     """Write the project zip of the studies in `sources` (hash to a zip that holds it).
+
+    Of `absent` studies, by hash, the status and the reason are told; no identity is in them.
 
     Members are copied as they are, in order of name; the result depends on the studies alone.
 
@@ -397,6 +428,8 @@ def assemble(path: Path, sources: Mapping[str, Path], project: str) -> None:
                         raise StageError(f"{source}: lacks study {study_hash}: make it again")
                     with zipfile.ZipFile(source) as archive:
                         records[study_hash] = _copy_study(archive, study, target)
+        for study_hash, (status, reason) in (absent or {}).items():
+            records[study_hash] = {"status": status, "reason": reason[:_LONGEST_REASON]}
         target.writestr(_entry(f"{project}/{_INDEX}"), _records_text(records))
 
 

@@ -538,7 +538,11 @@ def test_incomplete_studies_are_no_error(run, tmp_path):
     assert (status, counts(printed)) == (0, [0, 0, 1, 0])
     assert f"{hash_of('p', 'scan')}: skipped, no PET, no mask" in log
     images, records = read_zip(tmp_path / "project.zip")
-    assert images == records == {}
+    assert images == {}
+    told = {"status": "skipped", "reason": "no PET, no mask"}
+    assert {key: record for key, record in records.items() if key == hash_of("p", "scan")} == {
+        hash_of("p", "scan"): told
+    }
 
 
 def test_the_closing_line(run, small_project, tmp_path):

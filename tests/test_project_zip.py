@@ -507,3 +507,14 @@ def test_the_gzip_headers_hold_neither_name_nor_time(project):
             flags, mtime = struct.unpack("<BI", made.read(each.name)[3:8])
             assert (flags, mtime) == (0, 0)
             assert gzip.GzipFile(fileobj=io.BytesIO(made.read(each.name))).read()
+
+
+# --- studies that are not in it --------------------------------------------------------------
+
+
+def test_a_zip_tells_of_studies_that_it_does_not_hold_and_why(tmp_path):
+    absent = {"ccccccc003": ("failed", "no weight: give one"), "ddddddd004": ("skipped", "no CT")}
+    path = tmp_path / "p.zip"
+    project_zip.assemble(path, {}, "p", absent)
+    assert project_zip.read_directory(path) == {}
+    assert project_zip.read_absent(path) == absent

@@ -6,6 +6,7 @@ which then replaces OUTPUT. A part's name holds the fingerprint of its input and
 part of other options or of an older version is never taken for this one's.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -61,6 +62,11 @@ class Stage:
         Where failed studies are to be listed beside the output: what the list calls the stage.
     known_skips : dict of hash to reason
         Skipped studies that an earlier run told of already.
+    read_absent : function, optional
+        Where the output tells of studies that are not in it: returns what a present one tells,
+        status and reason by hash; `assemble` takes the same as `absent`.
+    listed : sequence of Outcome
+        Of studies that ended before they could be planned.
     """
 
     output: Path
@@ -71,6 +77,8 @@ class Stage:
     write_beside: WriteBeside = _write_nothing
     name: str = ""
     known_skips: Mapping[str, str] = field(default_factory=dict)
+    read_absent: Callable[[Path], Mapping[str, tuple[str, str]]] | None = None
+    listed: Sequence[Outcome] = ()
 
 
 @dataclass(frozen=True)
@@ -265,13 +273,22 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome]) -> None:
         _list_failures(output, stage.name, outcomes)
     would_be_lost = output.exists() and not sources and (plan.finished or not plan.is_known)
     is_unchanged = output.exists() and sources.keys() == plan.finished.keys() == plan.kept
+    assemble = stage.assemble
+    if stage.read_absent is not None:
+        absent = {
+            outcome.hash: (outcome.status, outcome.reason)
+            for outcome in (*stage.listed, *outcomes)
+            if outcome.status in ("skipped", "failed")
+        }
+        assemble = functools.partial(stage.assemble, absent=absent)  # type: ignore[call-arg]
+        is_unchanged = is_unchanged and stage.read_absent(output) == absent
     if would_be_lost or is_unchanged:
         with clear_write_errors(output):
             stage.write_beside(None if would_be_lost else output, outcomes)
     else:
         _report_dropped(plan.finished, outcomes)
         outputs.replace_output(
-            output, stage.assemble, sources, lambda path: stage.write_beside(path, outcomes)
+            output, assemble, sources, lambda path: stage.write_beside(path, outcomes)
         )
     if would_be_lost:
         raise StageError(f"{output}: left as it was, for no study could be written: see above")
