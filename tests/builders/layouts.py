@@ -88,11 +88,13 @@ def write_seg(path: Path, labels: NDArray[Any] = LABELS, **overrides: Any) -> Pa
     return _write_mask(path, build_seg(labels, PET_AFFINE, names), overrides)
 
 
-def write_rtstruct(path: Path, drawn_on: str = PET_UID, **overrides: Any) -> Path:
+def write_rtstruct(
+    path: Path, drawn_on: str = PET_UID, name: str = "Lesion", **overrides: Any
+) -> Path:
     """Write the outline of the hot rod on every slice, as an RTSTRUCT of a series."""
     outline = np.array([[6.0, 6, 0], [10, 6, 0], [10, 14, 0], [6, 14, 0]])
     contours = [np.add(outline, (0, 0, 4 * k)) * (-1, -1, 1) for k in range(N_SLICES)]
-    rtstruct = build_rtstruct({"Lesion": contours}, series_uid=drawn_on)
+    rtstruct = build_rtstruct({name: contours}, series_uid=drawn_on)
     return _write_mask(path, rtstruct, overrides)
 
 
