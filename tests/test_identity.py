@@ -470,9 +470,6 @@ def run(folder: Path, script: str, *arguments: object) -> subprocess.CompletedPr
         [*command, *said], cwd=folder, env=environment(folder), capture_output=True, timeout=600
     )
     for stream, text in (("stdout", done.stdout), ("stderr", done.stderr)):
-        if stream == "stdout" and "--dry-run" in command:
-            # The table of a dry run is for those who have the raw project: it names candidates.
-            continue
         with open(folder / f"{script}.{stream}", "ab") as file:
             file.write(text)
     return done
