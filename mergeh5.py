@@ -18,14 +18,15 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import splits
+from common import nnunet, splits
 from common.errors import StageError, StudyError, Unreachable, WorkerCrashed, WorkerKilled
-from common.hashing import as_hash_lengths
+from common.geometry import Grid
+from common.hashing import as_hash_lengths, fingerprint
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     read_all_attributes,
@@ -51,6 +52,7 @@ EXAMPLES = """
   python mergeh5.py shards/*.h5 -o index.h5 --link
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --splits 5 --splits-dir splits
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --leave-out project --splits-dir splits
+  python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --export-nnunet nnUNet_raw --dataset-id 221
   python mergeh5.py --verify all_3d.h5 all_2d.h5 --jobs 4
 """
 
@@ -123,6 +125,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="characters of a hash that tell the patient, as of --hash-length P S (default: as "
         "the files say)",
     )
+    training.add_argument(
+        "--export-nnunet",
+        type=Path,
+        metavar="DIR",
+        help="also write nnU-Net's raw layout, DIR/Dataset<N>_<ALL>, with whole patients in its "
+        "folds",
+    )
+    training.add_argument(
+        "--dataset-id",
+        type=cli.positive_int,
+        metavar="N",
+        help="number of the dataset (default: 1)",
+    )
     cli.add_run_options(parser, cluster=False)
     return parser
 
@@ -130,8 +145,11 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
     if options.verify:
-        if options.output or options.link or has_folds(options):
-            parser.error("--verify writes nothing: leave out -o, --link, --splits and --leave-out")
+        if options.output or options.link or needs_folds(options):
+            parser.error(
+                "--verify writes nothing: leave out -o, --link, --splits, --leave-out and "
+                "--export-nnunet"
+            )
         cli.check_files(parser, options.inputs)
         cli.check_log_file(parser, options, options.inputs)
         return
@@ -145,11 +163,23 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if not has_folds(options):
             parser.error("--splits-dir needs --splits K or --leave-out project")
         cli.check_folder(parser, options.splits_dir, options)
+    if options.export_nnunet is not None:
+        cli.check_folder(parser, options.export_nnunet, options)
+        if (options.dataset_id or 1) > nnunet.LARGEST_ID:
+            parser.error(f"--dataset-id: nnU-Net counts up to {nnunet.LARGEST_ID}")
+    elif options.dataset_id is not None:
+        parser.error("--dataset-id needs --export-nnunet DIR")
+    options.dataset_id = options.dataset_id or 1
 
 
 def has_folds(options: argparse.Namespace) -> bool:
-    """Whether folds are asked for."""
+    """Whether lists of folds are asked for."""
     return options.splits is not None or options.leave_out is not None
+
+
+def needs_folds(options: argparse.Namespace) -> bool:
+    """Whether folds are needed: nnU-Net's own ones would part patients."""
+    return has_folds(options) or options.export_nnunet is not None
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -165,12 +195,15 @@ class MergePlan:
         Options of value that the files have in common.
     sources : dict of key to file
     samples : sequence of Sample
-        Of each key, where folds are asked for; else empty.
+        Of each key, where folds are needed; else empty.
+    cases : dict of key to StoredCase
+        Where they are to be exported; else empty.
     """
 
     parameters: Mapping[str, Any]
     sources: Mapping[str, Path]
     samples: Sequence[splits.Sample]
+    cases: Mapping[str, nnunet.StoredCase]
 
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
@@ -178,13 +211,24 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
     with exclusive(options.output, force=options.force, lock=options.lock):
         versions = [version_of(path) for path in options.inputs]
         plan = checked_plan(options)
-        folds = planned_folds(options, plan) if has_folds(options) else []
+        folds = planned_folds(options, plan) if needs_folds(options) else []
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
-        if status == "written":
-            write_merged(options, plan, versions, folds)
-        elif folds:
-            write_splits(options, folds)
-    return [Outcome(study, status) for study in studies_of(plan.sources, plan.parameters)]
+        beside = functools.partial(write_what_goes_beside, options, plan, folds)
+        failed = write_merged(options, plan, versions, beside) if status == "written" else beside()
+    return [
+        failed.get(study, Outcome(study, status))
+        for study in studies_of(plan.sources, plan.parameters)
+    ]
+
+
+def write_what_goes_beside(
+    options: argparse.Namespace, plan: MergePlan, folds: Sequence[splits.Fold]
+) -> dict[str, Outcome]:
+    """Write what is asked for besides the merged file, and return the studies that failed."""
+    if has_folds(options):
+        write_splits(options, folds)
+    exported = export_nnunet(options, plan, folds) if options.export_nnunet is not None else []
+    return {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
 
 
 def version_of(path: Path) -> tuple[int, int, int]:
@@ -214,8 +258,9 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     }
     if "angles" not in parameters and not options.allow_mixed:
         refuse_mixed_suv_types(sources)
-    samples = read_samples(sources, parameters) if has_folds(options) else []
-    return MergePlan(parameters, sources, samples)
+    samples = read_samples(sources, parameters) if needs_folds(options) else []
+    cases = cases_of(sources, parameters) if options.export_nnunet is not None else {}
+    return MergePlan(parameters, sources, samples, cases)
 
 
 def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> list[splits.Sample]:
@@ -337,9 +382,11 @@ def write_merged(
     options: argparse.Namespace,
     plan: MergePlan,
     versions: Sequence[tuple[int, int, int]],
-    folds: Sequence[splits.Fold],
-) -> None:
-    """Replace the output by copies of, or links to, the studies in the plan, and write the folds.
+    beside: Callable[[], dict[str, Outcome]],
+) -> dict[str, Outcome]:
+    """Replace the output by copies of, or links to, the studies in the plan.
+
+    Before that `beside` is called, and what it returns is returned.
 
     Raises
     ------
@@ -352,15 +399,16 @@ def write_merged(
         if options.link
         else functools.partial(merging.assemble, **made_by)
     )
+    failed: dict[str, Outcome] = {}
 
-    def write_what_goes_beside(path: Path) -> None:
+    def before_replacing(path: Path) -> None:
         for source, version in zip(options.inputs, versions, strict=True):
             if version_of(source) != version:
                 raise StageError(f"{source}: has been made anew since this run began: run again")
-        if folds:
-            write_splits(options, folds)
+        failed.update(beside())
 
-    replace_output(options.output, assemble, plan.sources, write_what_goes_beside)
+    replace_output(options.output, assemble, plan.sources, before_replacing)
+    return failed
 
 
 # --- folds -----------------------------------------------------------------------------------
@@ -382,7 +430,11 @@ def planned_folds(options: argparse.Namespace, plan: MergePlan) -> list[splits.F
         )
     groups = splits.inseparable(plan.samples, n_characters)
     if options.leave_out is None:
-        return splits.balanced_folds(groups, options.splits)
+        n_folds = options.splits or min(nnunet.N_FOLDS, len(groups))
+        if n_folds == 1:
+            logger.warning("one patient alone makes no folds: nnU-Net will part its studies")
+            return []
+        return splits.balanced_folds(groups, n_folds)
     folds = splits.project_folds(groups)
     if options.splits not in (None, len(folds)):
         raise StageError(
@@ -410,7 +462,7 @@ def write_splits(options: argparse.Namespace, folds: Sequence[splits.Fold]) -> N
         for name, keys in (("train", fold.train), ("val", fold.validation)):
             text = "".join(f"{key}\n" for key in keys)
             write_beside(folder / f"fold{number}_{name}.txt", text)
-    write_beside(folder / "splits_final.json", splits_json(folds))
+    write_beside(folder / "splits_final.json", nnunet.splits_json(folds))
     for path in sorted(folder.iterdir()):
         # Of an earlier run with more folds, in which patients are spread differently.
         found = FOLD_FILE.fullmatch(path.name)
@@ -418,10 +470,54 @@ def write_splits(options: argparse.Namespace, folds: Sequence[splits.Fold]) -> N
             path.unlink()
 
 
-def splits_json(folds: Sequence[splits.Fold]) -> str:
-    """Return folds as nnU-Net reads them."""
-    listed = [{"train": list(fold.train), "val": list(fold.validation)} for fold in folds]
-    return json.dumps(listed, indent=1) + "\n"
+# --- nnU-Net ---------------------------------------------------------------------------------
+
+
+def cases_of(
+    sources: Mapping[str, Path], parameters: Mapping[str, Any]
+) -> dict[str, nnunet.StoredCase]:
+    """Return each study as nnU-Net's dataset needs it.
+
+    Raises
+    ------
+    StageError
+        The files are 2D, or a study has no affine.
+    """
+    if "angles" in parameters:
+        raise StageError("--export-nnunet: the files are 2D: give files of preprocessing.py")
+    digests = merging.read_digests(sources)
+    cases = {}
+    for path, keys in merging.keys_by_file(sources).items():
+        shapes, affines = read_shapes(path), read_attributes(path, keys, "affine")
+        for key in keys:
+            try:
+                grid = Grid(shapes[key][1:], affines[key])
+            except (KeyError, TypeError, ValueError) as error:
+                raise StageError(
+                    f"{path}: study {key} has no sound affine: make it again"
+                ) from error
+            cases[key] = nnunet.StoredCase(path.absolute(), fingerprint(digests[key]), grid)
+    return cases
+
+
+def export_nnunet(
+    options: argparse.Namespace, plan: MergePlan, folds: Sequence[splits.Fold]
+) -> list[Outcome]:
+    """Write nnU-Net's raw layout, and return how each study fared."""
+    dataset = nnunet.Dataset(
+        options.export_nnunet.absolute(), options.dataset_id, options.output.stem
+    )
+    outcomes = nnunet.export(
+        dataset,
+        plan.cases,
+        folds,
+        "labels" in plan.parameters,
+        Engine(options.jobs),
+        stage.report,
+    )
+    n_failed = sum(outcome.status == "failed" for outcome in outcomes)
+    logger.log(PROGRESS, "%d cases for nnU-Net in %s", len(outcomes) - n_failed, dataset.folder)
+    return outcomes
 
 
 # --- verifying -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ run/            how a stage runs, whatever its studies are: options, log, plan, 
 report/         the quality-control page, films and stills
 raw/            a raw project: its folders, which file plays which role, a study checked and read
 hdf5/           3D and 2D training files: written, read, merged, verified
+nnunet          nnU-Net's raw layout
 project_zip     the zip of pseudonymised studies       nifti   NIfTI files
 dicom/          DICOM series and masks to volumes, headers to SUV inputs
 suv/            SUV factors and their provenance, from plain numbers

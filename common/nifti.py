@@ -22,7 +22,7 @@ from isal import igzip, igzip_lib, isal_zlib
 from numpy.typing import NDArray
 
 from common.errors import StudyError
-from common.geometry import Image, corners, edges_mm, inverse, moved, voxel_ml
+from common.geometry import Grid, Image, corners, edges_mm, inverse, moved, voxel_ml
 
 LARGEST_VOLUME = 2**31
 """Voxels beyond which a header is taken as damaged: five times a total-body CT."""
@@ -464,7 +464,7 @@ def _clean_header(image: Image) -> Any:
     header.set_xyzt_units("mm")
     header.set_sform(image.affine, code=1)
     header.set_qform(image.affine, code=1, strip_shears=True)
-    if _shear_mm(image) > _SHEAR_MM:
+    if is_sheared(image.grid):
         for field in _QFORM_FIELDS:
             header[field] = 0
     header["scl_slope"], header["scl_inter"] = 1, 0
@@ -473,11 +473,12 @@ def _clean_header(image: Image) -> Any:
     return header
 
 
-def _shear_mm(image: Image) -> float:
-    spacing_mm = np.array(image.grid.spacing_mm)
-    axes = image.affine[:3, :3] / spacing_mm
+def is_sheared(grid: Grid) -> bool:
+    """Whether axes are so far from right angles (gantry tilt) that a qform can't express them."""
+    spacing_mm = np.array(grid.spacing_mm)
+    axes = grid.affine[:3, :3] / spacing_mm
     cosines = axes.T @ axes - np.eye(3)
-    return float(abs(cosines).max() * (spacing_mm * image.data.shape).max())
+    return bool(abs(cosines).max() * (spacing_mm * grid.shape).max() > _SHEAR_MM)
 
 
 def write_nifti_file(path: Path, image: Image) -> None:

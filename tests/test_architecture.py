@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("createproject", "preprocessing", "mergeh5", "project_2d")
-BOUNDARY_FILES = ("nifti", "project_zip")
+BOUNDARY_FILES = ("nifti", "project_zip", "nnunet")
 
 ARROWS = {
     "pure": set(),
@@ -18,6 +18,7 @@ ARROWS = {
     "dicom": {"suv", "pure"},
     "raw": {"dicom", "nifti", "suv", "run", "pure"},
     "hdf5": {"project_zip", "pure"},
+    "nnunet": {"hdf5", "nifti", "run", "pure"},
     "report": {"hdf5", "run", "pure"},
 }
 """The rooms whose files a room's files may import, besides its own."""
