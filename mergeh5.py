@@ -38,6 +38,7 @@ from common.hdf5.studies import (
     study_of,
 )
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
+from common.report.case_table import ATTRIBUTES, case_table
 from common.run import cli, stage
 from common.run.console import PROGRESS
 from common.run.fan_out import Engine, run_studies
@@ -126,6 +127,13 @@ def build_parser() -> argparse.ArgumentParser:
         "the files say)",
     )
     training.add_argument(
+        "--cases",
+        type=Path,
+        metavar="FILE.csv",
+        help="also write a row a study: project, patient's part of the hash, SUV rule, uptake "
+        "[minutes], voxel sizes [mm], volumes [ml], warnings",
+    )
+    training.add_argument(
         "--export-nnunet",
         type=Path,
         metavar="DIR",
@@ -145,9 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
     if options.verify:
-        if options.output or options.link or needs_folds(options):
+        if options.output or options.link or options.cases or needs_folds(options):
             parser.error(
-                "--verify writes nothing: leave out -o, --link, --splits, --leave-out and "
+                "--verify writes nothing: leave out -o, --link, --splits, --leave-out, --cases and "
                 "--export-nnunet"
             )
         cli.check_files(parser, options.inputs)
@@ -163,6 +171,8 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if not has_folds(options):
             parser.error("--splits-dir needs --splits K or --leave-out project")
         cli.check_folder(parser, options.splits_dir, options)
+    if options.cases is not None:
+        cli.check_side_output(parser, options.cases, options, options.inputs)
     if options.export_nnunet is not None:
         cli.check_folder(parser, options.export_nnunet, options)
         if (options.dataset_id or 1) > nnunet.LARGEST_ID:
@@ -195,15 +205,18 @@ class MergePlan:
         Options of value that the files have in common.
     sources : dict of key to file
     samples : sequence of Sample
-        Of each key, where folds are needed; else empty.
-    cases : dict of key to StoredCase
-        Where they are to be exported; else empty.
+        Of each key, where folds or patients are needed; else empty.
+    attributes : dict of key to dict
+        What `--cases` tells of; else empty.
+    exported : dict of key to StoredCase
+        What `--export-nnunet` writes; else empty.
     """
 
     parameters: Mapping[str, Any]
     sources: Mapping[str, Path]
     samples: Sequence[splits.Sample]
-    cases: Mapping[str, nnunet.StoredCase]
+    attributes: Mapping[str, Mapping[str, Any]]
+    exported: Mapping[str, nnunet.StoredCase]
 
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
@@ -227,6 +240,8 @@ def write_what_goes_beside(
     """Write what is asked for besides the merged file, and return the studies that failed."""
     if has_folds(options):
         write_splits(options, folds)
+    if options.cases is not None:
+        write_beside(options.cases, cases_csv(options, plan))
     exported = export_nnunet(options, plan, folds) if options.export_nnunet is not None else []
     return {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
 
@@ -258,9 +273,18 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     }
     if "angles" not in parameters and not options.allow_mixed:
         refuse_mixed_suv_types(sources)
-    samples = read_samples(sources, parameters) if needs_folds(options) else []
-    cases = cases_of(sources, parameters) if options.export_nnunet is not None else {}
-    return MergePlan(parameters, sources, samples, cases)
+    if "angles" in parameters and (options.cases or options.export_nnunet):
+        raise StageError(
+            "--cases and --export-nnunet need 3D files, not 2D ones: give files of preprocessing.py"
+        )
+    parted = needs_folds(options) or options.cases is not None
+    return MergePlan(
+        parameters,
+        sources,
+        samples=read_samples(sources, parameters) if parted else [],
+        attributes=read_case_attributes(sources) if options.cases is not None else {},
+        exported=read_cases(sources) if options.export_nnunet is not None else {},
+    )
 
 
 def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> list[splits.Sample]:
@@ -470,21 +494,44 @@ def write_splits(options: argparse.Namespace, folds: Sequence[splits.Fold]) -> N
             path.unlink()
 
 
+# --- cases -----------------------------------------------------------------------------------
+
+
+def read_case_attributes(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Return of each key what its row tells of."""
+    found: dict[str, dict[str, Any]] = {key: {} for key in sources}
+    for path, keys in merging.keys_by_file(sources).items():
+        for name in ATTRIBUTES:
+            for key, value in read_attributes(path, keys, name).items():
+                found[key][name] = value
+    return found
+
+
+def cases_csv(options: argparse.Namespace, plan: MergePlan) -> str:
+    """Return the table of all studies; who the patient is stays empty where nothing tells it."""
+    try:
+        n_characters = splits.patient_characters(plan.samples, options.patient_characters)
+    except StageError as error:
+        if options.patient_characters is not None:
+            raise
+        logger.warning("the column patient of %s is empty: %s", options.cases.name, error)
+        n_characters = 0
+    return case_table(
+        (key, key[:n_characters], attributes) for key, attributes in sorted(plan.attributes.items())
+    )
+
+
 # --- nnU-Net ---------------------------------------------------------------------------------
 
 
-def cases_of(
-    sources: Mapping[str, Path], parameters: Mapping[str, Any]
-) -> dict[str, nnunet.StoredCase]:
+def read_cases(sources: Mapping[str, Path]) -> dict[str, nnunet.StoredCase]:
     """Return each study as nnU-Net's dataset needs it.
 
     Raises
     ------
     StageError
-        The files are 2D, or a study has no affine.
+        A study has no affine.
     """
-    if "angles" in parameters:
-        raise StageError("--export-nnunet: the files are 2D: give files of preprocessing.py")
     digests = merging.read_digests(sources)
     cases = {}
     for path, keys in merging.keys_by_file(sources).items():
@@ -509,7 +556,7 @@ def export_nnunet(
     )
     outcomes = nnunet.export(
         dataset,
-        plan.cases,
+        plan.exported,
         folds,
         "labels" in plan.parameters,
         Engine(options.jobs),

@@ -196,7 +196,7 @@ def test_projections_are_no_volumes(made, tmp_path, capsys):
     command = [made, "-o", flat, "-q", "-j", 1, "--angles", 0, 180, 90]
     assert project_2d.main([str(argument) for argument in command]) == 0
     assert run(flat, "-o", tmp_path / "all.h5", "--export-nnunet", tmp_path / "raw") == 1
-    assert "the files are 2D: give files of preprocessing.py" in capsys.readouterr().err
+    assert "need 3D files, not 2D ones: give files of preprocessing.py" in capsys.readouterr().err
 
 
 def tilted(image):

@@ -1,8 +1,10 @@
 """mergeh5.py: copies, links, duplicates, compatibility, splits, verifying."""
 
+import csv
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from project_zips import study_images, write_zip
 import mergeh5
 import preprocessing
 import project_2d
+from common.report.case_table import COLUMNS
 
 A, B, C, D = "aaaaaaa001", "aaaaaaa002", "ccccccc003", "ddddddd004"
 GROUPS = ("image", "mask", "mask_iso")
@@ -134,6 +137,18 @@ def test_second_run_changes_nothing(inputs, output, capsys):
 
 
 # --- what fits -------------------------------------------------------------------------------
+
+
+def test_a_study_of_which_an_older_version_told_less_is_the_same(inputs, output, tmp_path):
+    older = Path(shutil.copy(inputs["one"], tmp_path / "older.h5"))
+
+    def forget(data):
+        for name in ("ct_spacing", "pet_spacing", "attributes_sha256"):
+            del data.attrs[name]
+
+    changed(older, "image", A, forget)
+    assert run(older, inputs["one"], "-o", output) == 0
+    assert_holds(output, {A: older, B: inputs["one"]})
 
 
 def test_other_options_are_refused_unless_allowed(inputs, output, capsys):
@@ -423,6 +438,87 @@ def test_more_folds_than_patients_are_refused(inputs, output, capsys):
     assert not output.exists()
 
 
+# --- cases -----------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_row_a_study_tells_what_the_files_hold(tmp_path, output):
+    provenance = {
+        "suv_type": "bw",
+        "rule": "12b",
+        "decay_correction": "START",
+        "minutes_to_reference": [61.5, 61.5],
+        "weight_kg": 80,
+    }
+    told = {"suv": provenance, "hash_lengths": [6, 4], "warnings": ["first", "second"]}
+    one = make(tmp_path / "one.h5", {A: 0}, "--measures", tmp_path / "m.csv", records={A: told})
+    two = make(tmp_path / "two.h5", {C: 1})
+    cases = tmp_path / "cases.csv"
+    assert run(one, two, "-o", output, "--cases", cases) == 0
+    row, other = rows_of(cases)
+    assert (row["hash"], row["project"], row["patient"]) == (A, "one", A[:6])
+    assert (row["suv_type"], row["suv_rule"], row["uptake_minutes"]) == ("bw", "12b", "61.5")
+    assert row["weight_kg"] == "80"
+    for grid, sizes in {"ct": "1.5 1.5 2", "pet": "4 4 4", "training": "2 2 3"}.items():
+        assert [row[f"{grid}_{axis}_mm"] for axis in "xyz"] == sizes.split()
+    assert row["warnings"].startswith("first | second")
+    total = rows_of(tmp_path / "m.csv")[-1]
+    assert total["lesion"] == "total"
+    for name in ("lesion_count", "tmtv_ml", "iso_tmtv_ml", "tlg_g", "suv_max", "dose_fraction"):
+        assert row[name] == total[name] != ""
+    assert (other["project"], other["suv_type"], other["suv_rule"]) == ("two", "unknown", "")
+    assert (other["uptake_minutes"], other["weight_kg"]) == ("", "")
+
+
+def test_values_that_refer_to_injection_tell_no_uptake_time(tmp_path, output):
+    suv = {"suv_type": "bw", "decay_correction": "ADMIN", "minutes_to_reference": [0, 0]}
+    file = make(tmp_path / "admin.h5", {A: 0}, records={A: {"suv": suv}})
+    assert run(file, "-o", output, "--cases", tmp_path / "cases.csv") == 0
+    assert rows_of(tmp_path / "cases.csv")[0]["uptake_minutes"] == ""
+
+
+def test_who_the_patient_is_stays_open_where_nothing_tells_it(tmp_path, output, capsys):
+    file = make(tmp_path / "foreign.h5", {"case1_a": 0})
+    cases = tmp_path / "cases.csv"
+    assert run(file, "-o", output, "--cases", cases) == 0
+    assert "warning: the column patient of cases.csv is empty" in capsys.readouterr().err
+    assert rows_of(cases)[0]["patient"] == ""
+    assert run(file, "-o", output, "--cases", cases, "--patient-characters", 5) == 0
+    assert rows_of(cases)[0]["patient"] == "case1"
+    assert run(file, "-o", output, "--cases", cases, "--patient-characters", 7) == 1
+
+
+def test_what_others_put_into_a_file_is_left_out_of_the_table(inputs, output, tmp_path):
+    def spoil(data):
+        for name, text in {"suv": "[1]", "measures": '{"lesions": [2]}', "warnings": "{"}.items():
+            data.attrs[name] = text
+        del data.attrs["attributes_sha256"], data.attrs["ct_spacing"]
+        data.attrs["pet_spacing"] = "?"
+
+    changed(inputs["one"], "image", A, spoil)
+    assert run(inputs["one"], "-o", output, "--cases", tmp_path / "cases.csv") == 0
+    row = rows_of(tmp_path / "cases.csv")[0]
+    assert {name for name, cell in row.items() if cell} == {
+        "hash", "project", "patient", "suv_type", "training_x_mm", "training_y_mm", "training_z_mm",
+    }  # fmt: skip
+
+
+def test_projections_make_no_table(inputs, output, tmp_path, capsys):
+    assert run(inputs["one 2d"], "-o", output, "--cases", tmp_path / "cases.csv") == 1
+    assert "need 3D files" in capsys.readouterr().err
+
+
+def test_every_column_of_the_cases_is_explained():
+    text = (Path(__file__).parents[1] / "docs/formats.md").read_text()
+    section = text.split("## Cases")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(\w+)`", "".join(cells)) == [*COLUMNS]
+
+
 # --- verifying -------------------------------------------------------------------------------
 
 
@@ -521,6 +617,9 @@ WRONG = {
     "number of no dataset": ["one", "-o", "out", "--dataset-id", "3"],
     "number beyond nnU-Net's": ["one", "-o", "out", "--export-nnunet", "x", "--dataset-id", "1000"],
     "export in the output's place": ["one", "-o", "out", "--export-nnunet", "out"],
+    "cases in an input's place": ["one", "-o", "out", "--cases", "one"],
+    "cases in the output's place": ["one", "-o", "out", "--cases", "out"],
+    "verify lists no cases": ["--verify", "one", "--cases", "x.csv"],
     "verify exports nothing": ["--verify", "one", "--export-nnunet", "x"],
     "folder without folds": ["one", "-o", "out", "--splits-dir", "x"],
     "verify writes nothing": ["--verify", "one", "-o", "out"],

@@ -35,6 +35,9 @@ from common.hdf5.studies import (
     read_keys,
 )
 
+_ORIGIN = ("fingerprint", "hash_lengths", "ct_spacing", "pet_spacing", ATTRIBUTES_DIGEST)
+"""Attributes of an image that do not tell what it shows."""
+
 _COPYING_CPU_S = 60
 """What copying a dataset may take; one of a gigabyte takes a second."""
 
@@ -111,8 +114,9 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
             dataset = dataset_in(file, group, key)
             attributes = all_attributes(dataset)
             attributes["sha256"] = array_digest(dataset[()])
-            # Where the values came from may differ between equal ones: other compression, say.
-            for name in ("fingerprint", "hash_lengths", ATTRIBUTES_DIGEST):
+            # Where the values came from may differ between equal ones: other compression, say,
+            # or an older version, which told less of it.
+            for name in _ORIGIN:
                 attributes.pop(name, None)
             content.append(attributes)
         return content

@@ -180,6 +180,8 @@ def _attributes(
     }
     of_image = {
         "channels": ["PET", "CT"],
+        "ct_spacing": np.array(placed.ct.source.spacing_mm),
+        "pet_spacing": np.array(placed.suv.source.spacing_mm),
         "ct_range": np.array(recipe.ct_range),
         "suv_range": np.array(recipe.suv_range),
         "suv_type": provenance.get("suv_type", "unknown"),

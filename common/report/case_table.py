@@ -1,0 +1,94 @@
+"""Studies as CSV, a row a study: whose it is, how its SUV came about, how much tumour it has."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+ATTRIBUTES = (
+    "project", "spacing", "ct_spacing", "pet_spacing", "suv_type", "suv", "measures", "warnings",
+)  # fmt: skip
+"""What the table takes from the attributes of an image."""
+
+_SPACINGS = {"ct": "ct_spacing", "pet": "pet_spacing", "training": "spacing"}
+_OF_STUDY = (
+    "lesion_count", "tmtv_ml", "iso_tmtv_ml", "tlg_g", "iso_tlg_g", "dmax_mm", "dose_fraction",
+)  # fmt: skip
+
+COLUMNS = (
+    "hash", "project", "patient", "suv_type", "suv_rule", "uptake_minutes", "weight_kg",
+    *(f"{grid}_{axis}_mm" for grid in _SPACINGS for axis in "xyz"),
+    "suv_max", *_OF_STUDY, "warnings",
+)  # fmt: skip
+
+
+def case_table(studies: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """Return the CSV of studies, each its hash, the patient's part of that, and its attributes.
+
+    What a file does not tell is empty. Units are in the columns' names; SUV in g/ml.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for study_hash, patient, attributes in studies:
+        writer.writerow({"hash": study_hash, "patient": patient, **_row(attributes)})
+    return text.getvalue()
+
+
+def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
+    provenance, measures = (_object(attributes.get(name)) for name in ("suv", "measures"))
+    of_study = _object(measures.get("study"))
+    lesions = [_object(lesion) for lesion in _array(measures.get("lesions"))]
+    brightest = [lesion["suv_max"] for lesion in lesions if _is_number(lesion.get("suv_max"))]
+    spacings = {
+        f"{grid}_{axis}_mm": _number(edge_mm)
+        for grid, name in _SPACINGS.items()
+        for axis, edge_mm in zip("xyz", _array(attributes.get(name)), strict=False)
+    }
+    return {
+        "project": str(attributes.get("project", "")),
+        "suv_type": str(attributes.get("suv_type", "")),
+        "suv_rule": str(provenance.get("rule", "")),
+        "uptake_minutes": _number(_uptake_minutes(provenance)),
+        "weight_kg": _number(provenance.get("weight_kg")),
+        **spacings,
+        "suv_max": _number(max(brightest, default=None)),
+        **{name: _number(of_study.get(name)) for name in _OF_STUDY},
+        "warnings": " | ".join(map(str, _array(attributes.get("warnings")))),
+    }
+
+
+def _uptake_minutes(provenance: Mapping[str, Any]) -> Any:
+    """Return the time from injection to the scan: none tells it where values refer to injection."""
+    if provenance.get("decay_correction") == "ADMIN":
+        return None
+    return next(iter(_array(provenance.get("minutes_to_reference"))), None)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """Return a JSON object; empty where there is none, for whoever made the file."""
+    found = _parsed(value)
+    return found if isinstance(found, dict) else {}
+
+
+def _array(value: Any) -> list[Any]:
+    found = _parsed(value)
+    return found if isinstance(found, list) else []
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if _is_number(value) else ""
