@@ -14,7 +14,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import functools
-import json
 import logging
 import re
 import sys
@@ -29,10 +28,10 @@ from common.geometry import Grid
 from common.hashing import as_hash_lengths, fingerprint
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
+    Content,
+    content_of,
     read_all_attributes,
     read_attributes,
-    read_keys,
-    read_parameters,
     read_shapes,
     studies_of,
     study_of,
@@ -265,15 +264,16 @@ def checked_plan(options: argparse.Namespace) -> MergePlan:
 
 def plan_merge(options: argparse.Namespace) -> MergePlan:
     """Read what the inputs hold."""
-    parameters = merged_parameters(options.inputs, options.allow_mixed)
+    parameters = merging.merged_parameters(options.inputs, options.allow_mixed)
     sources = {
         key: path
-        for key, path in chosen_sources(options.inputs, options.on_duplicate).items()
+        for key, path in merging.chosen_sources(options.inputs, options.on_duplicate).items()
         if cli.in_shard(study_of(key, parameters), options.shard)
     }
-    if "angles" not in parameters and not options.allow_mixed:
-        refuse_mixed_suv_types(sources)
-    if "angles" in parameters and (options.cases or options.export_nnunet):
+    is_3d = content_of(parameters) is Content.VOLUMES
+    if is_3d and not options.allow_mixed:
+        merging.refuse_mixed_suv_types(sources)
+    if not is_3d and (options.cases or options.export_nnunet):
         raise StageError(
             "--cases and --export-nnunet need 3D files, not 2D ones: give files of preprocessing.py"
         )
@@ -308,98 +308,17 @@ def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> 
     return samples
 
 
-def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, Any]:
-    """Return what all files have in common, or refuse files that differ."""
-    first = read_parameters(inputs[0])
-    merged = dict(first)
-    for path in inputs[1:]:
-        other = read_parameters(path)
-        if ("angles" in first) != ("angles" in other):
-            raise StageError(f"{path}: {inputs[0]} is 3D and it 2D, or vice versa: give one kind")
-        differing = sorted(k for k in {*first, *other} if first.get(k) != other.get(k))
-        refused = [k for k in differing if not _may_differ(k, first.get(k), other.get(k))]
-        if refused and not allow_mixed:
-            raise StageError(
-                f"{path}: made with other options than {inputs[0]} "
-                + "; ".join(f"{k}: {told(other, k)}, not {told(first, k)}" for k in refused)
-                + ": make them alike, or merge with --allow-mixed"
-            )
-        merged.update(dict.fromkeys(differing, "mixed"))
-        if "shape" in differing and "shape" not in refused:
-            merged["shape"] = [*first["shape"][:2], None]
-    return merged
-
-
-def told(parameters: Mapping[str, Any], name: str) -> str:
-    """Return an option of value in a line: whoever made the file may have put anything there."""
-    value = parameters.get(name)
-    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
-    return text[:80]
-
-
-def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
-    """Raise where images are relative to different things: body weight, lean body mass and so on.
-
-    Those of zips of another make, whose type is unknown, go with any.
-    """
-    first: tuple[str, Path] | None = None
-    for path, keys in merging.keys_by_file(sources).items():
-        for suv_type in read_attributes(path, keys, "suv_type").values():
-            if suv_type == "unknown":
-                continue
-            first = first or (suv_type, path)
-            if suv_type != first[0]:
-                here, there = (f"{each!r:.20}" for each in (suv_type, first[0]))
-                raise StageError(
-                    f"{path}: SUV is of type {here}, not {there} as in {first[1]}: make them alike "
-                    "(createproject.py --suv-type), or merge with --allow-mixed"
-                )
-
-
-def _may_differ(name: str, one: Any, other: Any) -> bool:
-    return name == "shape" and bool(one) and bool(other) and one[:2] == other[:2]
-
-
-def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]:
-    """Return which file each key is taken from."""
-    sources: dict[str, Path] = {}
-    for path in inputs:
-        for key in read_shapes(path):
-            if key not in sources or merging.same_content(key, sources[key], path):
-                sources.setdefault(key, path)
-            elif on_duplicate == "error":
-                raise StageError(
-                    f"{path}: study {key} is in {sources[key]} too, with other content: choose "
-                    "with --on-duplicate skip (keep the first) or replace (take the last)"
-                )
-            elif on_duplicate == "replace":
-                sources[key] = path
-    if not sources:
-        raise StageError("the input files hold no study")
-    return sources
-
-
 def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
     """Whether the present output holds just these studies, copied or linked as asked for."""
     if options.force or not options.output.exists():
         return False
     try:
-        return bool(in_own_process(holds, options.output, plan, options.link))
+        wanted = plan.parameters, plan.sources, options.link
+        return bool(in_own_process(merging.holds, options.output, *wanted))
     except (WorkerKilled, Unreachable):
         raise
     except StageError:
         return False
-
-
-def holds(path: Path, plan: MergePlan, linked: bool) -> bool:
-    """Whether a file is what the plan says."""
-    return (
-        read_parameters(path) == plan.parameters
-        and read_keys(path) == sorted(plan.sources)
-        and merging.holds_links(path) == linked
-        and merging.read_digests(dict.fromkeys(plan.sources, path))
-        == merging.read_digests(plan.sources)
-    )
 
 
 def write_merged(

@@ -14,7 +14,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import functools
-import json
 import logging
 import math
 import operator
@@ -24,27 +23,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import project_zip
-from common.errors import StageError
+from common.errors import IncompleteStudy, StageError
 from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5.merge import assemble
-from common.hdf5.studies import (
-    COMPRESSIONS,
-    has_blosc,
-    read_attributes,
-    read_fingerprints,
-    read_keys,
-)
-from common.hdf5.training_study import StepTimes, place_study, write_study
+from common.hdf5.parts import write_volume
+from common.hdf5.studies import COMPRESSIONS, has_blosc, read_fingerprints
 from common.nifti import load_library, write_nifti_file
-from common.report.lesion_table import lesion_table
+from common.plausibility import weight_of
+from common.report.lesion_table import write_measures
 from common.run import cli, stage
-from common.run.console import PROGRESS
-from common.run.output import exclusive, make_folder, write_beside, writing_beside, writing_part
+from common.run.console import PROGRESS, StepTimes
+from common.run.output import exclusive, make_folder, writing_beside, writing_part
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Written
 from common.version import SOFTWARE
-from common.volumes import Recipe
+from common.volumes import Recipe, place_study
 
 EXAMPLES = """
   python preprocessing.py project.zip -o project_3d.h5
@@ -61,6 +55,9 @@ SPACINGS_MM = (0.01, 1000)
 MOST_VOXELS = 32767
 """Voxels along an axis that a NIfTI header can count."""
 
+SAVED_IMAGES = ("ct", "petsuv", "mask", "mask_iso")
+"""What --save-nifti writes of a study."""
+
 logger = logging.getLogger("tumorvolume")
 
 
@@ -72,7 +69,6 @@ class ZippedStudy:
     study: project_zip.ArchivedStudy
     recipe: Recipe
     compression: str
-    nifti_folder: Path | None
     profile: bool
 
 
@@ -307,19 +303,11 @@ def plan(
             study,
             recipe,
             options.compression,
-            options.save_nifti and options.save_nifti.absolute(),
             options.profile,
         )
-        beside = nifti_paths(options.save_nifti, study_hash).values() if options.save_nifti else ()
-        studies.append(
-            Job(
-                study_hash,
-                digest,
-                work,
-                beside=tuple(beside),
-                memory=memory_bytes(study),
-            )
-        )
+        saved = SAVED_IMAGES if options.save_nifti else ()
+        beside = tuple(options.save_nifti / f"{study_hash}_{name}.nii.gz" for name in saved)
+        studies.append(Job(study_hash, digest, work, beside=beside, memory=memory_bytes(study)))
     return studies
 
 
@@ -334,60 +322,38 @@ def memory_bytes(study: project_zip.ArchivedStudy) -> int:
     return MEMORY_BASE + MEMORY_PER_VOXEL * n_voxels
 
 
-def nifti_paths(folder: Path, study_hash: str) -> dict[str, Path]:
-    """Return where `--save-nifti` puts each image of a study."""
-    return {
-        name: folder / f"{study_hash}_{name}.nii.gz"
-        for name in ("ct", "petsuv", "mask", "mask_iso")
-    }
-
-
 # --- one study -------------------------------------------------------------------------------
 
 
 def preprocess_study(job: Job) -> Written:
     """Bring one study onto the target grid and write its part."""
     work: ZippedStudy = job.work
+    study = work.study
+    if study.missing:
+        raise IncompleteStudy("no " + ", no ".join(study.missing))
     times = StepTimes()
-    placed = place_study(work.zip_path, work.study, work.recipe, times)
+    read = functools.partial(project_zip.read_image, work.zip_path, study)
+    weight_kg = weight_of(study.provenance)
+    placed = place_study(read, work.recipe, weight_kg, study.warnings, times.end)
     with writing_part(job.part, job.beside) as temporary:
-        write_study(
+        write_volume(
             temporary,
-            work.study,
+            study,
             placed,
             work.recipe,
-            work.compression,
-            job.fingerprint,
-            SOFTWARE,
+            compression=work.compression,
+            fingerprint=job.fingerprint,
+            software=SOFTWARE,
         )
-        if work.nifti_folder is not None:
-            for name, path in nifti_paths(work.nifti_folder, job.hash).items():
-                with writing_beside(path) as nifti:
-                    write_nifti_file(nifti, placed.images[name])
+        # Where none are asked for, there are no paths.
+        for name, path in zip(SAVED_IMAGES, job.beside, strict=False):
+            with writing_beside(path) as nifti:
+                write_nifti_file(nifti, placed.images[name])
     times.end("writing")
     logger.info("%s: resampled %s", job.hash, placed.how_resampled)
     if work.profile:
         logger.log(PROGRESS, "%s: %s", job.hash, times)
     return Written(placed.warnings)
-
-
-# --- measures --------------------------------------------------------------------------------
-
-
-def write_measures(path: Path, studies_file: Path) -> None:
-    """Write the measures kept in an HDF5 file as CSV."""
-    write_beside(path, in_own_process(measures_table, studies_file))
-
-
-def measures_table(studies_file: Path) -> str:
-    """Return the table of the measures kept in an HDF5 file."""
-    keys = read_keys(studies_file)
-    projects, measures, warnings = (
-        read_attributes(studies_file, keys, name) for name in ("project", "measures", "warnings")
-    )
-    return lesion_table(
-        (key, projects[key], json.loads(measures[key]), json.loads(warnings[key])) for key in keys
-    )
 
 
 if __name__ == "__main__":

@@ -25,24 +25,24 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import Kind, StageError, StudyError, Warning
-from common.geometry import ORIENTATIONS
-from common.hashing import array_digest, as_hash_lengths, fingerprint
+from common.errors import StageError
+from common.hashing import fingerprint
 from common.hdf5 import merge
+from common.hdf5.parts import read_as_planned, read_volume, write_projections
 from common.hdf5.studies import (
     COMPRESSIONS,
-    GROUPS,
-    create_file,
+    Content,
+    content_of,
     has_blosc,
+    projection_key,
     read_attributes,
-    read_dataset,
     read_parameters,
     read_shapes,
-    write_dataset,
 )
-from common.projection import angle_name, image_mips, mask_mips, projection_angles
+from common.projection import mask_mips, padded, projection_angles, training_mips
+from common.quality_warnings import turned_axis
 from common.run import cli, stage
-from common.run.output import exclusive, make_folder, write_table, writing_beside, writing_part
+from common.run.output import exclusive, make_folder, write_table, writing_part
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Written
 from common.version import SOFTWARE
@@ -63,7 +63,7 @@ MEMORY_BASE, MEMORY_PER_VALUE = 150_000_000, 8
 class StoredStudy:
     """What a worker needs to project one study.
 
-    `slab` is the length along z to pad to, for stacking; None for projections as long as they are.
+    `length` along z is what to pad to, for stacking; None for projections as long as they are.
     `digests` are those of the study as it was planned with (`merge.read_digests`).
     """
 
@@ -71,11 +71,9 @@ class StoredStudy:
     key: str
     digests: Sequence[str]
     angles: tuple[float, ...]
-    slab: int | None
+    length: int | None
     parameters: Mapping[str, Any]
     compression: str
-    gif: Path | None
-    png: Path | None
 
 
 @dataclass(frozen=True)
@@ -183,22 +181,20 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             if folder is not None:
                 make_folder(folder)
         studies = plan(options, source, parameters)
-        by_key = {
-            two_d_key(study.hash, angle): study.hash
-            for study in studies
-            for angle in options.all_angles
-        }
 
         def list_projections(path: Path | None, outcomes: Sequence[Outcome]) -> None:
             if path is not None:
-                write_list(options, source, by_key, outcomes)
+                write_list(options, source, outcomes)
 
         projecting = stage.Stage(
             output=options.output,
             studies=studies,
             worker=project_study,
             assemble=functools.partial(
-                assemble_projections, by_key=by_key, parameters=parameters, stack=options.stack
+                merge.assemble_projections,
+                angles=options.all_angles,
+                parameters=parameters,
+                software=SOFTWARE,
             ),
             read_finished=functools.partial(in_own_process, merge.read_projected),
             write_beside=list_projections,
@@ -207,28 +203,10 @@ def project(options: argparse.Namespace) -> list[Outcome]:
         return stage.run_stage(projecting, cli.engine(options), force=options.force)
 
 
-def assemble_projections(
-    path: Path,
-    sources: Mapping[str, Path],
-    by_key: Mapping[str, str],
-    parameters: Mapping[str, Any],
-    stack: bool,
-) -> None:
-    """Write the 2D file from files that hold the projections of a study."""
-    of_keys = {key: sources[study] for key, study in by_key.items() if study in sources}
-    assemble = merge.assemble_stack if stack else merge.assemble
-    assemble(path, of_keys, parameters, SOFTWARE)
-
-
-def two_d_key(study_hash: str, angle: float) -> str:
-    """Return the key of one projection."""
-    return f"{study_hash}_{angle_name(angle)}"
-
-
 def read_source(path: Path, shard: tuple[int, int]) -> Source:
     """Read what the plan needs of a 3D file."""
     parameters = read_parameters(path)
-    if "angles" in parameters:
+    if content_of(parameters) is not Content.VOLUMES:
         raise StageError(f"{path}: holds projections already: give a 3D file")
     shapes = read_shapes(path)
     keys = [key for key in shapes if cli.in_shard(key, shard)]
@@ -246,20 +224,18 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
         raise StageError(f"{options.input}: volumes of several widths can't be stacked")
     if options.stack:
         refuse_several_spacings(options.input, source)
-    slab = max(shape[3] for shape in source.shapes.values()) if options.stack else None
+    length = max(shape[3] for shape in source.shapes.values()) if options.stack else None
     studies = []
     for key, digests in source.digests.items():
-        made_from = [SOFTWARE, digests, parameters, slab, options.compression]
+        made_from = [SOFTWARE, digests, parameters, length, options.compression]
         work = StoredStudy(
             options.input.resolve(),
             key,
             digests,
             options.all_angles,
-            slab,
+            length,
             parameters,
             options.compression,
-            options.gif and options.gif.absolute(),
-            options.png and options.png.absolute(),
         )
         beside = [f / f"{key}.{kind}" for kind in ("gif", "png") if (f := getattr(options, kind))]
         memory = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])
@@ -280,15 +256,10 @@ def refuse_several_spacings(path: Path, source: Source) -> None:
         )
 
 
-def write_list(
-    options: argparse.Namespace,
-    source: Source,
-    by_key: Mapping[str, str],
-    outcomes: Sequence[Outcome],
-) -> None:
+def write_list(options: argparse.Namespace, source: Source, outcomes: Sequence[Outcome]) -> None:
     """Write the CSV that lists the projections in the order of their keys."""
-    held = {outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")}
-    keys = sorted(key for key, study in by_key.items() if study in held)
+    held = [outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")]
+    keys = sorted(projection_key(study, angle) for study in held for angle in options.all_angles)
     rows = []
     for number, key in enumerate(keys):
         study_hash, _, angle = key.rpartition("_")
@@ -301,119 +272,34 @@ def write_list(
 
 
 def project_study(job: Job) -> Written:
-    """Project one study from all angles and write its part."""
+    """Project one study from all angles and write its part, and pictures where asked for."""
     work: StoredStudy = job.work
-    image, attributes = read_as_planned(work, "image")
-    check_attributes(attributes)
-    warnings = [] if attributes["orientation"][2] in "SI" else [turned_warning(attributes)]
-    mips = {"image": np.clip(image_mips(image, work.angles), 0, 1).astype(image.dtype)}
+    image, attributes = read_volume(work.path, work.key, work.digests)
+    mips = {"image": training_mips(image, work.angles)}
     del image
     for group in ("mask", "mask_iso"):
-        mask, _ = read_as_planned(work, group)
-        if work.slab is not None and "labels" in work.parameters:
-            # The masks of a stack are of one type, whichever labels a study has.
-            mask = mask.astype(np.uint16)
+        mask, _ = read_as_planned(work.path, group, work.key, work.digests)
         mips[group] = mask_mips(mask, work.angles)
-    if work.slab is not None:
-        mips = {group: padded(array, work.slab) for group, array in mips.items()}
-    shared = {
-        "project": str(attributes.get("project", "")),
-        "hash": work.key,
-        "spacing": np.array(attributes["spacing"])[[0, 2]],
-    }
-    of_image: dict[str, Any] = {"fingerprint": job.fingerprint}
-    lengths = as_hash_lengths(attributes.get("hash_lengths"), work.key)
-    if lengths is not None:
-        of_image["hash_lengths"] = np.array(lengths)
+    if work.length is not None:
+        mips = {group: padded(array, work.length) for group, array in mips.items()}
     with writing_part(job.part, job.beside) as temporary:
-        with create_file(temporary, work.parameters, SOFTWARE) as file:
-            for i, angle in enumerate(work.angles):
-                for group in GROUPS:
-                    more = of_image if group == "image" else {}
-                    write_dataset(
-                        file,
-                        group,
-                        two_d_key(work.key, angle),
-                        mips[group][i],
-                        {**shared, "angle": angle, **more},
-                        work.compression,
-                    )
-        write_pictures(work, mips, attributes)
-    return Written(warnings)
+        write_projections(
+            temporary,
+            work.key,
+            mips,
+            work.angles,
+            attributes,
+            work.parameters,
+            compression=work.compression,
+            fingerprint=job.fingerprint,
+            software=SOFTWARE,
+        )
+        if job.beside:
+            # Slow to load, and only for those who ask for pictures.
+            from common.report.pictures import write_films
 
-
-def read_as_planned(work: StoredStudy, group: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return a dataset and its attributes.
-
-    Raises
-    ------
-    StageError
-        The file is another one now; of both, no mixture is made.
-    """
-    array, attributes = read_dataset(work.path, group, work.key)
-    made_from, *of_groups = work.digests
-    planned = dict(zip(GROUPS, of_groups, strict=True))
-    is_other = group == "image" and str(attributes.get("fingerprint")) != made_from
-    if is_other or attributes.get("sha256", array_digest(array)) != planned[group]:
-        raise StageError(f"{work.path}: has been made anew since this run began: run again")
-    return array, attributes
-
-
-def turned_warning(attributes: Mapping[str, Any]) -> Warning:
-    """Say that projections turn the body about another axis than its own."""
-    return Warning(
-        Kind.OTHER,
-        f"the third axis of its orientation {attributes['orientation']} is not the body's: the "
-        "projections turn about another axis: make the 3D file with an orientation that ends in "
-        "S or I",
-    )
-
-
-def check_attributes(attributes: Mapping[str, Any]) -> None:
-    """Refuse a volume that does not say, or says nonsense of, its place and its values."""
-    for name, count in (("spacing", 3), ("suv_range", 2)):
-        try:
-            values = np.array(attributes[name], np.float64)
-            sound = values.shape == (count,) and bool(np.isfinite(values).all())
-        except (KeyError, ValueError, TypeError):
-            sound = False
-        if sound:
-            sound = bool((values > 0).all()) if name == "spacing" else bool(values[0] < values[1])
-        if not sound:
-            raise StudyError(f"its attribute {name!r} is missing or damaged: make the file again")
-    if str(attributes.get("orientation")) not in ORIENTATIONS:
-        raise StudyError("its attribute 'orientation' is missing or damaged: make the file again")
-
-
-def padded(mips: np.ndarray, length: int) -> np.ndarray:
-    """Return projections (N, C, X, Z) with zeros at the superior end up to `length`."""
-    return np.pad(mips, ((0, 0), (0, 0), (0, 0), (0, length - mips.shape[-1])))
-
-
-def write_pictures(
-    work: StoredStudy, mips: Mapping[str, np.ndarray], attributes: Mapping[str, Any]
-) -> None:
-    """Write the rotating projection and the still, where asked for."""
-    if work.gif is None and work.png is None:
-        return
-    # Slow to load, and only for those who ask for them.
-    from common.report import pictures
-
-    pet, masks, angles = pictures.full_turn(mips["image"][:, 0], mips["mask"][:, 0], work.angles)
-    frames = pictures.mip_frames(
-        pet,
-        masks,
-        angles,
-        suv_range=attributes["suv_range"],
-        spacing_mm=(attributes["spacing"][0], attributes["spacing"][2]),
-        orientation=attributes["orientation"],
-    )
-    if work.png is not None:
-        with writing_beside(work.png / f"{work.key}.png") as path:
-            pictures.write_png(path, frames[0])
-    if work.gif is not None:
-        with writing_beside(work.gif / f"{work.key}.gif") as path:
-            pictures.write_gif(path, frames)
+            write_films(job.beside, mips, work.angles, attributes)
+    return Written(turned_axis(attributes["orientation"]))
 
 
 if __name__ == "__main__":

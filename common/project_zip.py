@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from common.errors import StageError, StudyError, blaming
+from common.errors import StageError, StudyError, Warning, blaming, warnings_from
 from common.geometry import Image
 from common.hashing import LONGEST_NAME, can_name_study, fingerprint
 from common.nifti import encode_nifti, read_nifti
@@ -86,6 +86,17 @@ class ArchivedStudy:
     def missing(self) -> tuple[str, ...]:
         """Names of the roles that the zip lacks."""
         return tuple(ROLE_NAMES[role] for role in ROLES if role not in self.members)
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How its SUV were made; empty where that is not known."""
+        found: Mapping[str, Any] = self.record.get("suv", {})
+        return found
+
+    @property
+    def warnings(self) -> list[Warning]:
+        """What was warned of when it was put into the zip."""
+        return warnings_from(self.record.get("warnings", []), self.record.get("warning_kinds", []))
 
     @property
     def content(self) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,16 @@ def image_mips(images: npt.NDArray[np.floating], angles: Sequence[float]) -> Flo
             mip = along_x if quarter_turns % 2 else along_y
             mips[position] = mip[::-1] if quarter_turns in (1, 2) else mip
     return _split_channels(mips, images.shape)
+
+
+def training_mips(image: npt.NDArray[np.floating], angles: Sequence[float]) -> npt.NDArray[Any]:
+    """Return `image_mips` of an image in [0, 1], clipped to that, in the type of `image`."""
+    return np.clip(image_mips(image, angles), 0, 1).astype(image.dtype)
+
+
+def padded(mips: npt.NDArray[Scalar], length: int) -> npt.NDArray[Scalar]:
+    """Return projections (N, C, X, Z) with zeros at the superior end up to `length`."""
+    return np.pad(mips, ((0, 0), (0, 0), (0, 0), (0, length - mips.shape[-1])))
 
 
 def mask_mips(masks: npt.NDArray[Label], angles: Sequence[float]) -> npt.NDArray[Label]:

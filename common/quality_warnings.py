@@ -134,6 +134,19 @@ def unmeasured_lesions(
     return remarks
 
 
+def turned_axis(orientation: str) -> list[Warning]:
+    """Say that projections of volumes of this orientation turn the body about another axis."""
+    if orientation[2] in "SI":
+        return []
+    return [
+        Warning(
+            Kind.OTHER,
+            f"the third axis of its orientation {orientation} is not the body's: the projections "
+            "turn about another axis: make the 3D file with an orientation that ends in S or I",
+        )
+    ]
+
+
 def clipped_uptake(
     suv: NDArray[np.floating], mask: NDArray[np.integer], brightest: float, grid: Grid
 ) -> list[Warning]:

@@ -3,6 +3,7 @@
 Pure. The steps of `preprocessing.py` in their order; arrays in, arrays out.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,18 +13,21 @@ from numpy.typing import NDArray
 from common.components import components, voxels_above_zero
 from common.errors import Warning
 from common.geometry import Grid, Image, reorient, target_grid
+from common.image_checks import check_labels, check_mask, check_overlap
 from common.lesions import (
     dose_fraction,
     isocontour,
     measure_lesions,
     tumour_burden,
 )
+from common.masks import completed
 from common.plausibility import (
     CtSummary,
     dose_out_of_range,
     implausible_images,
     implausible_volume,
     mask_far_from_uptake,
+    summary_of,
 )
 from common.quality_warnings import (
     clipped_uptake,
@@ -102,6 +106,111 @@ class Volume:
     def axis_by_axis(self) -> bool:
         """Whether the grids were parallel, so that the fast path was taken."""
         return separable(self.source, self.grid)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedStudy:
+    """One study on the target grid, in HU and SUV.
+
+    Attributes
+    ----------
+    ct, suv, lesions : Volume
+        HU, SUV, and the number of each voxel's lesion.
+    mask, mask_iso : (X, Y, Z) uint8 arrays
+        uint8 or uint16 where label values are kept.
+    measures : dict
+        Of its lesions and of the study, on the PET's own grid; plain JSON.
+    warnings : sequence of Warning
+        What the target grid loses, and what can't be right, but for what was known already.
+    """
+
+    ct: Volume
+    suv: Volume
+    lesions: Volume
+    mask: NDArray[np.uint8 | np.uint16]
+    mask_iso: NDArray[np.uint8 | np.uint16]
+    measures: Mapping[str, Any]
+    warnings: Sequence[Warning]
+
+    @property
+    def images(self) -> dict[str, Image]:
+        """The images by the names that they have in files."""
+        arrays = {
+            "ct": self.ct.data,
+            "petsuv": self.suv.data,
+            "mask": self.mask,
+            "mask_iso": self.mask_iso,
+        }
+        return {name: Image(array, self.ct.grid.affine) for name, array in arrays.items()}
+
+    @property
+    def how_resampled(self) -> str:
+        """How each image was resampled, in words."""
+        volumes = {"CT": self.ct, "PET": self.suv, "mask": self.lesions}
+        return ", ".join(
+            f"{name} {'axis by axis' if volume.axis_by_axis else 'by nilearn'}"
+            for name, volume in volumes.items()
+        )
+
+
+def place_study(
+    read: Callable[[str], Image],
+    recipe: Recipe,
+    weight_kg: float | None,
+    known: Sequence[Warning] = (),
+    end_step: Callable[[str], None] = lambda step: None,
+) -> PlacedStudy:
+    """Read the images of a study, at no time CT and PET both, and bring them onto the target grid.
+
+    Parameters
+    ----------
+    read : function
+        Returns the image "ct" [HU], "petsuv" [SUV] or "mask" (labels).
+    recipe : Recipe
+    weight_kg : float or None
+        Body weight; None where it is unknown.
+    known : sequence of Warning
+        Not repeated.
+    end_step : function, optional
+        Called with the name of each step as it ends.
+
+    Raises
+    ------
+    StudyError
+        The images do not belong together; the mask holds no labels.
+    """
+    original_ct = read("ct")
+    end_step("reading")
+    ct_grid, ct_summary = original_ct.grid, summary_of(original_ct)
+    ct = place_ct(original_ct, recipe)
+    del original_ct
+    end_step("resampling")
+    pet = read("petsuv")
+    check_overlap(ct_grid, pet.grid)
+    labels = check_labels(read("mask"))
+    warnings = [*check_mask(labels, pet.grid, allow_empty=True)]
+    labels = completed(labels, pet.grid, ct_grid)
+    lesions = number_lesions(labels)
+    end_step("reading")
+    suv = place_pet(pet, ct, recipe)
+    placed = place_labels(lesions, ct, recipe)
+    kept = recipe.labels == "keep"
+    end_step("resampling")
+    outlined = place_labels(labels, ct, recipe) if kept else placed
+    mask, mask_iso = outline(suv, outlined, recipe)
+    end_step("isocontour")
+    warnings += resampling_warnings(pet, lesions, ct, suv, placed, recipe)
+    pet_lesions = on_pet(lesions, pet)
+    pet_labels = on_pet(labels, pet) if kept else None
+    found = measures(pet, pet_lesions, pet_labels, weight_kg, recipe)
+    fraction = found["study"]["dose_fraction"]
+    warnings += plausibility_warnings(
+        pet, labels, lesions, pet_lesions, ct_summary, fraction, weight_kg
+    )
+    end_step("measures")
+    told = {warning.text for warning in known}
+    new = [warning for warning in warnings if warning.text not in told]
+    return PlacedStudy(ct, suv, placed, mask, mask_iso, found, new)
 
 
 def place_ct(ct: Image, recipe: Recipe) -> Volume:

@@ -22,8 +22,10 @@ from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
     GROUPS,
+    Content,
     all_attributes,
     attribute,
+    content_of,
     create_file,
     dataset_in,
     ending_loops,
@@ -32,7 +34,11 @@ from common.hdf5.studies import (
     open_file,
     open_studies,
     opened,
+    projection_key,
+    read_attributes,
     read_keys,
+    read_parameters,
+    read_shapes,
 )
 
 _ORIGIN = ("fingerprint", "hash_lengths", "ct_spacing", "pet_spacing", ATTRIBUTES_DIGEST)
@@ -99,6 +105,109 @@ def holds_links(path: Path) -> bool:
         )
 
 
+def assemble_projections(
+    path: Path,
+    sources: Mapping[str, Path],
+    angles: Sequence[float],
+    parameters: Mapping[str, Any],
+    software: str,
+) -> None:
+    """Write the 2D file, stacked or not, of the studies in `sources` (hash to a file with it)."""
+    of_keys = {
+        projection_key(study, angle): source
+        for study, source in sources.items()
+        for angle in angles
+    }
+    stacked = content_of(parameters) is Content.STACK
+    (assemble_stack if stacked else assemble)(path, of_keys, parameters, software)
+
+
+# --- what is to be merged --------------------------------------------------------------------
+
+
+def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, Any]:
+    """Return what all files have in common, or refuse files that differ."""
+    first = read_parameters(inputs[0])
+    merged = dict(first)
+    for path in inputs[1:]:
+        other = read_parameters(path)
+        if (content_of(first) is Content.VOLUMES) != (content_of(other) is Content.VOLUMES):
+            raise StageError(f"{path}: {inputs[0]} is 3D and it 2D, or vice versa: give one kind")
+        differing = sorted(k for k in {*first, *other} if first.get(k) != other.get(k))
+        refused = [k for k in differing if not _may_differ(k, first.get(k), other.get(k))]
+        if refused and not allow_mixed:
+            raise StageError(
+                f"{path}: made with other options than {inputs[0]} "
+                + "; ".join(f"{k}: {_told(other, k)}, not {_told(first, k)}" for k in refused)
+                + ": make them alike, or merge with --allow-mixed"
+            )
+        merged.update(dict.fromkeys(differing, "mixed"))
+        if "shape" in differing and "shape" not in refused:
+            merged["shape"] = [*first["shape"][:2], None]
+    return merged
+
+
+def _told(parameters: Mapping[str, Any], name: str) -> str:
+    """Return an option of value in a line: whoever made the file may have put anything there."""
+    value = parameters.get(name)
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+    return text[:80]
+
+
+def _may_differ(name: str, one: Any, other: Any) -> bool:
+    return name == "shape" and bool(one) and bool(other) and one[:2] == other[:2]
+
+
+def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
+    """Raise where images are relative to different things: body weight, lean body mass and so on.
+
+    Those of zips of another make, whose type is unknown, go with any.
+    """
+    first: tuple[str, Path] | None = None
+    for path, keys in keys_by_file(sources).items():
+        for suv_type in read_attributes(path, keys, "suv_type").values():
+            if suv_type == "unknown":
+                continue
+            first = first or (suv_type, path)
+            if suv_type != first[0]:
+                here, there = (f"{each!r:.20}" for each in (suv_type, first[0]))
+                raise StageError(
+                    f"{path}: SUV is of type {here}, not {there} as in {first[1]}: make them alike "
+                    "(createproject.py --suv-type), or merge with --allow-mixed"
+                )
+
+
+def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]:
+    """Return which file each key is taken from."""
+    sources: dict[str, Path] = {}
+    for path in inputs:
+        for key in read_shapes(path):
+            if key not in sources or same_content(key, sources[key], path):
+                sources.setdefault(key, path)
+            elif on_duplicate == "error":
+                raise StageError(
+                    f"{path}: study {key} is in {sources[key]} too, with other content: choose "
+                    "with --on-duplicate skip (keep the first) or replace (take the last)"
+                )
+            elif on_duplicate == "replace":
+                sources[key] = path
+    if not sources:
+        raise StageError("the input files hold no study")
+    return sources
+
+
+def holds(
+    path: Path, parameters: Mapping[str, Any], sources: Mapping[str, Path], linked: bool
+) -> bool:
+    """Whether a file has just these parameters and keys, in content as their sources have them."""
+    return (
+        read_parameters(path) == parameters
+        and read_keys(path) == sorted(sources)
+        and holds_links(path) == linked
+        and read_digests(dict.fromkeys(sources, path)) == read_digests(sources)
+    )
+
+
 # --- what files hold -------------------------------------------------------------------------
 
 
@@ -162,12 +271,12 @@ def _digest(dataset: h5py.Dataset) -> str:
 
 def read_projected(path: Path) -> dict[str, str]:
     """Return the fingerprints of the studies in a 2D file, plain or stacked; unknown ones empty."""
-    with open_file(path) as file:
-        if isinstance(file.get("image"), h5py.Dataset):
+    found: dict[str, str] = {}
+    if content_of(read_parameters(path)) is Content.STACK:
+        with open_file(path) as file:
             found = dict(json.loads(attribute(file["key"], "fingerprints")))
             # Without digests it is of an older version.
             return found if "sha256" in file["key"].attrs else dict.fromkeys(found, "")
-    found = {}
     with open_studies(path) as file:
         for key in file["image"]:
             study = key.rpartition("_")[0]

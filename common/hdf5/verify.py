@@ -17,7 +17,9 @@ from common.hdf5.studies import (
     DAMAGE,
     GROUPS,
     MASK_TYPES,
+    Content,
     all_attributes,
+    content_of,
     dataset_in,
     ending_loops,
     open_file,
@@ -45,13 +47,13 @@ def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
         The file as a whole is damaged, or of another make.
     """
     parameters = read_parameters(path)
-    return [_STACK] if parameters.get("stack") else read_keys(path), parameters
+    return [_STACK] if content_of(parameters) is Content.STACK else read_keys(path), parameters
 
 
 def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a key of a file, whose parameters are given; nothing if sound."""
     with open_file(path) as file:
-        if parameters.get("stack"):
+        if content_of(parameters) is Content.STACK:
             return _stack_faults(file, parameters)
         return _study_faults(file, key, parameters)
 
@@ -86,12 +88,13 @@ def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> l
         faults += [
             f"{group} has another {name} than the file"
             for name in _COPIED
-            if name in attributes[group] and "angles" not in parameters
+            if name in attributes[group] and content_of(parameters) is Content.VOLUMES
             if not _alike(attributes[group][name], parameters.get(name))
         ]
     if faults:
         return faults
-    geometry_faults = _slice_faults if "angles" in parameters else _volume_faults
+    volumes = content_of(parameters) is Content.VOLUMES
+    geometry_faults = _volume_faults if volumes else _slice_faults
     return [*_array_faults(arrays, parameters), *geometry_faults(key, attributes, parameters)]
 
 
@@ -103,7 +106,8 @@ def _array_faults(
     arrays: Mapping[str, NDArray[Any]], parameters: Mapping[str, Any]
 ) -> Iterator[str]:
     image, mask, mask_iso = (arrays[group] for group in GROUPS)
-    n_axes = 3 if "angles" in parameters else 4
+    of_volumes = content_of(parameters) is Content.VOLUMES
+    n_axes = 4 if of_volumes else 3
     if image.ndim != n_axes or image.shape[0] != 2:
         yield "image has another shape than (2, X, Y, Z), of a projection (2, X, Z)"
     if any(n not in (None, m) for n, m in zip(_shape(parameters), image.shape[1:], strict=False)):
@@ -121,7 +125,7 @@ def _array_faults(
     if not kept and (mask > 1).any():
         yield "a mask has other values than 0 and 1"
     # Where projections of labels overlap, the isocontour in front may be of a lower label.
-    beyond = mask_iso > mask if "angles" in parameters else (mask_iso > 0) & (mask_iso != mask)
+    beyond = (mask_iso > 0) & (mask_iso != mask) if of_volumes else mask_iso > mask
     if beyond.any():
         yield "mask_iso reaches beyond mask, or has other labels"
 
@@ -129,7 +133,7 @@ def _array_faults(
 def _shape(parameters: Mapping[str, Any]) -> Sequence[int | None]:
     """Voxels along x, y and z as far as they are said."""
     shape = parameters.get("shape")
-    return shape if isinstance(shape, list) and "angles" not in parameters else ()
+    return shape if isinstance(shape, list) and content_of(parameters) is Content.VOLUMES else ()
 
 
 def _volume_faults(

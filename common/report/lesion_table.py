@@ -1,9 +1,13 @@
 """The measures of many studies as CSV: a row a lesion, and a total row a study."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from common.hdf5.studies import read_attributes, read_keys
+from common.run.output import write_table
+from common.run.pool import in_own_process
 
 _OF_LESION = (
     "mtv_ml", "iso_mtv_ml", "suv_max", "suv_mean", "iso_suv_mean", "suv_peak", "tlg_g",
@@ -15,25 +19,35 @@ _OF_STUDY = ("lesion_count", "tmtv_ml", "iso_tmtv_ml", "dmax_mm", "dose_fraction
 COLUMNS = ("hash", "project", "lesion", *_OF_LESION, *_CENTROID, *_OF_STUDY, "warnings")
 
 
-def lesion_table(
-    studies: Iterable[tuple[str, str, Mapping[str, Any], Sequence[str]]],
-) -> str:
-    """Return the CSV of studies, each its hash, project, measures and warnings.
+def write_measures(path: Path, studies_file: Path) -> None:
+    """Write the measures kept in an HDF5 file of studies as CSV, and replace the old file at once.
 
     The total row has sums of volumes and TLG, the mean SUV of all lesions' voxels, the maxima of
     SUVmax and SUVpeak, and the measures of the study as a whole. Units are in the columns' names;
     SUV in g/ml.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for study_hash, project, measures, warnings in studies:
-        shared = {"hash": study_hash, "project": project}
-        for lesion in measures["lesions"]:
-            writer.writerow({**shared, "lesion": lesion["label"], **_lesion_row(lesion)})
-        total = _total_row(measures) | {"warnings": " | ".join(map(str, warnings))}
-        writer.writerow({**shared, "lesion": "total", **total})
-    return text.getvalue()
+    write_table(path, COLUMNS, in_own_process(measures_rows, studies_file))
+
+
+def measures_rows(studies_file: Path) -> list[list[str]]:
+    """Return the rows of the table below its heading."""
+    keys = read_keys(studies_file)
+    projects, measures, warnings = (
+        read_attributes(studies_file, keys, name) for name in ("project", "measures", "warnings")
+    )
+    rows = []
+    for key in keys:
+        shared = {"hash": key, "project": projects[key]}
+        found = json.loads(measures[key])
+        total = _total_row(found) | {"warnings": " | ".join(json.loads(warnings[key]))}
+        rows += [
+            *(
+                {**shared, "lesion": lesion["label"], **_lesion_row(lesion)}
+                for lesion in found["lesions"]
+            ),
+            {**shared, "lesion": "total", **total},
+        ]
+    return [[row.get(column, "") for column in COLUMNS] for row in rows]
 
 
 def _lesion_row(lesion: Mapping[str, Any]) -> dict[str, str]:

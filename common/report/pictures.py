@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from common.geometry import Grid, reorient
 from common.lesions import label_lesions
+from common.run.output import writing_beside
 
 Array = NDArray[Any]
 
@@ -221,6 +222,42 @@ def _upright(plane: NDArray[np.uint8], orientation: str) -> Image.Image:
     if orientation[0] == "R":
         rows = rows[:, ::-1]
     return Image.fromarray(np.ascontiguousarray(rows))
+
+
+def write_films(
+    paths: Sequence[Path],
+    mips: Mapping[str, Array],
+    angles: Sequence[float],
+    of_volume: Mapping[str, Any],
+) -> None:
+    """Write the rotating projection of one study as .gif, and its first frame as .png.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        One or both; each is replaced at once.
+    mips : dict of group to (N, C, X, Z) array
+        In [0, 1] and labels, from N angles.
+    angles : sequence of N floats
+        [degrees]
+    of_volume : dict
+        Attributes of the image that was projected.
+    """
+    pet, masks, angles = full_turn(mips["image"][:, 0], mips["mask"][:, 0], angles)
+    frames = mip_frames(
+        pet,
+        masks,
+        angles,
+        suv_range=of_volume["suv_range"],
+        spacing_mm=(of_volume["spacing"][0], of_volume["spacing"][2]),
+        orientation=of_volume["orientation"],
+    )
+    for path in paths:
+        with writing_beside(path) as temporary:
+            if path.suffix == ".gif":
+                write_gif(temporary, frames)
+            else:
+                write_png(temporary, frames[0])
 
 
 def write_png(path: Path, frame: Image.Image) -> None:

@@ -137,6 +137,23 @@ def quiet_python() -> Iterator[None]:
         sys.unraisablehook, threading.excepthook = hooks
 
 
+class StepTimes:
+    """Seconds spent in the named steps of one study."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, step: str) -> None:
+        """Add the time since the last call to `step`."""
+        now = time.perf_counter()
+        self._seconds[step] = self._seconds.get(step, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self._seconds.items())
+
+
 # --- progress --------------------------------------------------------------------------------
 
 _EVERY_S = 60.0

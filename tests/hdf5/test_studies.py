@@ -359,7 +359,8 @@ def test_stack_has_a_row_a_key_and_can_be_stacked_again(tmp_path):
         path = write(tmp_path / f"{study}.h5", own, attributes=attributes)
         sources |= dict.fromkeys(own, path)
     stacked, again = tmp_path / "s.h5", tmp_path / "t.h5"
-    merge.assemble_stack(stacked, sources, **MADE_BY)
+    made_by = MADE_BY | {"parameters": {**PARAMETERS, "angles": [0, 180, 90], "stack": True}}
+    merge.assemble_stack(stacked, sources, **made_by)
     with h5py.File(stacked) as file:
         assert sorted(file) == ["image", "key", "mask", "mask_iso"]
         assert [name.decode() for name in file["key"][()]] == keys
@@ -369,5 +370,5 @@ def test_stack_has_a_row_a_key_and_can_be_stacked_again(tmp_path):
             np.testing.assert_array_equal(file[group][()], expected)
             assert file[group].attrs["spacing"].tolist() == [2, 3]
     assert merge.read_projected(stacked) == {"a": "f", "b": "f"}
-    merge.assemble_stack(again, dict.fromkeys(keys, stacked), **MADE_BY)
+    merge.assemble_stack(again, dict.fromkeys(keys, stacked), **made_by)
     assert again.read_bytes() == stacked.read_bytes()
