@@ -24,15 +24,11 @@ from typing import Any
 
 from common import nnunet, splits
 from common.errors import StageError, StudyError, Unreachable, WorkerCrashed, WorkerKilled
-from common.geometry import Grid
-from common.hashing import as_hash_lengths, fingerprint
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     Content,
     content_of,
     read_all_attributes,
-    read_attributes,
-    read_shapes,
     studies_of,
     study_of,
 )
@@ -281,31 +277,10 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     return MergePlan(
         parameters,
         sources,
-        samples=read_samples(sources, parameters) if parted else [],
-        attributes=read_case_attributes(sources) if options.cases is not None else {},
-        exported=read_cases(sources) if options.export_nnunet is not None else {},
+        samples=merging.read_samples(sources, parameters) if parted else [],
+        attributes=merging.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
+        exported=nnunet.stored_cases(sources) if options.export_nnunet else {},
     )
-
-
-def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> list[splits.Sample]:
-    """Return what decides the fold of each key, in order of key."""
-    projects: dict[str, str] = {}
-    lengths: dict[str, Any] = {}
-    for path, keys in merging.keys_by_file(sources).items():
-        projects |= read_attributes(path, keys, "project")
-        lengths |= read_attributes(path, keys, "hash_lengths")
-    digests = merging.read_image_digests(sources)
-    samples = []
-    for key in sorted(sources):
-        study = study_of(key, parameters)
-        # Whoever made the file may have put anything there.
-        told = as_hash_lengths(lengths.get(key), study)
-        samples.append(
-            splits.Sample(
-                key, study, str(projects.get(key, "")), digests[key], told[0] if told else None
-            )
-        )
-    return samples
 
 
 def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
@@ -416,16 +391,6 @@ def write_splits(options: argparse.Namespace, folds: Sequence[splits.Fold]) -> N
 # --- cases -----------------------------------------------------------------------------------
 
 
-def read_case_attributes(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Return of each key what its row tells of."""
-    found: dict[str, dict[str, Any]] = {key: {} for key in sources}
-    for path, keys in merging.keys_by_file(sources).items():
-        for name in ATTRIBUTES:
-            for key, value in read_attributes(path, keys, name).items():
-                found[key][name] = value
-    return found
-
-
 def cases_csv(options: argparse.Namespace, plan: MergePlan) -> str:
     """Return the table of all studies; who the patient is stays empty where nothing tells it."""
     try:
@@ -441,29 +406,6 @@ def cases_csv(options: argparse.Namespace, plan: MergePlan) -> str:
 
 
 # --- nnU-Net ---------------------------------------------------------------------------------
-
-
-def read_cases(sources: Mapping[str, Path]) -> dict[str, nnunet.StoredCase]:
-    """Return each study as nnU-Net's dataset needs it.
-
-    Raises
-    ------
-    StageError
-        A study has no affine.
-    """
-    digests = merging.read_digests(sources)
-    cases = {}
-    for path, keys in merging.keys_by_file(sources).items():
-        shapes, affines = read_shapes(path), read_attributes(path, keys, "affine")
-        for key in keys:
-            try:
-                grid = Grid(shapes[key][1:], affines[key])
-            except (KeyError, TypeError, ValueError) as error:
-                raise StageError(
-                    f"{path}: study {key} has no sound affine: make it again"
-                ) from error
-            cases[key] = nnunet.StoredCase(path.absolute(), fingerprint(digests[key]), grid)
-    return cases
 
 
 def export_nnunet(

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from common.errors import StageError, StudyError
 from common.geometry import Grid, Image
 from common.hashing import fingerprint
-from common.hdf5.studies import read_dataset
+from common.hdf5.merge import keys_by_file, read_digests
+from common.hdf5.studies import read_attributes, read_dataset, read_shapes
 from common.nifti import is_sheared, load_library, write_nifti_file
 from common.run.fan_out import Engine, run_studies
 from common.run.output import make_folder, write_beside, writing_beside
@@ -116,6 +117,29 @@ class _Case:
     source: Path
     affine: NDArray[np.float64]
     values: Sequence[int]
+
+
+def stored_cases(sources: Mapping[str, Path]) -> dict[str, StoredCase]:
+    """Return each study of 3D files (key to file) as `export` needs it.
+
+    Raises
+    ------
+    StageError
+        A study has no affine.
+    """
+    digests = read_digests(sources)
+    cases = {}
+    for path, keys in keys_by_file(sources).items():
+        shapes, affines = read_shapes(path), read_attributes(path, keys, "affine")
+        for key in keys:
+            try:
+                grid = Grid(shapes[key][1:], affines[key])  # type: ignore[arg-type]
+            except (KeyError, TypeError, ValueError) as error:
+                raise StageError(
+                    f"{path}: study {key} has no sound affine: make it again"
+                ) from error
+            cases[key] = StoredCase(path.absolute(), fingerprint(digests[key]), grid)
+    return cases
 
 
 def export(

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 from project_zips import study_images, write_zip
+from scipy import ndimage
 
 import mergeh5
 import preprocessing
@@ -472,6 +473,36 @@ def test_a_row_a_study_tells_what_the_files_hold(tmp_path, output):
         assert row[name] == total[name] != ""
     assert (other["project"], other["suv_type"], other["suv_rule"]) == ("two", "unknown", "")
     assert (other["uptake_minutes"], other["weight_kg"]) == ("", "")
+
+
+@pytest.mark.parametrize("labels", ["binary", "keep"])
+def test_volumes_and_values_of_a_row_are_those_of_the_images(labels, tmp_path, output):
+    file = make(
+        tmp_path / "one.h5",
+        {A: 0},
+        *(("--labels", "keep") if labels == "keep" else ()),
+        records={A: {"suv": {"suv_type": "bw", "weight_kg": 80}}},
+    )
+    assert run(file, "-o", output, "--cases", tmp_path / "cases.csv") == 0
+    [row] = rows_of(tmp_path / "cases.csv")
+    images = study_images(0)
+    suv, mask = (np.asanyarray(images[name].dataobj) for name in ("petsuv", "mask"))
+    lesions, n_lesions = ndimage.label(mask > 0, np.ones((3, 3, 3)))
+    numbers = range(1, n_lesions + 1)
+    voxel_ml = 4**3 / 1000
+    hot = [suv[lesions == n][suv[lesions == n] >= suv[lesions == n].max() / 4] for n in numbers]
+    centroids = 4.0 * np.array(ndimage.center_of_mass(lesions > 0, lesions, numbers))
+    wanted = {
+        "lesion_count": n_lesions,
+        "tmtv_ml": (mask > 0).sum() * voxel_ml,
+        "iso_tmtv_ml": sum(map(len, hot)) * voxel_ml,
+        "tlg_g": suv[mask > 0].sum(dtype=float) * voxel_ml,
+        "iso_tlg_g": sum(values.sum(dtype=float) for values in hot) * voxel_ml,
+        "suv_max": suv[mask > 0].max(),
+        "dmax_mm": max(np.linalg.norm(a - b) for a in centroids for b in centroids),
+        "dose_fraction": suv.sum(dtype=float) * voxel_ml / 80_000,
+    }
+    assert {name: float(row[name]) for name in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
 def test_values_that_refer_to_injection_tell_no_uptake_time(tmp_path, output):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import StageError, blaming
-from common.hashing import array_digest, fingerprint
+from common.hashing import array_digest, as_hash_lengths, fingerprint
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
@@ -39,7 +39,9 @@ from common.hdf5.studies import (
     read_keys,
     read_parameters,
     read_shapes,
+    study_of,
 )
+from common.splits import Sample
 
 _ORIGIN = ("fingerprint", "hash_lengths", "ct_spacing", "pet_spacing", ATTRIBUTES_DIGEST)
 """Attributes of an image that do not tell what it shows."""
@@ -243,13 +245,45 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
     return digests
 
 
-def read_image_digests(sources: Mapping[str, Path]) -> dict[str, str]:
-    """Return the digest of each key's image, from the file that `sources` names."""
-    digests: dict[str, str] = {}
+def read_image_attributes(
+    sources: Mapping[str, Path], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return those attributes of each key's image that are there, by key and name."""
+    found = {}
     for path, keys in keys_by_file(sources).items():
         with open_studies(path) as file:
-            digests |= {key: _digest(dataset_in(file, "image", key)) for key in keys}
-    return digests
+            for key in keys:
+                image = dataset_in(file, "image", key)
+                found[key] = {name: attribute(image, name) for name in names if name in image.attrs}
+    return found
+
+
+def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> list[Sample]:
+    """Return what decides the fold of each key, in order of key.
+
+    Parameters
+    ----------
+    sources : dict of key to file
+    parameters : dict
+        Of the files; they tell 2D from 3D.
+    """
+    samples = []
+    for path, keys in keys_by_file(sources).items():
+        with open_studies(path) as file:
+            for key in keys:
+                image, study = dataset_in(file, "image", key), study_of(key, parameters)
+                # Whoever made the file may have put anything there.
+                lengths = as_hash_lengths(attribute(image, "hash_lengths"), study)
+                samples.append(
+                    Sample(
+                        key,
+                        study,
+                        project=str(attribute(image, "project") or ""),
+                        digest=_digest(image),
+                        patient_characters=lengths[0] if lengths is not None else None,
+                    )
+                )
+    return sorted(samples, key=lambda sample: sample.key)
 
 
 def keys_by_file(sources: Mapping[str, Path]) -> dict[Path, list[str]]:
