@@ -21,25 +21,34 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import project_zip
-from common.errors import IncompleteStudy, StudyError
+from common.errors import StudyError, UnreachableStudy
 from common.hashing import DEFAULT_LENGTHS, LONGEST_NAME, SHORTEST_KEY, fingerprint
 from common.nifti import load_library
 from common.raw import mapping, pseudonyms
-from common.raw.project import StudyFolder, files_of, image_bytes, list_files
+from common.raw.project import (
+    StudyFolder,
+    check_project,
+    files_of,
+    image_bytes,
+    is_without_studies,
+    list_files,
+    listing,
+    name_of,
+)
 from common.raw.pseudonyms import studies_by_hash
 from common.raw.words import ROLE_NAMES, WORDS
 from common.run import cli, console, stage
 from common.run.atomic import behind_links, locked
 from common.run.fan_out import run_studies
 from common.run.output import exclusive, writing_part
-from common.run.worker import Job, Outcome, Status, Written
+from common.run.worker import Job, Outcome, Status, Written, refused
 from common.suv.factors import SUV_UNITS
 from common.version import SOFTWARE
 
@@ -73,9 +82,26 @@ TABLE_HEADING = ("study", "would be", *ROLE_NAMES.values(), "SUV", "remarks")
 
 @dataclass(frozen=True)
 class RawStudy:
-    """What a worker needs to convert one study."""
+    """What a worker needs to convert one study.
+
+    Attributes
+    ----------
+    folder : StudyFolder
+    root : Path
+        Of the raw project.
+    listing : str
+        Digest of the files that were there when the run began.
+    project : str
+        Name of the project in the zip.
+    lengths : (int, int)
+        As of `--hash-length`.
+    patterns : Patterns
+    conversion : Conversion
+    """
 
     folder: StudyFolder
+    root: Path
+    listing: str
     project: str
     hash_lengths: tuple[int, int]
     patterns: Patterns
@@ -227,43 +253,62 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
     """Convert what is new or changed and replace the zip and the mapping."""
     load_library()
     with exclusive(options.output, force=options.force, lock=options.lock):
-        folders = pseudonymised(options)
         known = {
             row.hash: row for row in mapping.read(options.mapping) if row.project == options.name
         }
-        known_skips = {row.hash: row.reason for row in known.values() if row.status == "skipped"}
-        studies, outcomes = plan(folders, options)
-        for outcome in outcomes:
-            stage.report(outcome, known_skips)
+        folders = pseudonymised(options, known.values())
+        studies, listed = plan(folders, options)
+        made_with = fingerprint(options_of_value(options))
         converting = stage.Stage(
             output=options.output,
             studies=studies,
             worker=convert_study,
             assemble=functools.partial(project_zip.assemble, project=options.name),
             read_finished=functools.partial(read_finished, known=known),
-            write_beside=lambda path, done: write_mapping(
-                path, folders, studies, [*outcomes, *done], options
-            ),
-            known_skips=known_skips,
+            write_beside=lambda path, done: write_mapping(path, folders, studies, done, options),
+            known_skips={row.hash: row.reason for row in known.values() if row.status == "skipped"},
             read_absent=project_zip.read_absent,
-            listed=outcomes,
+            listed=listed,
+            made_alike={row.hash for row in known.values() if row.options == made_with},
         )
-        outcomes = outcomes + stage.run_stage(converting, cli.engine(options), force=options.force)
+        outcomes = stage.run_stage(
+            converting, cli.engine(options), force=options.force, allow_shrink=options.allow_shrink
+        )
     return sorted(outcomes, key=lambda outcome: outcome.hash)
 
 
-def pseudonymised(options: argparse.Namespace) -> dict[str, StudyFolder]:
-    """Return this shard's study folders by hash, after checking the hashes of all."""
+def pseudonymised(
+    options: argparse.Namespace, known: Iterable[mapping.Row]
+) -> dict[str, StudyFolder]:
+    """Return this shard's study folders by hash, after checking the hashes of all.
+
+    They are in the order of hashes, which says nothing of names. Studies that the mapping knows
+    are among them where their patient's folder is empty or can't be looked at: a disk may not be
+    mounted.
+    """
     folders = studies_by_hash(
         options.raw_project, options.key, options.hash_length, options.patient
     )
-    return {h: f for h, f in folders.items() if cli.in_shard(h, options.shard)}
+    lacking = {each.patient: each.path for each in folders.values() if is_without_studies(each)}
+    for row in known if lacking else ():
+        # With --patient a study's name is its path.
+        above, _, below = row.study.rpartition("/") if options.patient else ("", "", row.study)
+        patient = above or row.patient
+        if row.status == "written" and row.hash not in folders and patient in lacking:
+            path = os.path.join(lacking[patient], name_of(below))
+            folders[row.hash] = StudyFolder(row.patient, row.study, path)
+    return {h: folders[h] for h in sorted(folders) if cli.in_shard(h, options.shard)}
 
 
-def plan(
-    folders: Mapping[str, StudyFolder], options: argparse.Namespace
-) -> tuple[list[Job], list[Outcome]]:
-    """Return the studies to be in the zip, and the outcomes of folders that can't be listed."""
+def options_of_value(options: argparse.Namespace) -> list[Any]:
+    """Return what a study's images depend on, besides its files."""
+    patterns, conversion = how_to_convert(options)
+    lengths = tuple(options.hash_length)
+    return [SOFTWARE, options.name, lengths, dict(patterns.by_role), asdict(conversion)]
+
+
+def how_to_convert(options: argparse.Namespace) -> tuple[Patterns, Conversion]:
+    """Return which file is what, and how images are made of them."""
     # What reads DICOM is slow to load: not to see that an option is wrong, but before workers fork.
     from common.raw.roles import Patterns
     from common.raw.study import Conversion
@@ -280,19 +325,26 @@ def plan(
         mask_on=options.mask_on,
         uneven_slices=options.uneven_slices,
     )
-    lengths = tuple(options.hash_length)
-    fixed = [SOFTWARE, options.name, lengths, dict(patterns.by_role), asdict(conversion)]
+    return patterns, conversion
+
+
+def plan(
+    folders: Mapping[str, StudyFolder], options: argparse.Namespace
+) -> tuple[list[Job], list[Outcome]]:
+    """Return the studies to be in the zip, and the outcomes of folders that can't be listed."""
+    patterns, conversion = how_to_convert(options)
+    fixed = options_of_value(options)
+    lengths, root = tuple(options.hash_length), options.raw_project.absolute()
     studies, outcomes = [], []
     for study_hash, folder in folders.items():
         try:
             files = list_files(folder)
         except StudyError as error:
-            status = status_of(error)
-            outcomes.append(Outcome(study_hash, status, str(error), private=error.private))
+            outcomes.append(refused(study_hash, error))
             continue
         seen = [[file.name, file.size, file.changed_ns] for file in files]
         there = replace(folder, path=os.path.abspath(folder.path))
-        raw = RawStudy(there, options.name, lengths, patterns, conversion)
+        raw = RawStudy(there, root, listing(files), options.name, lengths, patterns, conversion)
         studies.append(
             Job(
                 study_hash,
@@ -321,11 +373,6 @@ def with_memory(studies: Sequence[Job]) -> list[Job]:
     ]
 
 
-def status_of(error: StudyError) -> Status:
-    """Return how a study that can't go on ends."""
-    return "skipped" if isinstance(error, IncompleteStudy) else "failed"
-
-
 def read_finished(path: Path, known: Mapping[str, mapping.Row]) -> dict[str, str]:
     """Return the fingerprints of the studies that a zip holds, unknown ones empty."""
     archived = project_zip.read_directory(path)
@@ -345,12 +392,33 @@ def convert_study(job: Job) -> Written:
     from common.raw.study import read_study
 
     raw: RawStudy = job.work
-    found = roles.find_roles(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
-    images = read_study(found, raw.conversion)
+    try:
+        check_listing(raw)
+        needed = raw.conversion.needs_header
+        found = roles.find_roles(raw.folder, raw.patterns, header_needed=needed)
+        images = read_study(found, raw.conversion)
+    except StudyError:
+        check_project(raw.root)
+        raise
     record = {**images.record, "hash_lengths": raw.hash_lengths}
     with writing_part(job.part) as temporary:
         project_zip.write_part(temporary, raw.project, job.hash, images.by_role, record)
     return Written(images.warnings, images.taken)
+
+
+def check_listing(raw: RawStudy) -> None:
+    """See whether the files of a study are those that were there when the run began.
+
+    Raises
+    ------
+    UnreachableStudy
+        They are not: a disk is gone, or they are being copied.
+    """
+    if listing(files_of(raw.folder)) != raw.listing:
+        raise UnreachableStudy(
+            "its files are others than when this run began: check that its disk is mounted, and "
+            "run again when all are there"
+        )
 
 
 def write_mapping(
@@ -365,6 +433,7 @@ def write_mapping(
     Rows of other projects and of other shards are kept. Without a new zip no study is written.
     """
     jobs = {study.hash: study for study in studies}
+    made_with = fingerprint(options_of_value(options))
     archived = project_zip.read_directory(zip_path) if zip_path is not None else {}
     lock = locked(behind_links(options.mapping), MAPPING_PATIENCE_S)
     with lock if options.lock else nullcontext():
@@ -382,10 +451,15 @@ def write_mapping(
                 reason=mapping.shortened(outcome.reason),
                 found=mapping.shortened(outcome.private),
             )
-            if held is not None:
-                taken = sources_of(outcome, jobs[outcome.hash], known.get(outcome.hash))
+            before = known.get(outcome.hash)
+            if held is not None and outcome.status == "failed" and before is not None:
+                # It stays as it was made before.
+                row = replace(before, reason=row.reason, found=row.found)
+            elif held is not None:
+                job = jobs[outcome.hash]
+                taken = sources_of(outcome, job, before)
                 row = replace(
-                    row, **taken, input=jobs[outcome.hash].fingerprint, output=held.content
+                    row, **taken, input=job.fingerprint, output=held.content, options=made_with
                 )
             new.append(row)
         in_shard = (h for h in known if cli.in_shard(h, options.shard))
@@ -422,7 +496,7 @@ def sources_of(outcome: Outcome, job: Job, known: mapping.Row | None) -> dict[st
 
 def dry_run(options: argparse.Namespace) -> list[Outcome]:
     """Read headers, print what would be done with each study, write nothing."""
-    folders = pseudonymised(options)
+    folders = pseudonymised(options, ())
     studies, listed = plan(folders, options)
     looked_at = run_studies(foresee_study, studies, cli.engine(options))
     foreseen = {
@@ -462,7 +536,7 @@ def foresee_study(job: Job) -> Foreseen:
     except StudyError as error:
         # Who may see the raw project may see names: a dry run writes no mapping to look them up.
         remarks = f"{error}; {error.private}" if error.private else str(error)
-        return Foreseen(status_of(error), by_role, remarks=remarks)
+        return Foreseen(refused(job.hash, error).status, by_role, remarks=remarks)
     remarks = "; ".join(map(str, planned.warnings))
     return Foreseen("written", by_role, planned.suv_rule, remarks)
 

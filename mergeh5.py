@@ -221,6 +221,8 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
         plan = checked_plan(options)
         folds = planned_folds(options, plan) if needs_folds(options) else []
         status: Status = "unchanged" if is_merged_already(options, plan) else "written"
+        if status == "written" and not options.allow_shrink:
+            refuse_losses(options, plan)
         beside = functools.partial(write_what_goes_beside, options, plan, folds)
         failed = write_merged(options, plan, versions, beside) if status == "written" else beside()
     return [
@@ -239,6 +241,25 @@ def write_what_goes_beside(
         write_beside(options.cases, cases_csv(options, plan))
     exported = export_nnunet(options, plan, folds) if options.export_nnunet is not None else []
     return {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
+
+
+def refuse_losses(options: argparse.Namespace, plan: MergePlan) -> None:
+    """Refuse to replace an output that would lose many of its studies.
+
+    Raises
+    ------
+    StageError
+        It would; which they are.
+    """
+    read = functools.partial(in_own_process, held_studies)
+    held = stage.present_content(options.output, read, force=options.force) or {}
+    merged = studies_of(plan.sources, plan.parameters)
+    stage.refuse_to_shrink(options.output, held.keys(), held.keys() - set(merged))
+
+
+def held_studies(path: Path) -> dict[str, str]:
+    """Return the studies that a file holds, each without what it was made from."""
+    return dict.fromkeys(studies_of(read_keys(path), read_parameters(path)), "")
 
 
 def version_of(path: Path) -> tuple[int, int, int]:

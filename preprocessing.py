@@ -285,7 +285,12 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             write_beside=write_what_goes_beside,
             name="preprocessing",
         )
-        return stage.run_stage(preprocessing, cli.engine(options), force=options.force)
+        return stage.run_stage(
+            preprocessing,
+            cli.engine(options),
+            force=options.force,
+            allow_shrink=options.allow_shrink,
+        )
 
 
 def plan(

@@ -200,7 +200,9 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             write_beside=list_projections,
             name="project_2d",
         )
-        return stage.run_stage(projecting, cli.engine(options), force=options.force)
+        return stage.run_stage(
+            projecting, cli.engine(options), force=options.force, allow_shrink=options.allow_shrink
+        )
 
 
 def read_source(path: Path, shard: tuple[int, int]) -> Source:

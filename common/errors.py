@@ -85,7 +85,33 @@ class StudyError(Exception):
 
 
 class IncompleteStudy(StudyError):
-    """One study lacks a role, such as a mask; it is skipped and listed, which is no error."""
+    """One study lacks a role, such as a mask; it is skipped and listed, which is no error.
+
+    Attributes
+    ----------
+    lacks_files : bool
+        It has no file at all, or links that lead nowhere: a disk may not be mounted.
+    """
+
+    def __init__(self, message: str, private: str = "", *, lacks_files: bool = False) -> None:
+        super().__init__(message, private)
+        self.lacks_files = lacks_files
+
+
+class UnreachableStudy(StudyError):
+    """One study can't be looked at just now; nothing is said against what was made of it before."""
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """Return the system's refusal among an error and what led to it; None where there is none.
+
+    To seek to a place that damaged bytes name is a refusal too (EINVAL), which is not meant.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class StageError(Exception):

@@ -21,7 +21,7 @@ import numpy as np
 from isal import igzip, igzip_lib, isal_zlib
 from numpy.typing import NDArray
 
-from common.errors import StudyError
+from common.errors import StudyError, UnreachableStudy, system_error
 from common.geometry import Grid, Image, corners, edges_mm, inverse, moved, voxel_ml
 
 LARGEST_VOLUME = 2**31
@@ -287,7 +287,12 @@ def read_nifti_file(path: str | os.PathLike[str], role: str) -> Image:
         with open(path, "rb") as stream:
             return read_nifti(stream, size, role)
     except OSError as error:
-        raise StudyError(f"cannot read the {role} ({error.strerror}): check the file") from error
+        raise _unreadable(error, role) from error
+
+
+def _unreadable(error: OSError, role: str) -> StudyError:
+    what = f"cannot read the {role} ({error.strerror}): check the file"
+    return UnreachableStudy(what) if system_error(error) is not None else StudyError(what)
 
 
 def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
@@ -351,7 +356,7 @@ def read_nifti_header(path: str | os.PathLike[str], role: str) -> NiftiHeader:
         with open(path, "rb") as stream, _refusing_damage(role), _inflated(stream) as (plain, _):
             return _read_header(plain, role)[0]
     except OSError as error:
-        raise StudyError(f"cannot read the {role} ({error.strerror}): check the file") from error
+        raise _unreadable(error, role) from error
 
 
 def stored_bytes(path: str | os.PathLike[str]) -> int:

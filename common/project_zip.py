@@ -4,7 +4,6 @@ The only module that knows the layout. A part of one study is a project zip too,
 the parts of a run and keeping studies of an earlier output are one copy of stored members.
 """
 
-import errno
 import functools
 import json
 import lzma
@@ -20,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from common.errors import StageError, StudyError, Warning, blaming, warnings_from
+from common.errors import (
+    StageError,
+    StudyError,
+    Unreachable,
+    Warning,
+    blaming,
+    system_error,
+    warnings_from,
+)
 from common.geometry import Image
 from common.hashing import LONGEST_NAME, can_name_study, fingerprint
 from common.nifti import encode_nifti, read_nifti
@@ -110,6 +117,8 @@ def read_directory(path: Path) -> dict[str, ArchivedStudy]:
 
     Raises
     ------
+    Unreachable
+        It can't be looked at.
     StageError
         Not a zip, truncated, encrypted, with members that a zip of ours can't have, with a
         directory that differs from what the file holds, or made by a newer version.
@@ -122,9 +131,9 @@ def read_directory(path: Path) -> dict[str, ArchivedStudy]:
             _check_directory(path, stream, archive)
             records = _read_records(archive)
     except (*_DAMAGED, OSError) as error:
-        # A seek to a damaged offset is an OSError too.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise StageError(f"{path}: cannot be read ({error.strerror}): check it") from error
+        # zipfile takes a disk that fails for a damaged zip.
+        if (refusal := system_error(error)) is not None:
+            raise _unreachable(path, refusal) from error
         raise StageError(
             f"{path}: not a zip file, or truncated or damaged: make it again with createproject.py"
         ) from error
@@ -146,6 +155,8 @@ def read_absent(path: Path) -> dict[str, tuple[str, str]]:
         with zipfile.ZipFile(path) as archive:
             records = _read_records(archive)
     except (*_DAMAGED, OSError) as error:
+        if (refusal := system_error(error)) is not None:
+            raise _unreachable(path, refusal) from error
         raise StageError(f"{path}: cannot be read: check it") from error
     return {
         study_hash: (record["status"], str(record.get("reason", "")))
@@ -354,6 +365,8 @@ def read_image(path: Path, study: ArchivedStudy, role: str) -> Image:
     ------
     StudyError
         Damaged, truncated, or larger than its header promises.
+    Unreachable
+        The zip can't be read any more.
     StageError
         The zip is another one than was planned with.
     """
@@ -371,14 +384,17 @@ def read_image(path: Path, study: ArchivedStudy, role: str) -> Image:
             return image
     except KeyError as error:
         raise StageError(f"{path}: has been made anew since this run began: run again") from error
-    except OSError as error:
-        if error.errno is None:
-            raise _damaged(name) from error
-        raise StudyError(
-            f"the {name} cannot be read from the zip ({error.strerror}): check the disk"
-        ) from error
-    except _DAMAGED as error:
+    except (*_DAMAGED, OSError) as error:
+        if (refusal := system_error(error)) is not None:
+            raise _unreachable(path, refusal) from error
         raise _damaged(name) from error
+
+
+def _unreachable(path: Path, error: OSError) -> Unreachable:
+    return Unreachable(
+        f"{path}: cannot be read ({error.strerror}): check that its disk is mounted, and its "
+        "permissions"
+    )
 
 
 def _damaged(name: str) -> StudyError:

@@ -133,7 +133,8 @@ def test_second_run_changes_nothing(inputs, output, capsys):
     assert output.stat().st_mtime_ns == before.st_mtime_ns
     assert run(inputs["two"], inputs["one"], "-o", output, "--force") == 0
     assert "4 written" in capsys.readouterr().out
-    assert run(inputs["one"], "-o", output) == 0
+    assert run(inputs["one"], "-o", output) == 1
+    assert run(inputs["one"], "-o", output, "--allow-shrink") == 0
     assert_holds(output, {A: inputs["one"], B: inputs["one"]})
 
 

@@ -44,7 +44,7 @@ from common.dicom.attributes import (
     tag_of,
     texts,
 )
-from common.errors import StudyError
+from common.errors import StudyError, UnreachableStudy, system_error
 
 # --- dicom scan ------------------------------------------------------------------------------
 
@@ -356,11 +356,11 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
         is_damaged |= not is_object and _is_of_series(header)
     except StudyError:
         raise
-    except OSError as error:
-        raise StudyError(
-            f"a file cannot be read ({error.strerror}): check it and its permissions", name
-        ) from error
     except Exception as error:  # pydicom raises nearly every type on damaged files
+        if (refusal := system_error(error)) is not None:
+            raise UnreachableStudy(
+                f"a file cannot be read ({refusal.strerror}): check it and its permissions", name
+            ) from error
         if is_marked and not _plays_no_role(start):
             raise _damaged(start, name) from error
         return None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from common.dicom.attributes import items, joined_text, tag_of, whole_number
-from common.errors import StudyError, Warning
+from common.errors import StudyError, UnreachableStudy, Warning, system_error
 
 LabelArray = NDArray[np.uint8 | np.uint16]
 
@@ -50,6 +50,10 @@ def refusing_malformed(what: str) -> Iterator[None]:
     except (StudyError, MemoryError):
         raise
     except Exception as error:
+        if (refusal := system_error(error)) is not None:
+            raise UnreachableStudy(
+                f"cannot read the {what} ({refusal.strerror}): check the file"
+            ) from error
         raise StudyError(
             f"the {what} can't be read ({type(error).__name__}): export it again, or give the "
             "mask as NIfTI"

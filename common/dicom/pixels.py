@@ -27,7 +27,7 @@ from pydicom.uid import (
 from common.dicom.attributes import joined_text, number, tag_of, whole_number
 from common.dicom.files import DicomFile
 from common.dicom.series import Slice, Stack
-from common.errors import StudyError
+from common.errors import StudyError, UnreachableStudy, system_error
 from common.geometry import Image
 
 _UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
@@ -166,6 +166,10 @@ def _refusing_unreadable(file: DicomFile) -> Iterator[None]:
     except (StudyError, MemoryError):
         raise
     except Exception as error:
+        if (refusal := system_error(error)) is not None:
+            raise UnreachableStudy(
+                f"a slice cannot be read ({refusal.strerror}): check the file", file.name
+            ) from error
         raise StudyError(
             "the pixels of a slice cannot be read (truncated, damaged, or compressed in a way "
             "that no installed decoder reads): export the series again, uncompressed",

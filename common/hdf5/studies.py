@@ -133,9 +133,9 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     Raises
     ------
     Unreachable
-        Another process has locked it, or the disk or file server fails.
+        No such file, or no permission; another process has locked it; the disk or server fails.
     StageError
-        No such file, not HDF5, damaged, made by a newer version, or with links in place of groups.
+        Not HDF5, damaged, made by a newer version, or with links in place of groups.
     """
     try:
         with keeping_open(), _opened(path) as file:
@@ -152,15 +152,17 @@ def _opened(path: Path) -> h5py.File:
         # No lock: files are replaced, never changed, and some file systems have none.
         file = h5py.File(path, "r", locking=False)
     except FileNotFoundError as error:
-        raise StageError(f"{path}: no such file") from error
+        raise Unreachable(
+            f"{path}: no such file: check that its disk is mounted, and run again"
+        ) from error
     except PermissionError as error:
-        raise StageError(f"{path}: no permission to read it") from error
+        raise Unreachable(f"{path}: no permission to read it") from error
     except DAMAGE as error:
         _raise_if_unreachable(path, error)
         if isinstance(error, OSError) and error.errno:
             # The system's refusal; of a file's content HDF5 tells no number.
             reason = os.strerror(error.errno)
-            raise StageError(
+            raise Unreachable(
                 f"{path}: cannot be read ({reason}): check the disk, and run again"
             ) from error
         raise StageError(f"{path}: not an HDF5 file, or truncated: make it again") from error

@@ -19,8 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import StageError, StudyError
-from common.raw.project import Member, StudyFolder, list_studies, listed_files, text_of
+from common.errors import StageError, StudyError, UnreachableStudy
+from common.raw.project import (
+    Member,
+    StudyFolder,
+    is_file,
+    is_folder,
+    list_studies,
+    listed_files,
+    text_of,
+)
 from common.suv.decay import average_rate_time_s
 from common.suv.inputs import PetSeries, PetSlice
 
@@ -98,7 +106,7 @@ _LABEL = re.compile(rf"^(?P<case>.+){_NIFTI}", re.IGNORECASE)
 
 def is_nnunet(project: Path) -> bool:
     """Tell whether a folder is nnU-Net's raw data of one dataset."""
-    return (project / "imagesTr").is_dir()
+    return is_folder(project / "imagesTr")
 
 
 def nnunet_cases(project: Path, patient: str | None) -> list[StudyFolder]:
@@ -186,7 +194,7 @@ _PARTICIPANTS = "participants.tsv"
 def is_bids(project: Path) -> bool:
     """Tell whether a folder holds subjects of BIDS."""
     return any(
-        entry.name.startswith("sub-") and entry.is_dir() for entry in sorted(project.iterdir())
+        entry.name.startswith("sub-") and is_folder(entry) for entry in sorted(project.iterdir())
     )
 
 
@@ -194,13 +202,13 @@ def bids_studies(project: Path) -> list[StudyFolder]:
     """Return a study for each session, or each subject without sessions, ordered by name."""
     derived = listed_files(project, "derivatives")
     studies = []
-    for subject in sorted(p.name for p in project.glob("sub-*") if p.is_dir()):
-        sessions = sorted(p.name for p in (project / subject).glob("ses-*") if p.is_dir())
+    for subject in sorted(p.name for p in project.glob("sub-*") if is_folder(p)):
+        sessions = sorted(p.name for p in (project / subject).glob("ses-*") if is_folder(p))
         for session in sessions or [""]:
             own = "/".join(filter(None, (subject, session)))
             names = listed_files(project, own)
             names += [name for name in derived if _is_of(name, subject, session)]
-            if (project / _PARTICIPANTS).is_file():
+            if is_file(project / _PARTICIPANTS):
                 names.append(_PARTICIPANTS)
             members = tuple(Member(name, "") for name in names)
             study = text_of(session or subject)
@@ -218,16 +226,30 @@ def _is_of(name: str, subject: str, session: str) -> bool:
 
 
 def sidecar_of(pet_path: str) -> str | None:
-    """Return the path of the PET-BIDS sidecar beside a NIfTI PET; None where there is none."""
+    """Return the path of the PET-BIDS sidecar beside a NIfTI PET; None where there is none.
+
+    Raises
+    ------
+    UnreachableStudy
+        Whether there is one can't be told.
+    """
     path = re.sub(_NIFTI, ".json", pet_path, flags=re.IGNORECASE)
     try:
         with open(path, encoding="utf-8") as stream:
             fields = json.load(stream)
-    except (OSError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise _unreadable(error) from error
     # Other programs write sidecars of other fields.
     is_bids_pet = isinstance(fields, dict) and "InjectedRadioactivity" in fields
     return path if is_bids_pet else None
+
+
+def _unreadable(error: OSError) -> StudyError:
+    return UnreachableStudy(
+        f"a file beside the PET cannot be read ({error.strerror}): check it and its permissions"
+    )
 
 
 _BQ_PER = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9}
@@ -260,7 +282,9 @@ def read_sidecar(path: str) -> PetSeries:
             fields = json.load(stream)
         if not isinstance(fields, dict):
             raise ValueError
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(error) from error
+    except ValueError as error:
         raise StudyError(
             "the JSON sidecar of the PET cannot be read: correct it, or give a DICOM header"
         ) from error
@@ -363,8 +387,10 @@ def _weight_kg(fields: Mapping[str, Any], path: Path) -> float | None:
     try:
         with open(project / _PARTICIPANTS, encoding="utf-8-sig") as stream:
             heading, *rows = (line.rstrip("\r\n").split("\t") for line in stream)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
+    except OSError as error:
+        raise _unreadable(error) from error
     column = next((i for i, name in enumerate(heading) if name.strip().lower() in _WEIGHTS), None)
     for row in rows:
         if column is not None and row[0] == subject and len(row) > column:

@@ -34,8 +34,8 @@ class Row:
         regions.
     found : str
         Names and descriptions of the files and series in question.
-    input, output : str
-        Digests by which a later run sees that the study is unchanged.
+    input, output, options : str
+        Digests by which a later run sees that the study, and how it is made, are unchanged.
     further : dict
         Cells in columns of another make, by their headings.
     notes : tuple of str
@@ -55,6 +55,7 @@ class Row:
     found: str = ""
     input: str = ""
     output: str = ""
+    options: str = ""
     further: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -182,7 +183,9 @@ def merged(
 
 
 def _gone(row: Row) -> Row:
-    return replace(row, status="gone", reason="no longer in the input", input="", output="")
+    return replace(
+        row, status="gone", reason="no longer in the input", input="", output="", options=""
+    )
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

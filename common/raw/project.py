@@ -3,6 +3,7 @@
 What the images of a raw study take in memory, by the headers of a few of its files.
 """
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -10,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import IncompleteStudy, StageError, StudyError
+from common.errors import IncompleteStudy, StageError, StudyError, Unreachable, UnreachableStudy
+from common.hashing import fingerprint
 from common.nifti import is_nifti_name, stored_bytes
 
 # --- raw project -----------------------------------------------------------------------------
@@ -50,12 +52,15 @@ class StudyFolder:
         Its folder, or, with `members`, that of the project.
     members : tuple of Member, optional
         Its files, where they are not all that lies below `path`; see `common.raw.layouts`.
+    refusal : str
+        Why a patient's folder can't be looked at; empty where it can.
     """
 
     patient: str
     study: str
     path: str
     members: tuple[Member, ...] | None = None
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,8 @@ def _kinds_of_files(folder: Path) -> str:
 def _studies_of(patient: str, path: str) -> list[StudyFolder]:
     try:
         studies = [StudyFolder(patient, text_of(name), below) for name, below in _subfolders(path)]
-    except OSError:
-        studies = []
+    except OSError as error:
+        return [StudyFolder(patient, "", path, refusal=error.strerror or "no reason given")]
     return studies or [StudyFolder(patient, "", path)]
 
 
@@ -146,19 +151,31 @@ def text_of(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
+def name_of(text: str) -> str:
+    """Return the name that `text_of` tells."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def _subfolders(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
-    """Return names and paths of subfolders in order; links that lead nowhere are among them."""
+    """Return names and paths of subfolders in order.
+
+    Links that lead nowhere are among them, and what can't be looked at: it may be one.
+    """
     above = _folders_above(folder)
     with os.scandir(folder) as entries:
         return sorted(
             (entry.name, entry.path)
             for entry in entries
-            if _is_visible(entry.name)
-            and (
-                not os.path.exists(entry.path)
-                or (os.path.isdir(entry.path) and _identity(entry.path) not in above)
-            )
+            if _is_visible(entry.name) and _may_be_folder(entry.path, above)
         )
+
+
+def _may_be_folder(path: str, above: frozenset[tuple[int, int]]) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return True
+    return stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in above
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -189,9 +206,11 @@ def list_files(folder: StudyFolder) -> list[RawFile]:
     ------
     IncompleteStudy
         A patient's folder without a study's folder.
-    StudyError
-        A folder that may not be read.
+    UnreachableStudy
+        A folder or file can't be looked at.
     """
+    if folder.refusal:
+        raise _unreadable(folder.refusal, "")
     files = files_of(folder)
     if not folder.study:
         raise IncompleteStudy(
@@ -200,13 +219,49 @@ def list_files(folder: StudyFolder) -> list[RawFile]:
     return files
 
 
+def is_without_studies(folder: StudyFolder) -> bool:
+    """Tell whether a patient's folder can't be looked at, or is empty: a disk may be missing."""
+    if folder.study:
+        return False
+    try:
+        with os.scandir(folder.path) as entries:
+            return bool(folder.refusal) or not any(_is_visible(entry.name) for entry in entries)
+    except OSError:
+        return True
+
+
+def listing(files: Sequence[RawFile]) -> str:
+    """Return a digest of names and sizes, which machines that share a disk agree about."""
+    return fingerprint([[file.name, file.size] for file in files])
+
+
+def check_project(project: Path) -> None:
+    """See whether the raw project is there: where it is not, no study is to blame.
+
+    Raises
+    ------
+    Unreachable
+        It is not, or it is empty, as where a disk is not mounted.
+    """
+    try:
+        with os.scandir(project) as entries:
+            reason = "" if any(entries) else "it is empty"
+    except OSError as error:
+        reason = error.strerror or "no reason given"
+    if reason:
+        raise Unreachable(
+            f"the raw project cannot be read any more ({reason}): check that its disk is mounted, "
+            "and run again; finished studies are kept"
+        )
+
+
 def files_of(folder: StudyFolder) -> list[RawFile]:
     """Return the files of a study, whatever its layout, in order of name.
 
     Raises
     ------
-    StudyError
-        A folder that may not be read.
+    UnreachableStudy
+        A folder or file can't be looked at.
     """
     if folder.members is None:
         return files_below(folder.path)
@@ -218,9 +273,21 @@ def files_of(folder: StudyFolder) -> list[RawFile]:
 def _stated(folder: str, name: str) -> RawFile:
     try:
         status = os.stat(os.path.join(folder, name))
-    except OSError:
-        return RawFile(name, None)
+    except OSError as error:
+        return _dangling(error, name)
     return RawFile(name, status.st_size, status.st_mtime_ns)
+
+
+_LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def _dangling(error: OSError, name: str) -> RawFile:
+    """Return a link that leads nowhere; what can't be looked at otherwise may be any file."""
+    if error.errno in _LEADS_NOWHERE:
+        return RawFile(name, None)
+    raise UnreachableStudy(
+        f"a file cannot be looked at ({error.strerror}): check it and its permissions", name
+    ) from error
 
 
 def listed_files(project: Path, below: str) -> list[str]:
@@ -231,7 +298,7 @@ def listed_files(project: Path, below: str) -> list[str]:
     StageError
         It can't be read.
     """
-    if not (project / below).is_dir():
+    if not is_folder(project / below):
         return []
     try:
         return [f"{below}/{file.name}" for file in files_below(str(project / below))]
@@ -239,12 +306,31 @@ def listed_files(project: Path, below: str) -> list[str]:
         raise StageError(f"{project}: {below}: {error}") from error
 
 
+def is_folder(path: Path) -> bool:
+    """Tell whether a path leads to a folder; that it can't be looked at is an OSError."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a path leads to a file; that it can't be looked at is an OSError."""
+    return stat.S_ISREG(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return 0
+        raise
+
+
 def files_below(folder: str) -> list[RawFile]:
     """Return the files below a folder; see `list_files`."""
     try:
         above = _folders_above(folder) - {_identity(folder)}
     except OSError as error:
-        raise _unreadable(error, "") from error
+        raise _unreadable(error.strerror, "") from error
     return sorted(_walk(folder, "", above), key=lambda file: file.name)
 
 
@@ -254,15 +340,15 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if _is_visible(entry.name)]
     except OSError as error:
-        raise _unreadable(error, prefix) from error
+        raise _unreadable(error.strerror, prefix) from error
     if here in above:
         return
     for entry in visible:
         name = prefix + entry.name
         try:
             status = entry.stat()
-        except OSError:
-            yield RawFile(name, None)
+        except OSError as error:
+            yield _dangling(error, name)
             continue
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(entry.path, name + "/", above | {here})
@@ -270,10 +356,9 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             yield RawFile(name, status.st_size, status.st_mtime_ns)
 
 
-def _unreadable(error: OSError, name: str) -> StudyError:
-    return StudyError(
-        f"a folder cannot be read ({error.strerror}): check its permissions, or the link that "
-        "leads there",
+def _unreadable(reason: str | None, name: str) -> UnreachableStudy:
+    return UnreachableStudy(
+        f"a folder cannot be read ({reason}): check its permissions, or the link that leads there",
         name,
     )
 

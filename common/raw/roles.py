@@ -147,12 +147,16 @@ _OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """The files of a study by kind, suffixes of other image formats, and remarks on the rest."""
+    """The files of a study by kind, suffixes of other image formats, and remarks on the rest.
+
+    `lacks_files` as in `IncompleteStudy`.
+    """
 
     nifti: Sequence[NiftiFile]
     dicom: Sequence[DicomFile]
     other_formats: Sequence[str]
     remarks: tuple[str, ...]
+    lacks_files: bool = False
 
 
 def read_files(folder: StudyFolder) -> StudyFiles:
@@ -160,15 +164,18 @@ def read_files(folder: StudyFolder) -> StudyFiles:
 
     Raises
     ------
+    UnreachableStudy
+        A folder or file cannot be read.
     StudyError
-        A folder or file cannot be read, or a DICOM file is damaged.
+        A DICOM file is damaged.
     """
     nifti: list[NiftiFile] = []
     dicom: list[DicomFile] = []
     other_formats: set[str] = set()
     n_dangling = n_no_dicom = 0
     role_of = {each.name: each.role for each in folder.members or ()}
-    for file in files_of(folder):
+    files = files_of(folder)
+    for file in files:
         path = os.path.join(folder.path, file.name)
         if file.size is None:
             n_dangling += 1
@@ -187,7 +194,8 @@ def read_files(folder: StudyFolder) -> StudyFiles:
             f"files named as DICOM ({n_no_dicom}) are left out, damaged or without "
             f"{tag_of('Modality')}: check that no slice is lost"
         )
-    return StudyFiles(nifti, dicom, sorted(other_formats), tuple(remarks))
+    lacks_files = not files or n_dangling > 0
+    return StudyFiles(nifti, dicom, sorted(other_formats), tuple(remarks), lacks_files)
 
 
 # --- role hints ------------------------------------------------------------------------------
@@ -359,12 +367,15 @@ class Survey:
         Why roles may be missing; no identity.
     names : tuple of str
         All candidates, whether patterns fit them or not, and NIfTI files of no role (private).
+    lacks_files : bool
+        As in `IncompleteStudy`.
     """
 
     fitting: Mapping[str, Sequence[Candidate]]
     remarks: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    lacks_files: bool = False
 
     def summary(self, role: str) -> str:
         """Return in a few words what fits a role; no identity."""
@@ -436,7 +447,7 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
         *hints_of_roles(fitting, files, patterns, len(nameless)),
         *hints_of_folder(folder.path, files),
     )
-    return Survey(fitting, remarks, hints, (*names, *nameless))
+    return Survey(fitting, remarks, hints, (*names, *nameless), files.lacks_files)
 
 
 def choose(found: Survey, named_by: str = "the mapping file names them") -> Roles:
@@ -464,7 +475,9 @@ def choose(found: Survey, named_by: str = "the mapping file names them") -> Role
         reasons += [*filter(None, [named_by]), *several_examinations(fitting)]
     if missing:
         reasons += [*found.hints, *found.remarks]
-        raise IncompleteStudy("; ".join(reasons), "; ".join(found.names))
+        raise IncompleteStudy(
+            "; ".join(reasons), "; ".join(found.names), lacks_files=found.lacks_files
+        )
     if several:
         names = [private_name(role, each) for role in several for each in fitting[role]]
         raise StudyError("; ".join(reasons), "; ".join(names))

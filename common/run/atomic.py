@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.errors import StageError
+from common.errors import StageError, Unreachable
 
 # --- files -----------------------------------------------------------------------------------
 
@@ -50,6 +50,25 @@ def temporary_beside(path: Path) -> Path:
     return real.with_name(f".{real.stem}.tmp{real.suffix}")
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether there is a file; where that can't be told, the output could be lost.
+
+    Raises
+    ------
+    Unreachable
+        It can't be looked at.
+    """
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise Unreachable(
+            f"{path}: cannot be looked at ({error.strerror}): check the disk and its permissions"
+        ) from error
+    return True
+
+
 # --- files that can't be written -------------------------------------------------------------
 
 PARTS_SUFFIX = ".parts"
@@ -70,6 +89,10 @@ _REMEDIES = {
     errno.EIO: "the disk fails: check it",
     errno.EINTR: "the file system broke off: check it",
     errno.ESTALE: "the file server has lost it: check the server",
+    errno.ENOTCONN: "the file server does not answer: check the server",
+    errno.ETIMEDOUT: "the file server does not answer: check the server",
+    errno.EHOSTDOWN: "the file server does not answer: check the server",
+    errno.ENODEV: "its disk is gone: connect it",
 }
 
 

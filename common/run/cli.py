@@ -118,6 +118,12 @@ def add_run_options(parser: argparse.ArgumentParser, *, cluster: bool = True) ->
         )
     run.add_argument("--force", action="store_true", help="start afresh: reuse nothing")
     run.add_argument(
+        "--allow-shrink",
+        action="store_true",
+        help="replace an output that would lose more than a tenth of its studies, and more than "
+        "one, because they are no longer in the input",
+    )
+    run.add_argument(
         "--no-lock",
         dest="lock",
         action="store_false",

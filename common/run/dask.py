@@ -34,11 +34,20 @@ from typing import Any
 
 import threadpoolctl
 
-from common.errors import StageError
+from common.errors import StageError, Unreachable
 from common.run.atomic import clear_write_errors
 from common.run.pool import keep_memory
 from common.run.signals import uninterrupted
-from common.run.worker import Job, Line, Outcome, Worker, attempt, keep_log_lines, saying_nothing
+from common.run.worker import (
+    Job,
+    Line,
+    Outcome,
+    Worker,
+    attempt,
+    broken_off,
+    keep_log_lines,
+    saying_nothing,
+)
 from common.version import VERSION
 
 logger = logging.getLogger("tumorvolume")
@@ -78,6 +87,8 @@ def attempt_on_worker(
                     f"a dask worker cannot load the work ({type(error).__name__}): restart it"
                 ) from error
             outcome = _attempt_noted(work, study, note) if note else _attempt(work, study)
+        except Unreachable as error:
+            outcome = StageError(f"the dask worker on {socket.gethostname()}: {error}")
         except StageError as error:
             # Without what led to it, which holds paths.
             outcome = StageError(*error.args)
@@ -89,14 +100,13 @@ def _attempt(worker: Worker, job: Job) -> Outcome:
         return attempt(worker, job)
     except SystemExit:
         # Dask would end the process, and log why.
-        return Outcome(job.hash, "failed", "it ended its worker process: report it")
+        return broken_off(job, "it ended its worker process: report it")
 
 
 def _killed_too_often(job: Job) -> Outcome:
     """Return the outcome of a study that workers do not survive."""
-    return Outcome(
-        job.hash,
-        "failed",
+    return broken_off(
+        job,
         "it has killed its worker process three times, probably for want of memory: give the "
         "workers more",
     )

@@ -32,6 +32,7 @@ from common.run.worker import (
     Outcome,
     Worker,
     attempt,
+    broken_off,
     keep_log_lines,
     say_nothing,
     traceback_without_text,
@@ -310,7 +311,7 @@ def _until_breakdown(
 def _killed(job: Job, process: BaseProcess | None) -> Outcome:
     # One that was born and died between two looks is not known.
     code = process.exitcode if process is not None else None
-    return Outcome(job.hash, "failed", why_it_ended(code))
+    return broken_off(job, why_it_ended(code))
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from common.errors import DamagedSource, StageError, Unreachable, WorkerKilled
 from common.run import output as outputs
 from common.run.atomic import (
     clear_write_errors,
+    is_there,
     list_temporaries,
     remove_listed,
     temporary_beside,
 )
 from common.run.console import PROGRESS
 from common.run.fan_out import Engine, run_studies
-from common.run.worker import Job, Outcome, Worker
+from common.run.worker import Cause, Job, Outcome, Worker
 
 logger = logging.getLogger("tumorvolume")
 
@@ -66,7 +67,10 @@ class Stage:
         Where the output tells of studies that are not in it: returns what a present one tells,
         status and reason by hash; `assemble` takes the same as `absent`.
     listed : sequence of Outcome
-        Of studies that ended before they could be planned.
+        Of studies that could not be planned.
+    made_alike : set of hash
+        Studies that the present output holds as these options make them: what it holds of them
+        stays where they can't be looked at.
     """
 
     output: Path
@@ -79,6 +83,7 @@ class Stage:
     known_skips: Mapping[str, str] = field(default_factory=dict)
     read_absent: Callable[[Path], Mapping[str, tuple[str, str]]] | None = None
     listed: Sequence[Outcome] = ()
+    made_alike: Set[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,10 @@ class _Plan:
     is_known: bool
 
 
-def run_stage(stage: Stage, engine: Engine, *, force: bool = False) -> list[Outcome]:
-    """Compute what is missing, then replace the output; return the outcomes in study order.
+def run_stage(
+    stage: Stage, engine: Engine, *, force: bool = False, allow_shrink: bool = False
+) -> list[Outcome]:
+    """Compute what is missing, then replace the output.
 
     Parameters
     ----------
@@ -114,18 +121,29 @@ def run_stage(stage: Stage, engine: Engine, *, force: bool = False) -> list[Outc
     engine : Engine
     force : bool
         Compute all studies anew.
+    allow_shrink : bool
+        Replace the output though many of its studies would be lost; see `refuse_to_shrink`.
+
+    Returns
+    -------
+    list of Outcome
+        Of the studies that could not be planned, and of those that were, in their order.
 
     Raises
     ------
     StageError
-        No study at all could be written, and the old output would be lost; or a full disk.
+        No study at all could be written, and the old output would be lost; or many of its
+        studies; or a full disk.
     """
-    plan = _plan(stage, force=force)
-    outcomes = _compute(stage, plan, engine)
+    plan = _plan(stage, force=force, allow_shrink=allow_shrink)
+    listed = [_settled(stage, plan, outcome) for outcome in stage.listed]
+    for outcome in listed:
+        report(outcome, stage.known_skips)
+    outcomes = [*listed, *_compute(stage, plan, engine)]
     made_anew: set[Path] = set()
     while True:
         try:
-            _replace(stage, plan, outcomes)
+            _replace(stage, plan, outcomes, allow_shrink=allow_shrink)
             return outcomes
         except DamagedSource as error:
             # A part that an interrupted run has left, or that the disk has lost meanwhile.
@@ -138,15 +156,19 @@ def run_stage(stage: Stage, engine: Engine, *, force: bool = False) -> list[Outc
 # --- plan ------------------------------------------------------------------------------------
 
 
-def _plan(stage: Stage, *, force: bool) -> _Plan:
+def _plan(stage: Stage, *, force: bool, allow_shrink: bool) -> _Plan:
     present = present_content(stage.output, stage.read_finished, force=force)
     finished = present or {}
+    asked_for = {job.hash for job in stage.studies} | {each.hash for each in stage.listed}
+    vanished = finished.keys() - asked_for
+    if not allow_shrink:
+        refuse_to_shrink(stage.output, finished.keys(), vanished)
     _remove_replaced(stage)
     folder = outputs.parts_folder(stage.output)
     kept = {
         job.hash
         for job in stage.studies
-        if finished.get(job.hash) == job.fingerprint and job.has_all_beside
+        if not force and finished.get(job.hash) == job.fingerprint and job.has_all_beside
     }
     parts = {
         job.hash: folder / part_name(job, stage.output)
@@ -158,27 +180,28 @@ def _plan(stage: Stage, *, force: bool) -> _Plan:
         for job in stage.studies
         if job.hash in parts and not (parts[job.hash].exists() and job.has_all_beside)
     ]
-    _report_plan(stage, len(kept), len(todo), finished)
+    _report_plan(stage, len(kept), len(todo), vanished)
     return _Plan(kept, todo, parts, finished, present is not None)
 
 
 def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping[str, str] | None:
     """Return the fingerprints by hash that `read` finds in OUTPUT; {} where there is none.
 
-    None where they are not known: by `force`, or because it is damaged, which is said.
+    None where they are not known, because it is damaged, which is said; or whatever keeps it from
+    being read, where it is to be made anew by `force`.
 
     Raises
     ------
     WorkerKilled, Unreachable
         They say nothing against the file.
     """
-    if not output.exists():
+    if not is_there(output):
         return {}
-    if force:
-        return None
     try:
         return read(output)
     except (WorkerKilled, Unreachable):
+        if force:
+            return None
         raise
     except StageError as error:
         logger.warning("the old output is of no use and is made anew: %s", error)
@@ -205,14 +228,35 @@ def _remove_replaced(stage: Stage) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _report_plan(stage: Stage, n_kept: int, n_todo: int, finished: Mapping[str, str]) -> None:
+def _report_plan(stage: Stage, n_kept: int, n_todo: int, vanished: Set[str]) -> None:
     n_studies = len(stage.studies)
     resumed = n_studies - n_kept - n_todo
     logger.info("%d studies: %d unchanged, %d to compute", n_studies, n_kept, n_todo)
     if resumed:
         logger.log(PROGRESS, "resuming: %d studies are finished already", resumed)
-    vanished = finished.keys() - {job.hash for job in stage.studies}
     _report_absent("are no longer in the input", vanished)
+
+
+_LARGEST_LOSS = 0.1
+"""Part of its studies that an output may lose from one run to the next unasked."""
+
+_MOST_NAMED = 100
+
+
+def refuse_to_shrink(output: Path, held: Set[str], lost: Set[str]) -> None:
+    """Refuse to replace an output that would lose more than a tenth of its studies, and several.
+
+    Raises
+    ------
+    StageError
+        It would; which they are.
+    """
+    if len(lost) > max(1, _LARGEST_LOSS * len(held)):
+        raise StageError(
+            f"{output}: left as it was, for it would lose {len(lost)} of its {len(held)} studies "
+            f"({_named(lost, _MOST_NAMED)}): check that all of the input is there, or add "
+            "--allow-shrink"
+        )
 
 
 # --- compute ---------------------------------------------------------------------------------
@@ -230,7 +274,7 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
             stage.worker,
             plan.todo,
             engine,
-            lambda outcome: report(outcome, stage.known_skips),
+            lambda outcome: report(_settled(stage, plan, outcome), stage.known_skips),
             parts,
         )
     finally:
@@ -238,13 +282,30 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
     if engine.dask is not None and plan.parts:
         # A file server's client may remember that parts were not there; this makes it look again.
         os.listdir(parts)
-    found = {outcome.hash: outcome for outcome in computed}
+    found = {outcome.hash: _settled(stage, plan, outcome) for outcome in computed}
     return [
         Outcome(job.hash, "unchanged")
         if job.hash in plan.kept
         else found.get(job.hash, Outcome(job.hash, "written"))
         for job in stage.studies
     ]
+
+
+def _settled(stage: Stage, plan: _Plan, outcome: Outcome) -> Outcome:
+    """Return an outcome; of a study that is out of reach it says what becomes of it."""
+    if not _stays(stage, plan, outcome):
+        return outcome
+    reason = f"{outcome.reason}; its earlier result stays in the output"
+    return replace(outcome, status="failed", reason=reason)
+
+
+def _stays(stage: Stage, plan: _Plan, outcome: Outcome) -> bool:
+    """Tell whether what the output holds of a study stays, though it can't be looked at."""
+    return (
+        outcome.cause is Cause.REACH
+        and outcome.hash in plan.finished
+        and outcome.hash in stage.made_alike
+    )
 
 
 def _make_anew(
@@ -255,30 +316,33 @@ def _make_anew(
     logger.warning("%s: its finished part is damaged and is made anew", damaged.hash)
     part.unlink(missing_ok=True)
     job = replace(damaged, part=part, beside=tuple(path.absolute() for path in damaged.beside))
-    again = _compute(stage, replace(plan, todo=[job]), engine)
-    return [
-        new if new.hash == damaged.hash else old for old, new in zip(outcomes, again, strict=True)
-    ]
+    again = {each.hash: each for each in _compute(stage, replace(plan, todo=[job]), engine)}
+    return [again[job.hash] if each.hash == job.hash else each for each in outcomes]
 
 
 # --- replace ---------------------------------------------------------------------------------
 
 
-def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome]) -> None:
-    """Put a new output in OUTPUT's place, unless it would be the same or empty."""
+def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_shrink: bool) -> None:
+    """Put a new output in OUTPUT's place, unless it would be the same, empty or much smaller."""
     output = stage.output
-    sources = dict.fromkeys((job.hash for job in stage.studies if job.hash in plan.kept), output)
+    stay = {outcome.hash for outcome in outcomes if _stays(stage, plan, outcome)}
+    sources = dict.fromkeys(sorted(plan.kept | stay), output)
     sources |= {o.hash: plan.parts[o.hash] for o in outcomes if o.status == "written"}
     if stage.name:
         _list_failures(output, stage.name, outcomes)
-    would_be_lost = output.exists() and not sources and (plan.finished or not plan.is_known)
-    is_unchanged = output.exists() and sources.keys() == plan.finished.keys() == plan.kept
+    lost = plan.finished.keys() - sources.keys()
+    is_present = is_there(output)
+    would_be_lost = is_present and not sources and (plan.finished or not plan.is_known)
+    is_unchanged = is_present and not lost and set(sources.values()) <= {output}
+    if lost and not would_be_lost and not allow_shrink:
+        _refuse_losses(output, plan, outcomes, lost)
     assemble = stage.assemble
     if stage.read_absent is not None:
         absent = {
             outcome.hash: (outcome.status, outcome.reason)
-            for outcome in (*stage.listed, *outcomes)
-            if outcome.status in ("skipped", "failed")
+            for outcome in outcomes
+            if outcome.status in ("skipped", "failed") and outcome.hash not in sources
         }
         assemble = functools.partial(stage.assemble, absent=absent)  # type: ignore[call-arg]
         is_unchanged = is_unchanged and stage.read_absent(output) == absent
@@ -286,12 +350,26 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome]) -> None:
         with clear_write_errors(output):
             stage.write_beside(None if would_be_lost else output, outcomes)
     else:
-        _report_dropped(plan.finished, outcomes)
+        _report_dropped(lost, outcomes)
         outputs.replace_output(
             output, assemble, sources, lambda path: stage.write_beside(path, outcomes)
         )
     if would_be_lost:
         raise StageError(f"{output}: left as it was, for no study could be written: see above")
+
+
+def _refuse_losses(output: Path, plan: _Plan, outcomes: Sequence[Outcome], lost: Set[str]) -> None:
+    """Refuse to lose what can't be looked at, and much else; what was refused stays out."""
+    causes = {o.hash: o.cause for o in outcomes if o.hash in lost}
+    out_of_reach = {each for each, cause in causes.items() if cause is Cause.REACH}
+    if out_of_reach:
+        raise StageError(
+            f"{output}: left as it was, for studies of it can't be looked at, and it holds them as "
+            f"other options make them ({_named(out_of_reach, _MOST_NAMED)}): see that they can be "
+            "read, or add --allow-shrink to leave them out"
+        )
+    refused = {each for each, cause in causes.items() if cause is Cause.CONTENT}
+    refuse_to_shrink(output, plan.finished.keys(), lost - refused)
 
 
 def failures_file(output: Path) -> Path:
@@ -315,17 +393,22 @@ def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> Non
 # --- what is said of studies -----------------------------------------------------------------
 
 
-def _report_dropped(finished: Mapping[str, str], outcomes: Sequence[Outcome]) -> None:
-    held = {o.hash for o in outcomes if o.status in ("written", "unchanged")}
-    _report_absent(
-        "failed or are incomplete now", {o.hash for o in outcomes} & finished.keys() - held
-    )
+def _report_dropped(lost: Set[str], outcomes: Sequence[Outcome]) -> None:
+    _report_absent("failed or are incomplete now", lost & {o.hash for o in outcomes})
 
 
 def _report_absent(why: str, hashes: Set[str]) -> None:
     if hashes:
-        listed = ", ".join(sorted(hashes)[:10]) + (" ..." if len(hashes) > 10 else "")
-        logger.warning("%d studies of the old output %s and stay out: %s", len(hashes), why, listed)
+        logger.warning(
+            "%d studies of the old output %s and stay out: %s",
+            len(hashes),
+            why,
+            _named(hashes, _MOST_NAMED),
+        )
+
+
+def _named(hashes: Set[str], most: int) -> str:
+    return ", ".join(sorted(hashes)[:most]) + (" ..." if len(hashes) > most else "")
 
 
 def report(outcome: Outcome, known_skips: Mapping[str, str] | None = None) -> None:

@@ -12,10 +12,19 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import IncompleteStudy, StageError, StudyError, Warning
+from common.errors import (
+    UNREACHABLE,
+    IncompleteStudy,
+    StageError,
+    StudyError,
+    Unreachable,
+    UnreachableStudy,
+    Warning,
+)
 
 logger = logging.getLogger("tumorvolume")
 
@@ -77,6 +86,14 @@ class Written:
 Worker = Callable[[Job], Any]
 
 
+class Cause(Enum):
+    """What it was that kept a study from being written."""
+
+    CONTENT = "what it holds, or lacks"
+    REACH = "it could not be looked at"
+    WORKER = "the worker process"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one study ended.
@@ -91,6 +108,8 @@ class Outcome:
         More on the reason, for the private mapping alone.
     made : object
         What the worker returned: `Written` from those of a stage.
+    cause : Cause
+        Of a study that was skipped or failed.
     """
 
     hash: str
@@ -98,6 +117,7 @@ class Outcome:
     reason: str = ""
     private: str = ""
     made: Any = None
+    cause: Cause = Cause.CONTENT
 
     @property
     def warnings(self) -> Sequence[Warning]:
@@ -120,20 +140,45 @@ def attempt(worker: Worker, job: Job) -> Outcome:
     ------
     StageError
         Raised by the worker: no study can go on.
+    Unreachable
+        A disk or file server does not answer.
     """
     try:
         return Outcome(job.hash, "written", made=worker(job))
-    except IncompleteStudy as error:
-        return Outcome(job.hash, "skipped", str(error), private=error.private)
     except StudyError as error:
-        return Outcome(job.hash, "failed", str(error), private=error.private)
+        return refused(job.hash, error)
     except StageError:
         raise
     except MemoryError:
-        return Outcome(job.hash, "failed", NOT_ENOUGH_MEMORY)
+        return broken_off(job, NOT_ENOUGH_MEMORY)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
+            raise Unreachable(
+                f"files cannot be read or written ({error.strerror}): check the disk or the file "
+                "server, and run again; finished studies are kept"
+            ) from error
         logger.debug("%s: %s", job.hash, traceback_without_text(error))
-        return Outcome(job.hash, "failed", unexpected(error, "this study again"))
+        return broken_off(job, unexpected(error, "this study again"))
+
+
+def refused(study_hash: str, error: StudyError) -> Outcome:
+    """Return how a study ends that can't go on."""
+    is_incomplete = isinstance(error, IncompleteStudy)
+    is_out_of_reach = isinstance(error, UnreachableStudy) or (
+        isinstance(error, IncompleteStudy) and error.lacks_files
+    )
+    return Outcome(
+        study_hash,
+        "skipped" if is_incomplete else "failed",
+        str(error),
+        private=error.private,
+        cause=Cause.REACH if is_out_of_reach else Cause.CONTENT,
+    )
+
+
+def broken_off(job: Job, reason: str) -> Outcome:
+    """Return how a study ends through no fault of its own that is known."""
+    return Outcome(job.hash, "failed", reason, cause=Cause.WORKER)
 
 
 def traceback_without_text(error: BaseException) -> str:

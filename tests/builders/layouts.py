@@ -6,6 +6,7 @@ same field, and the hot rod as the mask. A layout is a function of the project's
 returns the study's; the writers put one part of a study anywhere, any attribute replaced.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,49 @@ def nifti_mask_beside_dicom(project: Path) -> Path:
     (study / "MASK" / "RS.dcm").unlink()
     write_nifti(study / "MASK" / "lesions.nii.gz", LABELS)
     return study
+
+
+# --- nnU-Net and BIDS ------------------------------------------------------------------------
+
+SIDECAR = {
+    "Units": "Bq/mL",
+    "TracerRadionuclide": "F18",
+    "InjectedRadioactivity": 300.0,
+    "InjectedRadioactivityUnits": "MBq",
+    "InjectionStart": 0,
+    "TimeZero": "09:00:00",
+    "ScanStart": 3600,
+    "FrameTimesStart": [3600],
+    "FrameDuration": [120],
+    "ImageDecayCorrected": True,
+    "ImageDecayCorrectionTime": 3600,
+    "AttenuationCorrection": "CT-based",
+    "PatientWeight": 70.0,
+}
+
+
+def write_images(ct, pet, mask):
+    write_nifti(ct, HU, CT_AFFINE)
+    write_nifti(pet, SUV.astype(np.float32))
+    write_nifti(mask, LABELS)
+
+
+def write_case(root, case, ct="_0000", pet="_0001"):
+    images = root / "imagesTr"
+    write_images(
+        images / f"{case}{ct}.nii.gz",
+        images / f"{case}{pet}.nii.gz",
+        root / "labelsTr" / f"{case}.nii.gz",
+    )
+
+
+def write_bids(root, subject="sub-01", session="ses-a", sidecar=SIDECAR):
+    own = root / subject / session
+    stem = f"{subject}_{session}"
+    write_images(
+        own / "ct" / f"{stem}_ct.nii.gz",
+        own / "pet" / f"{stem}_pet.nii.gz",
+        root / "derivatives" / "reader" / subject / session / f"{stem}_label-tumor_mask.nii.gz",
+    )
+    if sidecar is not None:
+        (own / "pet" / f"{stem}_pet.json").write_text(json.dumps(sidecar))

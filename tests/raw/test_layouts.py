@@ -6,6 +6,7 @@ import logging
 import layouts as raw
 import numpy as np
 import pytest
+from layouts import SIDECAR, write_bids, write_case
 
 from common.errors import StageError, StudyError
 from common.raw.layouts import find_studies, patient_in, read_sidecar
@@ -13,38 +14,8 @@ from common.raw.project import list_files
 from common.raw.roles import Patterns, find_roles
 from common.raw.study import Conversion, read_study
 
-SIDECAR = {
-    "Units": "Bq/mL",
-    "TracerRadionuclide": "F18",
-    "InjectedRadioactivity": 300.0,
-    "InjectedRadioactivityUnits": "MBq",
-    "InjectionStart": 0,
-    "TimeZero": "09:00:00",
-    "ScanStart": 3600,
-    "FrameTimesStart": [3600],
-    "FrameDuration": [120],
-    "ImageDecayCorrected": True,
-    "ImageDecayCorrectionTime": 3600,
-    "AttenuationCorrection": "CT-based",
-    "PatientWeight": 70.0,
-}
 FACTOR = 70_000 / (3e8 * 2 ** (-3600 / 6586.2))
 """SUVbw per Bq/ml of the sidecar, by hand."""
-
-
-def write_images(ct, pet, mask):
-    raw.write_nifti(ct, raw.HU, raw.CT_AFFINE)
-    raw.write_nifti(pet, raw.SUV.astype(np.float32))
-    raw.write_nifti(mask, raw.LABELS)
-
-
-def write_case(root, case, ct="_0000", pet="_0001"):
-    images = root / "imagesTr"
-    write_images(
-        images / f"{case}{ct}.nii.gz",
-        images / f"{case}{pet}.nii.gz",
-        root / "labelsTr" / f"{case}.nii.gz",
-    )
 
 
 def read(folder, **options):
@@ -147,18 +118,6 @@ def test_a_pattern_that_does_not_fit_every_study_is_refused_without_a_name():
 
 
 # --- BIDS ------------------------------------------------------------------------------------
-
-
-def write_bids(root, subject="sub-01", session="ses-a", sidecar=SIDECAR):
-    own = root / subject / session
-    stem = f"{subject}_{session}"
-    write_images(
-        own / "ct" / f"{stem}_ct.nii.gz",
-        own / "pet" / f"{stem}_pet.nii.gz",
-        root / "derivatives" / "reader" / subject / session / f"{stem}_label-tumor_mask.nii.gz",
-    )
-    if sidecar is not None:
-        (own / "pet" / f"{stem}_pet.json").write_text(json.dumps(sidecar))
 
 
 def test_a_session_of_bids_is_a_study_and_its_sidecar_gives_the_suv(tmp_path):

@@ -47,7 +47,7 @@ def test_columns_are_those_promised_then_own(tmp_path):
         *("ct", "pet", "mask", "regions"),
     ]
     names = ["raw", "Doe^Jane", "2001-01-01", "0123456789", "written", ""]
-    assert table[1] == [*names, "", "", "", "", "", "a1", "b2"]
+    assert table[1] == [*names, "", "", "", "", "", "a1", "b2", ""]
     assert table[2][1:6] == ["Müller", "x", "fedcba9876", "skipped", "no mask"]
 
 
@@ -144,7 +144,7 @@ def test_a_mapping_of_an_older_version_is_read_and_kept(tmp_path):
     path.write_text(OLDER + "A,Doe,1,0123456789,written,,CT x,a1,b2\r\n")
     (row,) = rewritten(path)
     del row["ct"], row["pet"], row["mask"], row["regions"]
-    assert ",".join(row.values()) == "A,Doe,1,0123456789,written,,CT x,a1,b2"
+    assert ",".join(row.values()) == "A,Doe,1,0123456789,written,,CT x,a1,b2,"
 
 
 @pytest.mark.parametrize("length", [131_072, 131_073, 1_000_000])

@@ -17,13 +17,21 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import IncompleteStudy, StageError, StudyError, WorkerKilled, blaming
+from common.errors import (
+    IncompleteStudy,
+    StageError,
+    StudyError,
+    Unreachable,
+    UnreachableStudy,
+    WorkerKilled,
+    blaming,
+)
 from common.run import fan_out
 from common.run import output as outputs
 from common.run.fan_out import Engine
 from common.run.output import exclusive, write_beside, writing_part
 from common.run.stage import Stage, present_content, run_stage
-from common.run.worker import Job, Written
+from common.run.worker import Cause, Job, Outcome, Written
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -37,6 +45,12 @@ def work(job: Job):
         raise StudyError("no weight: give one")
     if job.work == "incomplete":
         raise IncompleteStudy("no mask")
+    if job.work == "out of reach":
+        raise UnreachableStudy("a file cannot be read (Input/output error)")
+    if job.work == "too large":
+        raise MemoryError
+    if job.work == "mount is gone":
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
     if isinstance(job.work, OSError):
         raise_while_writing(job)
     with writing_part(job.part) as temporary:
@@ -76,16 +90,15 @@ class Folder:
         self.attempts = path / "attempts"
         self.known: dict[str, str] = {}
 
-    def run(self, plan, **options):
+    def run(self, plan, allow_shrink=False, **options):
         self.attempts.write_text("")
         with exclusive(self.output):
             told = Stage(self.output, plan, work, assemble, lambda path: self.known, **options)
-            outcomes = run_stage(told, Engine(2))
-        self.known = {
-            study.hash: study.fingerprint
-            for study, outcome in zip(plan, outcomes, strict=True)
-            if outcome.status in ("written", "unchanged")
-        }
+            outcomes = run_stage(told, Engine(2), allow_shrink=allow_shrink)
+        made = {study.hash: study.fingerprint for study in plan}
+        held = [line.split()[0] for line in self.output.read_text().split("\n") if line]
+        done = {o.hash for o in outcomes if o.status in ("written", "unchanged")}
+        self.known = {h: made[h] if h in done else self.known[h] for h in held}
         return [outcome.status for outcome in outcomes]
 
     @property
@@ -208,6 +221,123 @@ def test_a_failed_and_a_skipped_study_stay_out_and_are_tried_again(folder):
         assert folder.attempted[0] == "a"
         assert folder.attempted[-1] == "c"
         assert folder.output.read_text() == "b 1\n"
+
+
+# --- what can't be looked at, and what would be lost -------------------------------------------
+
+
+def held(folder: Folder) -> str:
+    return "".join(line[0] for line in folder.output.read_text().splitlines())
+
+
+def test_what_is_out_of_reach_stays_as_it_was_and_is_told(folder, logged):
+    folder.run(studies(a="1", b="1"))
+    plan = studies(a="out of reach", b="2", c="out of reach")
+    assert folder.run(plan, made_alike={"a", "b"}) == ["failed", "written", "failed"]
+    assert folder.output.read_text() == "a 1\nb 2\n"
+    said = [record.getMessage() for record in logged if record.levelname == "ERROR"]
+    assert sorted(said) == [
+        "a: a file cannot be read (Input/output error); its earlier result stays in the output",
+        "c: a file cannot be read (Input/output error)",
+    ]
+
+
+def test_studies_that_could_not_be_planned_stay_too_and_come_first(folder):
+    folder.run(studies(a="1", b="1"))
+    listed = [
+        Outcome("a", "failed", "no", cause=Cause.REACH),
+        Outcome("b", "failed", "no"),
+        Outcome("c", "skipped", "no files", cause=Cause.REACH),
+    ]
+    statuses = folder.run(studies(d="1"), listed=listed, made_alike={"a", "b"})
+    assert statuses == ["failed", "failed", "skipped", "written"]
+    assert folder.output.read_text() == "a 1\nd 1\n"
+
+
+def test_with_nothing_else_new_what_is_out_of_reach_leaves_the_output_untouched(folder):
+    folder.run(studies(a="1", b="1"))
+    before = folder.output.stat()
+    plan = studies(a="out of reach", b="1")
+    assert folder.run(plan, made_alike={"a", "b"}) == ["failed", "unchanged"]
+    assert folder.output.stat().st_ino == before.st_ino
+
+
+def test_what_is_out_of_reach_and_was_made_otherwise_ends_the_run(folder):
+    folder.run(studies(a="1", b="1"))
+    plan = studies(a="out of reach", b="2")
+    with pytest.raises(StageError, match=r"can't be looked at, and it holds .* \(a\)"):
+        folder.run(plan)
+    assert folder.output.read_text() == "a 1\nb 1\n"
+    assert folder.run(plan, allow_shrink=True) == ["failed", "written"]
+    assert folder.output.read_text() == "b 2\n"
+
+
+MANY = "abcdefghijklmnopqrstu"
+
+
+@pytest.mark.parametrize(
+    ("n_before", "left", "is_refused"),
+    [(21, 20, False), (21, 19, False), (21, 18, True), (3, 2, False), (3, 1, True), (1, 1, False)],
+)
+def test_an_output_that_would_lose_more_than_a_tenth_is_left(folder, n_before, left, is_refused):
+    folder.run(studies(**dict.fromkeys(MANY[:n_before], "1")))
+    plan = studies(**dict.fromkeys(MANY[:left], "1"))
+    if is_refused:
+        named = ", ".join(MANY[left:n_before])
+        with pytest.raises(StageError, match=rf"would lose .* \({named}\).*--allow-shrink"):
+            folder.run(plan)
+        assert folder.attempted == []
+        assert held(folder) == MANY[:n_before]
+        folder.run(plan, allow_shrink=True)
+    else:
+        folder.run(plan)
+    assert held(folder) == MANY[:left]
+
+
+def test_what_was_refused_for_its_content_stays_out_however_much_it_is(folder):
+    folder.run(studies(a="1", b="1", c="1"))
+    plan = studies(a="1", b="fails", c="incomplete")
+    assert folder.run(plan) == ["unchanged", "failed", "skipped"]
+    assert held(folder) == "a"
+
+
+def test_studies_that_took_their_worker_along_do_not_empty_the_output(folder):
+    folder.run(studies(a="1", b="1", c="1"))
+    with pytest.raises(StageError, match=r"would lose 2 of its 3 studies \(b, c\)"):
+        folder.run(studies(a="1", b="too large", c="too large"))
+    assert held(folder) == "abc"
+
+
+def test_force_does_not_keep_from_seeing_what_would_be_lost(folder):
+    folder.run(studies(a="1", b="1", c="1"))
+    with exclusive(folder.output, force=True), pytest.raises(StageError, match="would lose 2"):
+        run_stage(
+            Stage(folder.output, studies(a="1"), work, assemble, lambda path: folder.known),
+            Engine(1),
+            force=True,
+        )
+    assert held(folder) == "abc"
+
+
+def test_a_mount_that_is_gone_is_no_fault_of_a_study(folder):
+    folder.run(studies(a="1", b="1"))
+    with pytest.raises(Unreachable, match="Transport endpoint is not connected"):
+        folder.run(studies(a="mount is gone", b="2"))
+    assert folder.output.read_text() == "a 1\nb 1\n"
+
+
+def test_an_old_output_that_cannot_be_looked_at_is_not_taken_for_absent(folder, monkeypatch):
+    folder.run(studies(a="1"))
+    stat = os.stat
+
+    def fail(path, *arguments, **options):
+        if path == folder.output:
+            raise OSError(errno.EIO, "Input/output error")
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(StageError, match="cannot be looked at"):
+        folder.run(studies(a="2"))
 
 
 def interrupted(folder: Folder, plan: list[Job]) -> Path:
