@@ -29,6 +29,8 @@ from common.hdf5.studies import (
     Content,
     content_of,
     read_all_attributes,
+    read_keys,
+    read_parameters,
     studies_of,
     study_of,
 )
