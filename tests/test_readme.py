@@ -14,10 +14,12 @@ import preprocessing
 import project_2d
 from common.report.lesion_table import COLUMNS
 from common.suv.factors import already_suv
+from common.version import VERSION
 from examples import phantom
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
 SIZING = (ROOT / "docs" / "sizing.md").read_text()
 SCRIPTS = (createproject, preprocessing, mergeh5, project_2d)
 
@@ -37,7 +39,7 @@ def raw_project(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("text", [README, SIZING], ids=["README", "sizing"])
+@pytest.mark.parametrize("text", [README, OPTIONS, SIZING], ids=["README", "options", "sizing"])
 def test_every_option_that_is_told_of_exists(text):
     known = set().union(*map(options_of, SCRIPTS))
     code = "\n".join(re.findall(r"`[^`]*`|```.*?```", text, flags=re.DOTALL))
@@ -46,8 +48,12 @@ def test_every_option_that_is_told_of_exists(text):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_every_option_is_in_the_readme(script):
-    told = set(re.findall(r"--[a-z0-9][a-z0-9-]*", README))
+def test_every_option_has_a_row_in_the_table_of_its_script(script):
+    shared, own = (
+        OPTIONS.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        for heading in ("All four scripts", f"{script.__name__}.py")
+    )
+    told = set(re.findall(r"--[a-z0-9][a-z0-9-]*", shared + own))
     assert options_of(script) - {"--help", "--version"} <= told
 
 
@@ -135,6 +141,10 @@ def test_every_rule_that_a_report_may_name_is_explained():
 def test_the_gate_runs_the_test_command_of_the_readme():
     [command] = re.findall(r"^(bash tests/\S+) +# runs the tests$", README, flags=re.MULTILINE)
     assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_the_citation_is_of_this_version():
+    assert f"version: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_python_is_new_enough():
