@@ -21,6 +21,7 @@ ELSEWHERE = {
     "slurm.sbatch": "test_slurm.py",
     "examples/train.py": "test_training.py",
     "nnUNetv2_plan_and_preprocess": "test_export_nnunet.py",
+    "nnUNetv2_train": "test_export_nnunet.py",
 }
 """Where commands are run that need a program of their own, or minutes."""
 
