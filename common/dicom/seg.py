@@ -57,6 +57,9 @@ ON_SLICES = 0.02
 SEEN, SEEN_AND_AGREED = 4, 2
 """Gaps as wide as the declared spacing that confirm it: alone, or together with the thickness."""
 
+FAR_APART = 1.5
+"""Times the slice spacing of PET and CT from which on planes are hardly those of one lesion."""
+
 ORIENTATION_TOLERANCE = 2e-3
 """Direction cosines are often written with 3 or 4 decimals."""
 
@@ -76,7 +79,11 @@ class FramePlaces(NamedTuple):
 
 
 def place_frames(
-    dataset: Dataset, frames: Sequence[Dataset], images: Sequence[Grid] = ()
+    dataset: Dataset,
+    frames: Sequence[Dataset],
+    images: Sequence[Grid] = (),
+    *,
+    is_of_images: bool = False,
 ) -> FramePlaces:
     """Place the frames on an evenly spaced stack of slices, absent planes included.
 
@@ -89,6 +96,8 @@ def place_frames(
     images : sequence of Grid
         What the segmentation may have been drawn on, the likeliest first. Where the planes lie
         on slices of one, these tell which planes are absent.
+    is_of_images : bool
+        Whether it can't be of another reconstruction, whose slices may be further apart.
 
     Raises
     ------
@@ -123,13 +132,15 @@ def place_frames(
     on_slices = [each for each in found if each is not None]
     drawn_on = next((each for each in on_slices if each.same_pixels), None)
     plane_of_frame, plane_mm = _planes(positions @ normal)
-    if drawn_on is not None and not _is_seen(np.diff(plane_mm), measures[0]):
+    is_coarser = not is_of_images and _is_seen(np.diff(plane_mm), measures[0])
+    if drawn_on is not None and not is_coarser:
         slice_of_frame, spacing_mm = drawn_on.slice_of_frame, drawn_on.spacing_mm
         notes = _contradiction(_positive(measures[0], "SpacingBetweenSlices"), spacing_mm)
     else:
         slices_mm = [each.spacing_mm for each in on_slices if each.off <= ON_SLICES]
         slice_of_plane, spacing_mm, notes = _slices(plane_mm, measures[0], slices_mm)
         slice_of_frame = slice_of_plane[plane_of_frame]
+        notes += _thicker_than_slices(np.diff(slice_of_plane), spacing_mm, measures[0], images)
     first, last = slice_of_frame.argmin(), slice_of_frame.argmax()
     n_steps = int(slice_of_frame[last])
     # Not along the normal where the gantry was tilted.
@@ -309,6 +320,25 @@ def _contradiction(declared_mm: float | None, spacing_mm: float) -> list[str]:
     ]
 
 
+def _thicker_than_slices(
+    steps: NDArray[np.intp], spacing_mm: float, measures: Dataset, images: Sequence[Grid]
+) -> list[str]:
+    """Warn of planes that are neighbours by the declared spacing alone, far apart as they lie."""
+    widest_mm = max((image.spacing_mm[2] for image in images), default=np.inf)
+    if (
+        _positive(measures, "SliceThickness") is not None
+        or not steps.size
+        or steps.max() > 1
+        or spacing_mm <= FAR_APART * widest_mm
+    ):
+        return []
+    return [
+        f"the planes are {spacing_mm:.3f} mm apart and taken as neighbours, as "
+        f"{tag_of('SpacingBetweenSlices')} says alone, but slices of PET and CT are at most "
+        f"{widest_mm:.3f} mm apart: check that they are not single planes of separate lesions"
+    ]
+
+
 def _positive(item: Dataset, keyword: str) -> float | None:
     """Return a length [mm] without its sign (some spacings are negative); None if absent or 0."""
     if item.get(keyword) is None:
@@ -352,6 +382,8 @@ def read_seg(
     source: Dataset | Path,
     roi: re.Pattern[str] | None = None,
     images: Sequence[Grid] = (),
+    *,
+    is_of_images: bool = False,
 ) -> Mask:
     """Read a segmentation on its own grid, placed by the geometry of each frame.
 
@@ -363,6 +395,8 @@ def read_seg(
         Take the segments in whose SegmentLabel it is found (case ignored); None: all of them.
     images
         Grids of what it may have been drawn on, the likeliest first.
+    is_of_images
+        Whether it can't be of another reconstruction: it names none that is not at hand.
 
     Returns
     -------
@@ -381,7 +415,7 @@ def read_seg(
         names = names_by_number(dataset, "SegmentSequence", "SegmentNumber", "SegmentLabel")
         chosen = matching(_foreground(dataset, names), roi, "SegmentLabel")
         frames = _described_frames(dataset)
-        stack = place_frames(dataset, frames, images)
+        stack = place_frames(dataset, frames, images, is_of_images=is_of_images)
         labels_of = _frame_labels(dataset, names, chosen)
         segments = _segment_of_frames(dataset, frames, names)
         shape = (whole_number(dataset, "Columns"), whole_number(dataset, "Rows"), stack.n_slices)

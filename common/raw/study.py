@@ -688,9 +688,11 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
         grid = images[plan.drawn_on.role].grid
         mask = read_rtstruct(source.header, grid.shape, grid.affine, roi)
         return ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
-    if isinstance(plan.ct, Stack) and _names_series(source, plan.ct):
+    names_ct, names_pet = (_names_series(source, image) for image in (plan.ct, plan.pet))
+    if names_ct:
         grids.reverse()
-    mask = read_seg(source.path, roi, grids)
+    names_no_other = names_ct or names_pet or not referenced_series(source.header)
+    mask = read_seg(source.path, roi, grids, is_of_images=names_no_other)
     # A SEG may leave out empty planes of the image that it was drawn on.
     drawn = Image(mask.labels, mask.affine)
     whole = embedded(drawn, images["pet"])
@@ -699,9 +701,11 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
     return ReadMask(completed(whole, *grids), mask.warnings, mask.regions)
 
 
-def _names_series(mask: DicomFile, stack: Stack) -> bool:
+def _names_series(mask: DicomFile, image: NiftiFile | Stack) -> bool:
     """Tell whether a SEG refers to a series."""
-    uids = {joined_text(header, "SeriesInstanceUID") for header in stack.headers}
+    if not isinstance(image, Stack):
+        return False
+    uids = {joined_text(header, "SeriesInstanceUID") for header in image.headers}
     return not uids.isdisjoint(referenced_series(mask.header))
 
 

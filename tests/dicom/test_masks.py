@@ -502,6 +502,35 @@ def test_planes_of_a_coarser_reconstruction_are_as_thick_as_they_say(thickness_m
         assert_mask_is(read_seg(seg, images=[image]), nodes, finer.affine)
 
 
+@pytest.mark.parametrize("measures", [{"SpacingBetweenSlices": 12}, {"SpacingBetweenSlices": 12, "SliceThickness": 12}])  # fmt: skip
+def test_evenly_spaced_nodes_of_the_image_itself_are_no_coarser_reconstruction(measures):
+    """Five nodes of one plane became one lesion of four times their volume: the gap was declared."""
+    nodes = np.zeros((4, 4, 20), dtype=np.uint8)
+    nodes[1, 2, [1, 5, 9, 13, 17]] = 1
+    seg = without_spacing(build_seg(nodes, AXIAL, ["a"]), **measures)
+    mask = read_seg(seg, images=[Grid((4, 4, 20), AXIAL)], is_of_images=True)
+    assert_mask_is(mask, nodes, AXIAL)
+    assert "wrong, 12.000 mm: the planes lie on a grid of 3.000 mm" in mask.warnings[0].text
+
+
+def test_planes_far_apart_that_the_declared_spacing_alone_makes_neighbours_are_warned_of():
+    nodes = np.zeros((4, 4, 2), dtype=np.uint8)
+    nodes[1, 2] = 1
+    seg = without_spacing(build_seg(nodes, AXIAL, ["a"]), SpacingBetweenSlices=3)
+    for slice_mm, is_warned in ((1.9, True), (2.1, False)):
+        image = Grid((4, 4, 30), moved_by(AXIAL, 0.3) @ np.diag([1, 1, slice_mm / 3, 1]))
+        warnings = read_seg(seg, images=[image]).warnings
+        assert ["3.000 mm apart and taken as neighbours" in w.text for w in warnings] == (
+            [True] * is_warned
+        )
+
+
+def moved_by(affine, z_mm):
+    there = affine.copy()
+    there[2, 3] += z_mm
+    return there
+
+
 def test_the_gap_between_lesions_is_never_the_thickness_of_a_plane():
     nodes = np.zeros((6, 6, 12), dtype=np.uint8)
     nodes[2, 2, 2], nodes[3, 3, 8] = 1, 1

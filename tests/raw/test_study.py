@@ -836,6 +836,27 @@ def test_lesions_of_one_plane_are_not_as_thick_as_the_gap_between_them(tmp_path,
     assert texts(images.warnings) == ([f"{wrong} mm"] if declared_mm else [])
 
 
+@pytest.mark.parametrize("names", ["the PET", "nothing", "another series"])
+def test_only_a_mask_of_another_series_may_have_slices_further_apart(tmp_path, names):
+    """On every second slice, three nodes of one plane were one lesion twice as thick."""
+    study = layouts.tcia(tmp_path)
+    labels = np.zeros_like(LABELS)
+    labels[2, 3, 1:6:2] = 1
+    seg = build_seg(labels, PET_AFFINE, ["Lesion"])
+    (measures,) = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    measures.SpacingBetweenSlices = measures.SliceThickness = 8
+    if names == "nothing":
+        del seg.ReferencedSeriesSequence
+    elif names == "the PET":
+        header = pydicom.dcmread(next(study.glob("*PET*/*.dcm")), stop_before_pixels=True)
+        seg.ReferencedSeriesSequence[0].SeriesInstanceUID = header.SeriesInstanceUID
+    seg.PatientID, seg.PatientName = (layouts.PATIENT[k] for k in ("PatientID", "PatientName"))
+    seg.save_as(next(study.glob("*Seg*")) / "1-1.dcm")
+    mask = read(study).mask
+    assert np.count_nonzero(mask.data) == 3
+    assert mask.affine[2, 2] == (8 if names == "another series" else 4)
+
+
 def test_the_header_of_another_patient_is_refused(tmp_path):
     study = layouts.nifti_with_header(tmp_path)
     (study / "CT.nii.gz").unlink()
