@@ -502,12 +502,12 @@ def test_planes_of_a_coarser_reconstruction_are_as_thick_as_they_say(thickness_m
         assert_mask_is(read_seg(seg, images=[image]), nodes, finer.affine)
 
 
-@pytest.mark.parametrize("measures", [{"SpacingBetweenSlices": 12}, {"SpacingBetweenSlices": 12, "SliceThickness": 12}])  # fmt: skip
-def test_evenly_spaced_nodes_of_the_image_itself_are_no_coarser_reconstruction(measures):
-    """Five nodes of one plane became one lesion of four times their volume: the gap was declared."""
+@pytest.mark.parametrize("thickness", [{}, {"SliceThickness": 12}])
+def test_evenly_spaced_nodes_of_the_image_itself_are_no_coarser_reconstruction(thickness):
+    """Five nodes of one plane were one lesion of four times their volume: the gap was declared."""
     nodes = np.zeros((4, 4, 20), dtype=np.uint8)
     nodes[1, 2, [1, 5, 9, 13, 17]] = 1
-    seg = without_spacing(build_seg(nodes, AXIAL, ["a"]), **measures)
+    seg = without_spacing(build_seg(nodes, AXIAL, ["a"]), SpacingBetweenSlices=12, **thickness)
     mask = read_seg(seg, images=[Grid((4, 4, 20), AXIAL)], is_of_images=True)
     assert_mask_is(mask, nodes, AXIAL)
     assert "wrong, 12.000 mm: the planes lie on a grid of 3.000 mm" in mask.warnings[0].text
