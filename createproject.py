@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import project_zip
-from common.errors import StudyError, UnreachableStudy
+from common.errors import StudyError, UnreachableStudy, counted
 from common.hashing import DEFAULT_LENGTHS, LONGEST_NAME, SHORTEST_KEY, fingerprint
 from common.nifti import load_library
 from common.raw import mapping, pseudonyms
@@ -545,7 +545,7 @@ def dry_closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
     """Return the closing line of a dry run."""
     counts = [sum(o.status == s for o in outcomes) for s in ("written", "skipped", "failed")]
     return (
-        f"dry run of {len(outcomes)} studies: {counts[0]} would be written, {counts[1]} skipped, "
+        f"dry run of {counted(len(outcomes))}: {counts[0]} would be written, {counts[1]} skipped, "
         f"{counts[2]} failed; nothing is written"
     )
 

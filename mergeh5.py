@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from common import nnunet, splits
-from common.errors import StageError, StudyError, Unreachable, WorkerCrashed, WorkerKilled
+from common.errors import (
+    StageError,
+    StudyError,
+    Unreachable,
+    WorkerCrashed,
+    WorkerKilled,
+    counted,
+)
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     Content,
@@ -35,6 +42,7 @@ from common.hdf5.studies import (
     study_of,
 )
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
+from common.key_lists import listed_keys
 from common.report.case_table import ATTRIBUTES, case_table
 from common.run import cli, stage
 from common.run.console import PROGRESS
@@ -48,6 +56,8 @@ EXAMPLES = """
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5
   python mergeh5.py old_3d.h5 new_3d.h5 -o all_3d.h5 --on-duplicate replace
   python mergeh5.py shards/*.h5 -o index.h5 --link
+  python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --report all.html
+  python mergeh5.py a_3d.h5 b_3d.h5 -o accepted_3d.h5 --keys ratings.json
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --splits 5 --splits-dir splits
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --leave-out project --splits-dir splits
   python mergeh5.py a_3d.h5 b_3d.h5 -o all_3d.h5 --export-nnunet nnUNet_raw --dataset-id 221
@@ -100,6 +110,19 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write an index of links to the inputs instead of copies; keep them together",
     )
+    group.add_argument(
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="take only the studies that FILE lists, a hash a line, or accepts: the ratings that "
+        "the page of --report saves",
+    )
+    group.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="also write the page of preprocessing.py --report, of all studies",
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--splits",
@@ -150,18 +173,22 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
     if options.verify:
-        if options.output or options.link or options.cases or needs_folds(options):
+        writes = options.output, options.link, options.cases, options.keys, options.report
+        if any(writes) or needs_folds(options):
             parser.error(
-                "--verify writes nothing: leave out -o, --link, --splits, --leave-out, --cases and "
-                "--export-nnunet"
+                "--verify writes nothing: leave out -o, --link, --keys, --report, --splits, "
+                "--leave-out, --cases and --export-nnunet"
             )
         cli.check_files(parser, options.inputs)
         cli.check_log_file(parser, options, options.inputs)
         return
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
-    cli.check_files(parser, options.inputs)
-    cli.check_paths(parser, options, options.inputs)
+    read = [*options.inputs, *([options.keys] if options.keys else [])]
+    cli.check_files(parser, read)
+    cli.check_paths(parser, options, read)
+    if options.keys is not None and options.keys.is_dir():
+        parser.error(f"--keys: {options.keys} is a folder: give a list or the ratings of a page")
     if options.splits == 1:
         parser.error("--splits: give at least 2 folds")
     if options.splits_dir is not None:
@@ -169,7 +196,10 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             parser.error("--splits-dir needs --splits K or --leave-out project")
         cli.check_folder(parser, options.splits_dir, options)
     if options.cases is not None:
-        cli.check_side_output(parser, options.cases, options, options.inputs)
+        cli.check_side_output(parser, options.cases, options, read)
+    if options.report is not None:
+        beside = [*read, *([options.cases] if options.cases else [])]
+        cli.check_side_output(parser, options.report, options, beside)
     if options.export_nnunet is not None:
         cli.check_folder(parser, options.export_nnunet, options)
         if (options.dataset_id or 1) > nnunet.LARGEST_ID:
@@ -241,6 +271,12 @@ def write_what_goes_beside(
         write_splits(options, folds)
     if options.cases is not None:
         write_beside(options.cases, cases_csv(options, plan))
+    if options.report is not None:
+        # Slow to load, and only for those who ask for it.
+        from common.report.page import write_report
+
+        engine = Engine(options.jobs)
+        write_report(options.report, options.output.resolve(), plan.sources, [], engine, SOFTWARE)
     exported = export_nnunet(options, plan, folds) if options.export_nnunet is not None else []
     return {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
 
@@ -284,17 +320,20 @@ def checked_plan(options: argparse.Namespace) -> MergePlan:
 def plan_merge(options: argparse.Namespace) -> MergePlan:
     """Read what the inputs hold."""
     parameters = merging.merged_parameters(options.inputs, options.allow_mixed)
+    is_wanted = wanted_keys(options, parameters) if options.keys is not None else None
+    chosen = merging.chosen_sources(options.inputs, options.on_duplicate, is_wanted)
     sources = {
         key: path
-        for key, path in merging.chosen_sources(options.inputs, options.on_duplicate).items()
+        for key, path in chosen.items()
         if cli.in_shard(study_of(key, parameters), options.shard)
     }
     is_3d = content_of(parameters) is Content.VOLUMES
     if is_3d and not options.allow_mixed:
         merging.refuse_mixed_suv_types(sources)
-    if not is_3d and (options.cases or options.export_nnunet):
+    if not is_3d and (options.cases or options.report or options.export_nnunet):
         raise StageError(
-            "--cases and --export-nnunet need 3D files, not 2D ones: give files of preprocessing.py"
+            "--cases, --report and --export-nnunet need 3D files, not 2D ones: give files of "
+            "preprocessing.py"
         )
     parted = needs_folds(options) or options.cases is not None
     return MergePlan(
@@ -304,6 +343,43 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         attributes=merging.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
         exported=nnunet.stored_cases(sources) if options.export_nnunet else {},
     )
+
+
+def wanted_keys(
+    options: argparse.Namespace, parameters: Mapping[str, Any]
+) -> Callable[[str], bool]:
+    """Return what tells the keys that --keys lists, and say who is left out and who is missing.
+
+    Raises
+    ------
+    StageError
+        No list and no ratings, or of other files than the inputs.
+    """
+    path: Path = options.keys
+    try:
+        listed = set(listed_keys(path.read_bytes().decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise StageError(f"{path}: is no text in UTF-8: give a list of hashes") from error
+    except StageError as error:
+        raise StageError(f"{path}: {error}") from error
+
+    def is_wanted(key: str) -> bool:
+        # A hash in a list stands for all projections of its study.
+        return key in listed or study_of(key, parameters) in listed
+
+    present = {key for source in options.inputs for key in read_keys(source)}
+    studies = set(studies_of(present, parameters))
+    unknown = sorted(listed - present - studies)
+    taken = set(studies_of(filter(is_wanted, present), parameters))
+    if not taken:
+        raise StageError(f"{path}: none of its studies is in the input files: give their own list")
+    if unknown:
+        named = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
+        logger.warning("not in the input files, though %s lists them: %s", path.name, named)
+    if studies - taken:
+        left_out, of_all = len(studies - taken), counted(len(studies))
+        logger.log(PROGRESS, "%s leaves out %d of %s", path.name, left_out, of_all)
+    return is_wanted
 
 
 def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
@@ -447,7 +523,8 @@ def export_nnunet(
         stage.report,
     )
     n_failed = sum(outcome.status == "failed" for outcome in outcomes)
-    logger.log(PROGRESS, "%d cases for nnU-Net in %s", len(outcomes) - n_failed, dataset.folder)
+    n_cases = counted(len(outcomes) - n_failed, "case", "cases")
+    logger.log(PROGRESS, "%s for nnU-Net in %s", n_cases, dataset.folder)
     return outcomes
 
 
@@ -513,7 +590,8 @@ def verify_datasets(job: Job) -> None:
 def verify_line(outcomes: Sequence[Outcome], output: Path | None) -> str:
     """Return ``12 datasets: 11 sound, 1 failed``; a dataset has an image and its masks."""
     failed = sum(outcome.status == "failed" for outcome in outcomes)
-    return f"{len(outcomes)} datasets: {len(outcomes) - failed} sound, {failed} failed"
+    checked = counted(len(outcomes), "dataset", "datasets")
+    return f"{checked}: {len(outcomes) - failed} sound, {failed} failed"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5.merge import assemble
 from common.hdf5.parts import write_volume
-from common.hdf5.studies import COMPRESSIONS, has_blosc, read_fingerprints
+from common.hdf5.studies import COMPRESSIONS, has_blosc, read_fingerprints, read_keys
 from common.nifti import load_library, write_nifti_file
 from common.plausibility import weight_of
 from common.report.lesion_table import write_measures
@@ -270,7 +270,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 write_report(
                     options.report,
                     options.output.resolve(),
-                    path.resolve(),
+                    dict.fromkeys(in_own_process(read_keys, path), path),
                     [*absent, *outcomes],
                     cli.engine(options),
                     SOFTWARE,

@@ -42,6 +42,11 @@ class Warning:
         return self.text
 
 
+def counted(number: int, one: str = "study", many: str = "studies") -> str:
+    """Return a number with its noun: 1 study, 2 studies."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def texts_and_kinds(warnings: Iterable[Warning]) -> dict[str, list[str]]:
     """Return warnings as files hold them: plain texts, their kinds beside them."""
     listed = list(warnings)

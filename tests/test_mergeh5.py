@@ -634,6 +634,171 @@ def test_unreadable_file_does_not_keep_the_others_from_being_verified(inputs, ca
     assert f"error: {A}: image differs from its checksum" in err
 
 
+# --- the page --------------------------------------------------------------------------------
+
+
+def cards_of(page):
+    return re.findall(r'<article id="(\w+)"', page.read_text())
+
+
+@pytest.mark.parametrize("how", [(), ("--link",)])
+def test_the_page_of_a_merged_file_or_an_index_shows_the_studies_of_all(how, inputs, output):
+    page = output.with_suffix(".html")
+    command = (inputs["one"], inputs["two"], "-o", output, "--report", page, "-j", 1, *how)
+    assert run(*command) == 0
+    assert cards_of(page) == [A, B, C, D]
+    text = page.read_text()
+    assert re.findall(r'data-project="(\w+)"', text) == ["one", "one", "two", "two"]
+    assert text.count("<img src") > 8
+    written = page.stat().st_mtime_ns
+    assert run(*command) == 0
+    assert page.stat().st_mtime_ns == written
+
+
+def test_the_page_of_a_merged_file_is_that_of_its_project(inputs, output, tmp_path):
+    archive = inputs["one"].with_suffix(".zip")
+    write_zip(archive, {key: study_images(seed) for key, seed in {A: 0, B: 1}.items()}, "one/")
+    alone, merged = tmp_path / "alone.html", tmp_path / "merged.html"
+    again = tmp_path / "all.h5"
+    options = ["-j", "1", *SMALL, "--report", str(alone)]
+    assert preprocessing.main([str(archive), "-o", str(again), *options]) == 0
+    assert run(inputs["one"], "-o", output, "--report", merged, "-j", 1) == 0
+    assert alone.read_bytes() == merged.read_bytes()
+
+
+def test_a_study_of_another_make_is_shown_without_what_its_file_does_not_tell(
+    inputs, output, tmp_path
+):
+    def forget(data):
+        for name in ("measures", "suv", "warnings", "warning_kinds", "project", "fingerprint"):
+            del data.attrs[name]
+        del data.attrs["attributes_sha256"]
+
+    changed(inputs["one"], "image", A, forget)
+    page = tmp_path / "page.html"
+    assert run(inputs["one"], "-o", output, "--report", page, "-j", 1) == 0
+    card = page.read_text().partition(f'id="{A}"')[2].partition("</article>")[0]
+    assert "The file holds no measures of the lesions." in card
+    assert "not known" in card
+    assert card.count("<img src") == 2
+
+
+def test_a_study_without_a_place_is_named_and_the_others_are_shown(
+    inputs, output, tmp_path, capsys
+):
+    def forget(data):
+        del data.attrs["affine"]
+        del data.attrs["attributes_sha256"]
+
+    changed(inputs["one"], "image", A, forget)
+    page = tmp_path / "page.html"
+    assert run(inputs["one"], "-o", output, "--report", page, "-j", 1) == 0
+    assert f"{A}: is not shown in the report: its attribute 'affine'" in capsys.readouterr().err
+    assert cards_of(page) == [A, B]
+    assert page.read_text().count('class="failed"') == 1
+
+
+def test_projections_make_no_page(inputs, output, tmp_path, capsys):
+    assert run(inputs["one 2d"], "-o", output, "--report", tmp_path / "page.html") == 1
+    assert "--report and --export-nnunet need 3D files" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+# --- chosen studies --------------------------------------------------------------------------
+
+
+def ratings(**verdicts):
+    return json.dumps({"ratings": {k: {"verdict": v, "note": ""} for k, v in verdicts.items()}})
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        (f"{A}\n{D}\n", [A, D]),
+        (f"\ufeff{D}\r\n\r\n  {A}\t\r\n{A}", [A, D]),
+        (ratings(**{A: "accept", B: "reject", C: "doubt", D: ""}), [A]),
+        ("\ufeff \n" + ratings(**{C: "accept", "ffffffffff": "reject"}), [C]),
+    ],
+    ids=["list", "list of a Windows editor", "ratings", "ratings with a mark"],
+)
+def test_keys_that_are_listed_or_accepted_alone_are_merged(
+    text, taken, inputs, output, tmp_path, capsys
+):
+    keys = tmp_path / "keys"
+    keys.write_text(text, newline="")
+    assert run(inputs["one"], inputs["two"], "-o", output, "--keys", keys) == 0
+    with h5py.File(output) as file:
+        assert sorted(file["image"]) == taken
+    captured = capsys.readouterr()
+    assert captured.out == f"{output_line(len(taken))} -> {output}\n"
+    assert f"keys leaves out {4 - len(taken)} of 4 studies" in captured.err
+
+
+def output_line(n):
+    return f"{n} {'study' if n == 1 else 'studies'}: {n} written, 0 unchanged, 0 skipped, 0 failed"
+
+
+def test_a_study_that_is_not_listed_may_be_in_two_files_with_other_content(
+    inputs, output, tmp_path
+):
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"{B}\n")
+    assert run(inputs["one"], inputs["other"], "-o", output, "--keys", keys) == 0
+
+
+def test_a_hash_takes_all_projections_of_its_study_and_a_key_one(inputs, output, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"{A}\n{C}_060\n")
+    assert run(inputs["one 2d"], inputs["two 2d"], "-o", output, "--keys", keys) == 0
+    with h5py.File(output) as file:
+        assert sorted(file["image"]) == [f"{A}_000", f"{A}_060", f"{A}_120", f"{C}_060"]
+
+
+def test_listed_studies_that_no_file_holds_are_named(inputs, output, tmp_path, capsys):
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"{A}\n{C}\n{D}\n")
+    assert run(inputs["one"], "-o", output, "--keys", keys) == 0
+    told = capsys.readouterr().err
+    assert f"warning: not in the input files, though keys.txt lists them: {C}, {D}\n" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "names no study"),
+        (b" \n\n", "names no study"),
+        (f"{C}\n".encode(), "none of its studies is in the input files"),
+        (f"{A}\n\x1b[31m{B}\n".encode(), r"'\\x1b[31maaaaaaa002' can't be a study"),
+        (f"{A}\x00\n".encode(), "can't be a study"),
+        (b"=1+1\n", "can't be a study"),
+        (b"../" * 50, "can't be a study"),
+        (A.encode("utf-16"), "is no text in UTF-8"),
+        (b'{"ratings": ', "is damaged, or not what the page saves"),
+        (b'{"ratings": [1]}', "is damaged, or not what the page saves"),
+        (b'{"a": 1}', "is damaged, or not what the page saves"),
+        (b'{"ratings":' + b"{" * 9, "is damaged, or not what the page saves"),
+        (b'{"a":' * 100_000, "is damaged, or not what the page saves"),
+        (ratings(**{A: "doubt"}).encode(), "accepts no study"),
+        (ratings(**{A: "Accept"}).encode(), f"rates {A} 'Accept': give accept, doubt or reject"),
+        (ratings(**{"a\tb": "reject", A: "accept"}).encode(), "can't be a study"),
+        (
+            ratings(**{A: "accept", B: "reject"}).replace(B, A).encode(),
+            "is damaged, or not what the page saves",
+        ),
+    ],
+)
+def test_what_is_no_list_of_these_files_is_refused(content, told, inputs, output, tmp_path, capsys):
+    keys = tmp_path / "keys.txt"
+    keys.write_bytes(content)
+    assert run(inputs["one"], "-o", output, "--keys", keys) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told.replace("\\\\", "\\") in error
+    assert "keys.txt" in error
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 
@@ -653,6 +818,14 @@ WRONG = {
     "cases in the output's place": ["one", "-o", "out", "--cases", "out"],
     "verify lists no cases": ["--verify", "one", "--cases", "x.csv"],
     "verify exports nothing": ["--verify", "one", "--export-nnunet", "x"],
+    "keys missing": ["one", "-o", "out", "--keys", "nosuch"],
+    "keys in a folder": ["one", "-o", "out", "--keys", "."],
+    "output in the keys' place": ["one", "-o", "two", "--keys", "two"],
+    "page in an input's place": ["one", "-o", "out", "--report", "one"],
+    "page in the keys' place": ["one", "-o", "out", "--keys", "two", "--report", "two"],
+    "page in the table's place": ["one", "-o", "out", "--cases", "x", "--report", "x"],
+    "verify takes no keys": ["--verify", "one", "--keys", "two"],
+    "verify makes no page": ["--verify", "one", "--report", "x.html"],
     "folder without folds": ["one", "-o", "out", "--splits-dir", "x"],
     "verify writes nothing": ["--verify", "one", "-o", "out"],
     "verify a missing file": ["--verify", "nosuch"],
@@ -661,7 +834,12 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_end_with_status_2(name, inputs, output, capsys):
-    words = {"one": inputs["one"], "out": output, "nosuch": output.with_name("nosuch.h5")}
+    words = {
+        "one": inputs["one"],
+        "two": inputs["two"],
+        "out": output,
+        "nosuch": output.with_name("nosuch.h5"),
+    }
     words["parts"] = output.with_name(f"{output.name}.parts") / "x"
     with pytest.raises(SystemExit) as ending:
         run(*(words.get(word, word) for word in WRONG[name]))

@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +179,15 @@ def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
                 )
 
 
-def chosen_sources(inputs: Sequence[Path], on_duplicate: str) -> dict[str, Path]:
-    """Return which file each key is taken from."""
+def chosen_sources(
+    inputs: Sequence[Path], on_duplicate: str, is_wanted: Callable[[str], bool] | None = None
+) -> dict[str, Path]:
+    """Return which file each key is taken from, of those that are wanted; None: of all."""
     sources: dict[str, Path] = {}
     for path in inputs:
         for key in read_shapes(path):
+            if is_wanted is not None and not is_wanted(key):
+                continue
             if key not in sources or same_content(key, sources[key], path):
                 sources.setdefault(key, path)
             elif on_duplicate == "error":
@@ -292,11 +296,6 @@ def keys_by_file(sources: Mapping[str, Path]) -> dict[Path, list[str]]:
     for key, path in sources.items():
         found.setdefault(path, []).append(key)
     return found
-
-
-def read_all_digests(path: Path) -> dict[str, list[Any]]:
-    """Return fingerprint and digests of every key of a file, in order."""
-    return read_digests(dict.fromkeys(read_keys(path), path))
 
 
 def _digest(dataset: h5py.Dataset) -> str:

@@ -2,9 +2,10 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from common.report.attributes import is_number, json_array, json_object
 
 ATTRIBUTES = (
     "project", "spacing", "ct_spacing", "pet_spacing", "suv_type", "suv", "measures", "warnings",
@@ -37,14 +38,14 @@ def case_table(studies: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str:
 
 
 def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
-    provenance, measures = (_object(attributes.get(name)) for name in ("suv", "measures"))
-    of_study = _object(measures.get("study"))
-    lesions = [_object(lesion) for lesion in _array(measures.get("lesions"))]
-    brightest = [lesion["suv_max"] for lesion in lesions if _is_number(lesion.get("suv_max"))]
+    provenance, measures = (json_object(attributes.get(name)) for name in ("suv", "measures"))
+    of_study = json_object(measures.get("study"))
+    lesions = [json_object(lesion) for lesion in json_array(measures.get("lesions"))]
+    brightest = [lesion["suv_max"] for lesion in lesions if is_number(lesion.get("suv_max"))]
     spacings = {
         f"{grid}_{axis}_mm": _number(edge_mm)
         for grid, name in _SPACINGS.items()
-        for axis, edge_mm in zip("xyz", _array(attributes.get(name)), strict=False)
+        for axis, edge_mm in zip("xyz", json_array(attributes.get(name)), strict=False)
     }
     return {
         "project": str(attributes.get("project", "")),
@@ -55,7 +56,7 @@ def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
         **spacings,
         "suv_max": _number(max(brightest, default=None)),
         **{name: _number(of_study.get(name)) for name in _OF_STUDY},
-        "warnings": " | ".join(map(str, _array(attributes.get("warnings")))),
+        "warnings": " | ".join(map(str, json_array(attributes.get("warnings")))),
     }
 
 
@@ -63,32 +64,8 @@ def _uptake_minutes(provenance: Mapping[str, Any]) -> Any:
     """Return the time from injection to the scan: none tells it where values refer to injection."""
     if provenance.get("decay_correction") == "ADMIN":
         return None
-    return next(iter(_array(provenance.get("minutes_to_reference"))), None)
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    """Return a JSON object; empty where there is none, for whoever made the file."""
-    found = _parsed(value)
-    return found if isinstance(found, dict) else {}
-
-
-def _array(value: Any) -> list[Any]:
-    found = _parsed(value)
-    return found if isinstance(found, list) else []
-
-
-def _parsed(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return next(iter(json_array(provenance.get("minutes_to_reference"))), None)
 
 
 def _number(value: Any) -> str:
-    return f"{value:.6g}" if _is_number(value) else ""
+    return f"{value:.6g}" if is_number(value) else ""

@@ -5,7 +5,6 @@ head. No network, no identity. The markup is in ``report.html.j2``.
 """
 
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,17 +16,19 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import Warning, warnings_from
+from common.errors import StudyError, Warning, warnings_from
+from common.geometry import voxel_ml
 from common.hashing import fingerprint
-from common.hdf5.merge import read_all_digests
+from common.hdf5.merge import read_digests
 from common.hdf5.studies import read_dataset
+from common.report.attributes import is_number, json_array, json_object
 from common.report.pictures import (
     CONTOUR_RGB,
     MASK_RGB,
+    hottest_voxels,
     lesion_picture,
     projections,
     volumes_of,
-    voxel_of,
 )
 from common.run.atomic import clear_write_errors
 from common.run.fan_out import Engine, run_studies
@@ -53,7 +54,7 @@ class Card:
 def write_report(
     path: Path,
     output: Path,
-    studies_file: Path,
+    sources: Mapping[str, Path],
     outcomes: Sequence[Outcome],
     engine: Engine,
     software: str,
@@ -62,8 +63,10 @@ def write_report(
 
     Parameters
     ----------
-    path, output, studies_file : Path
-        The page; the stage's output; the HDF5 file that is to take its place, or it itself.
+    path, output : Path
+        The page, and the stage's output, whose name it bears.
+    sources : dict of key to Path
+        The HDF5 file that holds each study: the new output, or what it is merged from.
     outcomes : sequence of Outcome
         Of the run that made the file: who is not in it is told with the reason.
     engine : Engine
@@ -71,18 +74,18 @@ def write_report(
     software : str
         Another version's page is made anew.
     """
-    digests = in_own_process(read_all_digests, studies_file)
+    digests = in_own_process(read_digests, sources)
     absent = [outcome for outcome in outcomes if outcome.status in ("skipped", "failed")]
     listed = [[outcome.hash, outcome.status, outcome.reason] for outcome in absent]
-    mark = fingerprint([software, digests, listed])
+    mark = fingerprint([software, output.stem, sorted(digests.items()), listed])
     if mark_of(path) == mark:
         return
     folder = parts_folder(output) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
     n_lesions = FEW_LESIONS if len(digests) > MANY_STUDIES else MANY_LESIONS
     jobs = [
-        Job(key, "", Card(studies_file, key, n_lesions), part=folder / f"{key}.html")
-        for key in digests
+        Job(key, "", Card(source.absolute(), key, n_lesions), part=folder / f"{key}.html")
+        for key, source in sorted(sources.items())
     ]
     rendered = run_studies(render_card, jobs, engine, notes=folder)
     hidden = [outcome for outcome in rendered if outcome.status != "written"]
@@ -108,19 +111,17 @@ def render_card(job: Job) -> None:
     image, attributes = read_dataset(card.studies_file, "image", card.key)
     mask, _ = read_dataset(card.studies_file, "mask", card.key)
     mask_iso, of_contour = read_dataset(card.studies_file, "mask_iso", card.key)
-    measures, provenance, texts, kinds = (
-        json.loads(attributes.get(name, "[]"))
-        for name in ("measures", "suv", "warnings", "warning_kinds")
-    )
     attributes = {**of_contour, **attributes}
+    check_place(attributes)
+    texts, kinds = (json_array(attributes.get(name)) for name in ("warnings", "warning_kinds"))
     html = study_card(
         card.key,
         image,
         mask,
         mask_iso,
         attributes,
-        measures,
-        provenance,
+        sound_measures(attributes.get("measures")),
+        sound_provenance(attributes.get("suv")),
         warnings_from(texts, kinds),
         card.n_lesions,
     )
@@ -129,9 +130,60 @@ def render_card(job: Job) -> None:
         path.write_bytes(html.encode())
 
 
+# --- what the file tells, whoever made it ----------------------------------------------------
+
+
+def check_place(attributes: Mapping[str, Any]) -> None:
+    """Raise `StudyError` where an image does not tell its place, or what its values stand for."""
+    for name, shape in (("affine", (4, 4)), ("suv_range", (2,)), ("ct_range", (2,))):
+        try:
+            values = np.array(attributes[name], np.float64)
+            sound = values.shape == shape and bool(np.isfinite(values).all())
+        except (KeyError, ValueError, TypeError):
+            sound = False
+        if sound:
+            sound = voxel_ml(values) > 0 if name == "affine" else bool(values[0] < values[1])
+        if not sound:
+            raise StudyError(f"its attribute {name!r} is missing or damaged: make the file again")
+
+
+def sound_measures(value: Any) -> Mapping[str, Any]:
+    """Return ``lesions`` and ``study`` of a file's measures; empty where they are not all there."""
+    measures = json_object(value)
+    study = json_object(measures.get("study"))
+    lesions = [json_object(lesion) for lesion in json_array(measures.get("lesions"))]
+    numbers = [study.get(name) for name in ("lesion_count", "tmtv_ml", "dmax_mm")]
+    for lesion in lesions:
+        place_mm = json_array(lesion.get("centroid_mm"))
+        numbers += [lesion.get(name) for name in _OF_LESION]
+        numbers += place_mm if len(place_mm) == 3 else [None]
+    fraction = study.get("dose_fraction")
+    if not all(map(is_number, numbers)) or not (fraction is None or is_number(fraction)):
+        return {}
+    return {"lesions": lesions, "study": {**study, "dose_fraction": fraction}}
+
+
+def sound_provenance(value: Any) -> Mapping[str, Any]:
+    """Return how the SUV came about; empty where a file does not tell it in a known form."""
+    provenance = json_object(value)
+    texts = [provenance.get(name) for name in ("suv_type", "suv_units", "rule")]
+    factors = provenance.get("factor_range") or [0.0]
+    minutes = provenance.get("minutes_to_reference") or []
+    lists = isinstance(factors, list) and isinstance(minutes, list)
+    if not lists or not all(isinstance(text, str) for text in texts):
+        return {}
+    weight_kg = provenance.get("weight_kg")
+    numbers = [*factors, *minutes, *([] if weight_kg is None else [weight_kg])]
+    return provenance if all(map(is_number, numbers)) else {}
+
+
 # --- the markup ------------------------------------------------------------------------------
 
 TEMPLATE = "report.html.j2"
+
+_OF_LESION = (
+    "label", "mtv_ml", "iso_mtv_ml", "suv_max", "suv_mean", "suv_peak", "tlg_g",
+)  # fmt: skip
 
 MANY_STUDIES, FEW_LESIONS, MANY_LESIONS = 100, 3, 10
 """Of more studies fewer lesions are shown in slices, so that the page of 1,000 stays light."""
@@ -180,34 +232,35 @@ def study_card(
     attributes : dict
         Of the image dataset: affine, ranges, project; of the isocontour's: its threshold.
     measures : dict
-        ``lesions`` and ``study``.
+        ``lesions`` and ``study``; empty where they are not known.
     provenance : dict
-        Of the SUV.
+        Of the SUV; likewise.
     warnings : sequence of Warning
     n_lesions : int
         How many lesions, the largest, are shown in slices.
     """
     volumes = volumes_of(image, mask[0], mask_iso[0], attributes)
-    lesions = measures["lesions"]
+    lesions, study = measures.get("lesions", []), measures.get("study")
     largest = sorted(lesions, key=lambda lesion: -lesion["mtv_ml"])
-    marked = largest[:MOST_NUMBERS]
-    found = {each["label"]: voxel_of(volumes, each["centroid_mm"]) for each in marked}
-    marks = {number: voxel for number, voxel in found.items() if voxel is not None}
+    # With labels kept a row is a label, of as many lesions as have it.
+    by_label = mask.max() > 1 or (study is not None and study["lesion_count"] != len(lesions))
+    marks = hottest_voxels(volumes, largest[:MOST_NUMBERS], by_label=by_label)
     shown = [each["label"] for each in largest[:n_lesions] if each["label"] in marks]
     # Where the dose is meant as injected, the values do not tell how long the uptake was.
     refers_to_scan = "11" not in str(provenance.get("rule", "")).split("+")
     minutes = (provenance.get("minutes_to_reference") or []) if refers_to_scan else []
     return _template("card").render(
         key=key,
-        project=attributes["project"],
+        project=str(attributes.get("project", "")),
         views=projections(volumes, marks),
         slices={number: lesion_picture(volumes, number, marks[number]) for number in shown},
         lesions=lesions,
-        study=measures["study"],
+        study=study,
         sentence=suv_sentence(provenance),
         alternatives=alternatives_sentence(provenance),
         warnings=warnings,
         kinds="|".join(kinds_of(warnings)),
+        fraction=study and study["dose_fraction"],
         contour=_contour(attributes),
         suv_max=max((lesion["suv_max"] for lesion in lesions), default=0.0),
         minutes=round(float(np.mean(minutes))) if minutes else None,

@@ -306,15 +306,22 @@ class Volumes:
 
     Attributes
     ----------
-    suv, hu, mask, mask_iso : (X, Y, Z) arrays
+    suv, hu, labels, mask_iso : (X, Y, Z) arrays
+        `labels` are 1 in lesions, or the labels that they have.
     grid : Grid
     """
 
     suv: Array
     hu: Array
-    mask: Array
+    labels: Array
     mask_iso: Array
     grid: Grid
+
+    @property
+    def mask(self) -> Array:
+        """Where lesions are."""
+        inside: Array = self.labels > 0
+        return inside
 
 
 def volumes_of(
@@ -328,7 +335,7 @@ def volumes_of(
     nx, ny, nz = pet.shape
     grid = Grid((nx, ny, nz), reorient(pet, affine, "LAS")[1])
     suv = _in_units(pet, attributes["suv_range"])
-    return Volumes(suv, _in_units(ct, attributes["ct_range"]), mask > 0, mask_iso > 0, grid)
+    return Volumes(suv, _in_units(ct, attributes["ct_range"]), mask, mask_iso > 0, grid)
 
 
 def projections(volumes: Volumes, marks: Mapping[int, Sequence[float]]) -> list[dict[str, str]]:
@@ -340,15 +347,15 @@ def projections(volumes: Volumes, marks: Mapping[int, Sequence[float]]) -> list[
     marks : dict of number to (x, y, z)
         Where lesions lie, in voxels; their numbers are written beside them.
     """
-    spacing = volumes.grid.spacing_mm
+    spacing, whole_mask = volumes.grid.spacing_mm, volumes.mask
     views = []
     for name, axis, across in (("coronal", 1, 0), ("sagittal", 0, 1)):
         mm_per_pixel = min(spacing[across], spacing[2]) / PICTURE_SCALE
         width, height = (
-            max(1, round(volumes.mask.shape[a] * spacing[a] / mm_per_pixel)) for a in (across, 2)
+            max(1, round(volumes.grid.shape[a] * spacing[a] / mm_per_pixel)) for a in (across, 2)
         )
         size = (width, height)
-        planes = [each.max(axis=axis) for each in (volumes.suv, volumes.mask, volumes.mask_iso)]
+        planes = [each.max(axis=axis) for each in (volumes.suv, whole_mask, volumes.mask_iso)]
         # The sagittal one is seen from the patient's left: the back is on the right.
         mirrored = name == "sagittal"
         grey, mask, contour = (_turned(plane, size, mirrored) for plane in planes)
@@ -408,20 +415,45 @@ _PLANES: tuple[tuple[Literal["axial", "coronal", "sagittal"], int, str, tuple[in
 """Name, the axis across it, that axis in RAS+, and the axes to the right and up."""
 
 
-def voxel_of(volumes: Volumes, place_mm: Sequence[float]) -> tuple[int, int, int] | None:
-    """Return the hottest voxel of the lesion at or nearest to a place (RAS+ mm); None without."""
-    labels, n_lesions = label_lesions(volumes.mask)
-    if not n_lesions:
-        return None
-    voxels = np.argwhere(volumes.mask)
+def hottest_voxels(
+    volumes: Volumes, lesions: Sequence[Mapping[str, Any]], *, by_label: bool
+) -> dict[int, tuple[int, int, int]]:
+    """Return the hottest voxel of each lesion, by its number, where the grid still holds it.
+
+    Parameters
+    ----------
+    volumes : Volumes
+    lesions : sequence of dict
+        ``label``, ``mtv_ml`` and ``centroid_mm`` (RAS+ mm), as measured on the PET's own grid.
+    by_label : bool
+        Each is all that has its label, not one connected lesion.
+    """
+    mask = volumes.mask
+    voxels = np.argwhere(mask)
+    if not len(voxels):
+        return {}
+    values = volumes.suv[mask]
+    labels = (volumes.labels if by_label else label_lesions(mask)[0])[mask]
     affine = volumes.grid.affine
-    apart_mm = voxels @ affine[:3, :3].T + affine[:3, 3] - np.asarray(place_mm)
-    nearest = labels[tuple(voxels[np.argmin((apart_mm**2).sum(axis=1))])]
-    of_lesion = voxels[labels[tuple(voxels.T)] == nearest]
-    values = volumes.suv[tuple(of_lesion.T)]
-    hottest = of_lesion[values == values.max()]
-    # Several where the scanner clipped: the most central.
-    i, j, k = hottest[((hottest - of_lesion.mean(axis=0)) ** 2).sum(axis=1).argmin()].tolist()
+    places_mm = voxels @ affine[:3, :3].T + affine[:3, 3]
+    found = {}
+    for lesion in lesions:
+        own = labels == lesion["label"]
+        if not by_label:
+            apart_mm = np.linalg.norm(places_mm - lesion["centroid_mm"], axis=1)
+            radius_mm = (750 * lesion["mtv_ml"] / np.pi) ** (1 / 3)
+            # What is farther away is another lesion: this one vanished by resampling.
+            is_here = apart_mm.min() < 2 * (radius_mm + np.linalg.norm(volumes.grid.spacing_mm))
+            own = is_here & (labels == labels[apart_mm.argmin()])
+        if own.any():
+            found[lesion["label"]] = _hottest(voxels[own], values[own])
+    return found
+
+
+def _hottest(voxels: Array, values: Array) -> tuple[int, int, int]:
+    """Return the voxel of the highest value; of several, as where it was clipped, a central one."""
+    hottest = voxels[values == values.max()]
+    i, j, k = hottest[((hottest - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()].tolist()
     return i, j, k
 
 
@@ -484,7 +516,7 @@ def _panels(
         return np.asarray(ndimage.map_coordinates(source, [right, up], order=order, cval=beyond))
 
     suv, hu = cut(volumes.suv, 0.0, 1), cut(volumes.hu, CT_WINDOW_HU[0], 1)
-    mask, contour = cut(volumes.mask, 0, 0) > 0, cut(volumes.mask_iso, 0, 0) > 0
+    mask, contour = cut(volumes.labels, 0, 0) > 0, cut(volumes.mask_iso, 0, 0) > 0
     panels = []
     for rgb in (_as_rgb(grey_of_suv(suv)), _as_rgb(_grey_of_hu(hu)), _fused(hu, suv)):
         pixels = rgb.astype(np.uint8)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import StageError
+from common.errors import StageError, counted
 from common.hashing import fingerprint
 from common.run import console
 from common.run.atomic import lock_file
@@ -360,4 +360,4 @@ def closing_line(outcomes: Sequence[Outcome], output: Path) -> str:
     listed = ", ".join(
         f"{counts[status]} {status}" for status in ("written", "unchanged", "skipped", "failed")
     )
-    return f"{len(outcomes)} studies: {listed} -> {output}"
+    return f"{counted(len(outcomes))}: {listed} -> {output}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from common.errors import counted
 from common.run.worker import Outcome
 
 logger = logging.getLogger("tumorvolume")
@@ -182,6 +183,6 @@ def _plain_lines(total: int) -> Callable[[Outcome], None]:
         failed += outcome.status == "failed"
         if done < total and time.monotonic() - last >= _EVERY_S:
             last = time.monotonic()
-            logger.log(PROGRESS, "%d of %d studies done, %d failed", done, total, failed)
+            logger.log(PROGRESS, "%d of %s done, %d failed", done, counted(total), failed)
 
     return advance

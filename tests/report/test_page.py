@@ -178,6 +178,11 @@ def test_every_picture_says_which_side_is_which():
     assert all("left" in text for text in alternatives)
 
 
+def hottest(volumes):
+    lesion = {"label": 1, "mtv_ml": 0.3, "centroid_mm": (-36.0, 10.0, 75.0)}
+    return pictures.hottest_voxels(volumes, [lesion], by_label=False)[1]
+
+
 def test_a_lesion_is_cut_through_its_hottest_voxel_and_the_place_is_told_in_mm():
     mask = np.zeros(SHAPE, np.uint8)
     mask[17:20, 4:7, 24:27] = 1
@@ -185,7 +190,7 @@ def test_a_lesion_is_cut_through_its_hottest_voxel_and_the_place_is_told_in_mm()
     image[0][mask > 0] = 0.1
     image[0][19, 4, 26] = 0.3
     volumes = pictures.volumes_of(image, mask, mask, ATTRIBUTES)
-    assert pictures.voxel_of(volumes, (-36.0, 10.0, 75.0)) == (19, 4, 26)
+    assert hottest(volumes) == (19, 4, 26)
     found = pictures.lesion_picture(volumes, 7, (19, 4, 26))
     assert found["caption"] == "Lesion 7: axial, z = 78 mm; coronal, y = 8 mm; sagittal, x = -38 mm"
 
@@ -208,7 +213,7 @@ def test_a_lesion_lies_in_the_middle_of_each_panel_whatever_the_orientation_of_t
         volumes = pictures.volumes_of(
             image[(slice(None), *turn)], mask[turn], mask[turn], attributes
         )
-        voxel = pictures.voxel_of(volumes, (-36.0, 10.0, 75.0))
+        voxel = hottest(volumes)
         source = pictures.lesion_picture(volumes, 1, voxel)["src"].partition(",")[2]
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"), int)
         for row in range(3):

@@ -84,6 +84,7 @@ log = logging.getLogger("tumorvolume")
             3,
         ),
         ({"skipped": 2}, "2 studies: 0 written, 0 unchanged, 2 skipped, 0 failed -> out.h5", 0),
+        ({"written": 1}, "1 study: 1 written, 0 unchanged, 0 skipped, 0 failed -> out.h5", 0),
         ({}, "0 studies: 0 written, 0 unchanged, 0 skipped, 0 failed -> out.h5", 0),
     ],
 )
