@@ -683,17 +683,17 @@ def test_a_study_of_another_make_is_shown_without_what_its_file_does_not_tell(
     assert card.count("<img src") == 2
 
 
-def test_a_study_without_a_place_is_named_and_the_others_are_shown(
+def test_a_study_without_a_scale_is_named_and_the_others_are_shown(
     inputs, output, tmp_path, capsys
 ):
     def forget(data):
-        del data.attrs["affine"]
+        del data.attrs["suv_range"]
         del data.attrs["attributes_sha256"]
 
     changed(inputs["one"], "image", A, forget)
     page = tmp_path / "page.html"
     assert run(inputs["one"], "-o", output, "--report", page, "-j", 1) == 0
-    assert f"{A}: is not shown in the report: its attribute 'affine'" in capsys.readouterr().err
+    assert f"{A}: is not shown in the report: its attribute 'suv_range'" in capsys.readouterr().err
     assert cards_of(page) == [A, B]
     assert page.read_text().count('class="failed"') == 1
 
