@@ -37,6 +37,7 @@ from common.dicom.attributes import (
 )
 from common.errors import StudyError
 from common.suv.inputs import PetSeries, PetSlice
+from common.suv.nuclides import HALF_LIFE_S, nuclide_in
 
 # --- pet attributes --------------------------------------------------------------------------
 
@@ -48,14 +49,21 @@ SUV_TYPES = frozenset({"BSA", "BW", "LBM", "LBMJANMA", "LBMJAMES128", "IBW"})
 DECAY_CORRECTIONS = frozenset({"NONE", "START", "ADMIN"})
 SEXES = frozenset({"M", "F", "O"})
 
-NUCLIDE_HALF_LIFE_S = {
-    **dict.fromkeys(("C-111A1", "77004003"), 6586.2),  # F-18
-    **dict.fromkeys(("C-131A3", "35337001"), 4057.7),  # Ga-68
-    **dict.fromkeys(("C-105A1", "40565003"), 1221.8),  # C-11
-    **dict.fromkeys(("C-127A2", "3932008"), 45_723.6),  # Cu-64
-    **dict.fromkeys(("C-168A4", "63360001"), 282_276.0),  # Zr-89
+NUCLIDE_OF_CODE = {
+    **dict.fromkeys(("C-105A1", "40565003"), "C11"),
+    **dict.fromkeys(("C-107A1", "21576001"), "N13"),
+    **dict.fromkeys(("C-B1038", "129504001"), "O15"),
+    **dict.fromkeys(("C-111A1", "77004003"), "F18"),
+    **dict.fromkeys(("C-127A1", "71425003"), "CU61"),
+    **dict.fromkeys(("C-127A2", "3932008"), "CU64"),
+    **dict.fromkeys(("C-131A3", "35337001"), "GA68"),
+    **dict.fromkeys(("C-113A2", "79523006"), "BR76"),
+    **dict.fromkeys(("C-159A2", "79197006"), "RB82"),
+    **dict.fromkeys(("C-162A3", "10738001"), "Y86"),
+    **dict.fromkeys(("C-168A4", "63360001"), "ZR89"),
+    **dict.fromkeys(("C-114A5", "40937006"), "I124"),
 }
-"""Half-lives [s] by SRT and SNOMED CT codes of DICOM CID 4020 (NNDC, Brookhaven)."""
+"""Nuclides by SRT and SNOMED CT codes of DICOM CID 4020."""
 
 PHILIPS_SUV_FACTOR = PrivateTag(0x7053, 0x00, "Philips PET Private Group")
 PHILIPS_ACTIVITY_FACTOR = PrivateTag(0x7053, 0x09, "Philips PET Private Group")
@@ -147,9 +155,12 @@ def _tracer_item(header: Dataset, tracer: int | None) -> Dataset:
 
 
 def _nuclide_half_life_s(tracer_item: Dataset) -> float | None:
+    """Return the half-life of the nuclide named by its code, else by the code's meaning."""
     nuclides = items(tracer_item, "RadionuclideCodeSequence")
-    codes = [joined_text(each, "CodeValue") for each in nuclides]
-    return NUCLIDE_HALF_LIFE_S.get(codes[0]) if len(codes) == 1 else None
+    if len(nuclides) != 1:
+        return None
+    nuclide = NUCLIDE_OF_CODE.get(joined_text(nuclides[0], "CodeValue"))
+    return HALF_LIFE_S.get(nuclide or nuclide_in(joined_text(nuclides[0], "CodeMeaning")) or "")
 
 
 def _manufacturer(header: Dataset) -> str:

@@ -31,6 +31,7 @@ from common.raw.project import (
 )
 from common.suv.decay import average_rate_time_s
 from common.suv.inputs import PetSeries, PetSlice
+from common.suv.nuclides import HALF_LIFE_S, nuclide_in
 
 logger = logging.getLogger("tumorvolume")
 
@@ -254,10 +255,6 @@ def _unreadable(error: OSError) -> StudyError:
 
 _BQ_PER = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9}
 
-_HALF_LIFE_S = {
-    "F18": 6586.2, "GA68": 4057.7, "C11": 1221.8, "CU64": 45_723.6, "ZR89": 282_276.0,
-}  # fmt: skip
-
 _DAY_OF_SCAN = datetime(2000, 1, 1)
 """PET-BIDS has clock times and seconds, no dates."""
 
@@ -307,11 +304,10 @@ def read_sidecar(path: str) -> PetSeries:
     activity, _, volume = units.partition("/")
     if activity not in _BQ_PER or volume not in ("ml", "cc", "cm3"):
         raise _lacking("Units", "Bq/mL")
-    nuclide = re.sub(r"[^A-Z0-9]", "", str(fields.get("TracerRadionuclide", "")).upper())
-    nuclide = re.sub(r"^(\d+)([A-Z]+)$", r"\2\1", nuclide)
-    half_life_s = _HALF_LIFE_S.get(nuclide)
-    if half_life_s is None:
-        raise _lacking("TracerRadionuclide", "one of " + ", ".join(_HALF_LIFE_S))
+    nuclide = nuclide_in(str(fields.get("TracerRadionuclide", "")))
+    if nuclide is None:
+        raise _lacking("TracerRadionuclide", "one of " + ", ".join(HALF_LIFE_S))
+    half_life_s = HALF_LIFE_S[nuclide]
     injected = str(fields.get("InjectedRadioactivityUnits", "")).strip().lower()
     if injected not in _BQ_PER:
         raise _lacking("InjectedRadioactivityUnits", "MBq")

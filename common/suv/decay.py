@@ -21,8 +21,9 @@ Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, 
 pseudo-code; conformance statements of the vendors.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, time, timedelta
 
 import numpy as np
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from common.errors import Kind, StudyError, Warning
 from common.suv.inputs import PetSeries, Remarks
+from common.suv.nuclides import is_half_life_of_pet
 from common.suv.provenance import Rule
 
 # --- timeline --------------------------------------------------------------------------------
@@ -224,6 +226,12 @@ LONGEST_SCAN_S = 43_200.0
 LONGEST_UPTAKE_S = 43_200.0
 """Uptake [s] beyond which the vendor's decay reference of a short-lived nuclide was dummied."""
 
+SHORTEST_WAIT_S = 60.0
+"""Time [s] from injection to scan below which both may be one dummy."""
+
+MOST_HALF_LIVES = 10.0
+"""Uptake in half-lives beyond which one that no nuclide of PET has must be in another unit."""
+
 STATED_REFERENCE = {"GE": "decay reference (0009,100D)", "SIEMENS": "decay reference (0071,1022)"}
 """Where vendors state the moment that values refer to."""
 
@@ -237,6 +245,7 @@ _FRAME_REFERENCE_TIME = "FrameReferenceTime (0054,1300)"
 _FRAME_DURATION = "ActualFrameDuration (0018,1242)"
 _START_DATETIME = "RadiopharmaceuticalStartDateTime (0018,1078)"
 _START_TIME = "RadiopharmaceuticalStartTime (0018,1072)"
+_HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
 
 
 def average_rate_time_s(duration_s: Array, half_life_s: float) -> Array:
@@ -288,9 +297,10 @@ def decay_reference(
     if series.decay_correction == "NONE":
         return Rule.FRAME_AVERAGE, _frame_average_s(times, half_life_s)
     if np.isfinite(times.stated_reference_s).all():
-        dummied = _how_dummied(series, times, half_life_s)
+        others = _other_references(series, times, half_life_s)
+        dummied = _how_dummied(series, times, others, half_life_s)
         if not dummied:
-            _compare_stated(series, times, half_life_s, remarks)
+            _compare_stated(series, times, others, remarks)
             return Rule.STATED_REFERENCE, times.stated_reference_s
         remarks.reinterpretations.append(
             f"the vendor's {STATED_REFERENCE[series.manufacturer]} {dummied}: it is not used"
@@ -298,7 +308,9 @@ def decay_reference(
     if _series_starts_in_time(times):
         _compare_with_frames(series, times, half_life_s, remarks)
         return Rule.SERIES_START, np.full(len(series.slices), times.series_start_s)
-    return Rule.BACK_FROM_FRAMES, back_from_frames_s(series, times, half_life_s)
+    reference_s = back_from_frames_s(series, times, half_life_s)
+    _compare_among_frames(reference_s, remarks)
+    return Rule.BACK_FROM_FRAMES, reference_s
 
 
 def back_from_frames_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
@@ -352,8 +364,9 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     ------
     StudyError
         No time of injection, or only a clock time though an uptake may exceed a day; uptakes that
-        differ by more than half a day.
+        differ by more than half a day; a half-life that can't be right.
     """
+    times = _with_undummied_clock(times, reference_s, half_life_s, remarks)
     _compare_injection_times(times, remarks)
     stated_s = found_s = reference_s - times.injection_s
     if not _are_uptakes(stated_s, half_life_s):
@@ -365,11 +378,40 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
             "the slices lie more than half a day apart, or on both sides of the injection "
             f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
         )
-    if on_the_clock(found_s).min() < 0:
-        remarks.warnings.append(Warning(Kind.SUV, "injection is later than the decay reference"))
-    if on_the_clock(found_s).max() >= 2 * half_life_s:
-        remarks.warnings.append(Warning(Kind.SUV, "the uptake lasted longer than two half-lives"))
+    _doubt_uptake(on_the_clock(found_s), half_life_s, remarks)
+    waited_s = found_s + times.acquisition_s - reference_s
+    if np.isfinite(waited_s).all() and np.abs([found_s, waited_s]).max() < SHORTEST_WAIT_S:
+        remarks.warnings.append(
+            Warning(
+                Kind.SUV,
+                "injection and scan are less than a minute apart: check that their times are no "
+                f"dummies ({_START_DATETIME}, {_START_TIME}, {_SERIES_CLOCK}, "
+                f"{_ACQUISITION_CLOCK})",
+            )
+        )
     return found_s
+
+
+def _doubt_uptake(uptake_s: Array, half_life_s: float, remarks: Remarks) -> None:
+    """Warn of uptakes that are odd for a scan; refuse those that can't be."""
+    longest_s = float(uptake_s.max())
+    if longest_s > MOST_HALF_LIVES * half_life_s and not is_half_life_of_pet(half_life_s):
+        raise StudyError(
+            f"the half-life can't be right ({_HALF_LIFE} is {half_life_s:g}, which no nuclide of "
+            f"PET has, and the uptake lasted {_minutes(longest_s)}; minutes?): correct it in the "
+            "header [s]"
+        )
+    if uptake_s.min() < 0:
+        remarks.warnings.append(Warning(Kind.SUV, "injection is later than the decay reference"))
+    if longest_s >= 2 * half_life_s:
+        remarks.warnings.append(
+            Warning(
+                Kind.SUV,
+                f"the uptake lasted longer than two half-lives ({_minutes(longest_s)}): check the "
+                f"times of injection and scan ({_START_DATETIME}, {_START_TIME}, {_SERIES_CLOCK}, "
+                f"{_ACQUISITION_CLOCK})",
+            )
+        )
 
 
 def _are_uptakes(stated_s: Array, half_life_s: float) -> bool:
@@ -389,36 +431,55 @@ def _series_starts_in_time(times: Timeline) -> bool:
     return bool(on_the_clock(late_s) <= SERIES_TOLERANCE_S)
 
 
-def _how_dummied(series: PetSeries, times: Timeline, half_life_s: float) -> str:
+def _other_references(series: PetSeries, times: Timeline, half_life_s: float) -> dict[str, Array]:
+    """Return what else tells the decay reference, by the attributes: series start, then frames.
+
+    A FrameReferenceTime of 0, but for GE, is none.
+    """
+    found = {}
+    with suppress(StudyError):
+        if _series_starts_in_time(times):
+            found[_SERIES_TIME] = np.full(len(series.slices), times.series_start_s)
+    if series.manufacturer == "GE" or (times.frame_reference_time_s > 0).all():
+        with suppress(StudyError):
+            found[_FRAME_REFERENCE_TIME] = back_from_frames_s(series, times, half_life_s)
+    return found
+
+
+def _how_dummied(
+    series: PetSeries, times: Timeline, others: Mapping[str, Array], half_life_s: float
+) -> str:
     """Say what shows that the vendor's decay reference was overwritten; empty where nothing."""
-    try:
-        start_fits = _series_starts_in_time(times)
-    except StudyError:
-        start_fits = False
-    stated_s, start_s = times.stated_reference_s, np.array([times.series_start_s])
-    if start_fits and _apart_s(stated_s, start_s) <= DISAGREEMENT_S:
+    stated_s = times.stated_reference_s
+    if any(_apart_s(stated_s, other_s) <= DISAGREEMENT_S for other_s in others.values()):
         return ""
     clocks = [each.decay_reference for each in series.slices]
     if any(each is not None and each.time() == time() for each in clocks):
         return "reads 00:00:00"
-    if not start_fits or half_life_s >= LONGEST_CLOCK_HALF_LIFE_S:
+    if not others:
         return ""
+    other_s = next(iter(others.values()))
     injection_s, clock_s = times.injection_s, _injection_clock_s(times)
-    for start_uptake_s, stated_uptake_s in (
-        (start_s - injection_s, stated_s - injection_s),
-        # Where the date of injection does not fit the series either, the clock has to tell.
-        (_since_clock_s(start_s, clock_s), _since_clock_s(stated_s, clock_s)),
-    ):
-        if _is_of_one_scan(start_uptake_s):
-            if _is_of_one_scan(stated_uptake_s):
+    uptakes_s = [(other_s - injection_s, stated_s - injection_s)]
+    longest_s = 2 * half_life_s
+    if half_life_s < LONGEST_CLOCK_HALF_LIFE_S:
+        longest_s = LONGEST_UPTAKE_S
+        # Where the date of injection does not fit the scan either, the clock has to tell.
+        uptakes_s.append((_since_clock_s(other_s, clock_s), _since_clock_s(stated_s, clock_s)))
+    for other_uptake_s, stated_uptake_s in uptakes_s:
+        if _is_of_one_scan(other_uptake_s, longest_s):
+            if _is_of_one_scan(stated_uptake_s, longest_s):
                 return ""
-            return "is more than an hour before the injection, or 12 hours after it"
+            return (
+                "is more than an hour before the injection, or "
+                f"{longest_s / HOUR_S:.3g} hours after it"
+            )
     return ""
 
 
-def _is_of_one_scan(uptake_s: Array) -> bool:
+def _is_of_one_scan(uptake_s: Array, longest_s: float) -> bool:
     found_s = on_the_clock(uptake_s)
-    return bool(((found_s >= -HOUR_S) & (found_s <= LONGEST_UPTAKE_S)).all())
+    return bool(((found_s >= -HOUR_S) & (found_s <= longest_s)).all())
 
 
 def _since_clock_s(moment_s: Array, clock_s: float) -> Array:
@@ -428,25 +489,30 @@ def _since_clock_s(moment_s: Array, clock_s: float) -> Array:
 
 
 def _compare_stated(
-    series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
+    series: PetSeries, times: Timeline, others: Mapping[str, Array], remarks: Remarks
 ) -> None:
-    """Hold the vendor's decay reference against the series and its frames, where they agree."""
-    try:
-        starts_in_time = _series_starts_in_time(times)
-        frames_s = back_from_frames_s(series, times, half_life_s)
-    except StudyError:
-        return
-    start_s = times.series_start_s
-    if not starts_in_time or _apart_s(frames_s, start_s) > DISAGREEMENT_S:
-        return
-    apart_s = _apart_s(times.stated_reference_s, start_s)
+    """Warn where the vendor's decay reference is far from whatever else tells it."""
+    apart_s = min((_apart_s(times.stated_reference_s, each) for each in others.values()), default=0)
     if apart_s > DISAGREEMENT_S:
         remarks.warnings.append(
             Warning(
                 Kind.DECAY_REFERENCE,
                 f"decay reference disagrees: the vendor's {STATED_REFERENCE[series.manufacturer]} "
-                f"is {_minutes(apart_s)} from what {_SERIES_TIME} and {_FRAME_REFERENCE_TIME} "
-                "agree on; the former is used",
+                f"is {_minutes(apart_s)} from that by {' and '.join(others)}; the former is used",
+            )
+        )
+
+
+def _compare_among_frames(reference_s: Array, remarks: Remarks) -> None:
+    """Warn where frames that START refers to one moment give several."""
+    # By the clock: an AcquisitionDate that missed midnight does no harm.
+    apart_s = float(np.ptp(_nearest_day_s(reference_s, float(reference_s[0]))))
+    if apart_s > DISAGREEMENT_S:
+        remarks.warnings.append(
+            Warning(
+                Kind.DECAY_REFERENCE,
+                f"decay reference disagrees: by {_ACQUISITION_CLOCK} and {_FRAME_REFERENCE_TIME} "
+                f"the slices refer to moments {_minutes(apart_s)} apart; each is taken at its own",
             )
         )
 
@@ -484,6 +550,23 @@ def _compare_injection_times(times: Timeline, remarks: Remarks) -> None:
                 f"{_minutes(apart_s)} apart; the former is used",
             )
         )
+
+
+def _with_undummied_clock(
+    times: Timeline, reference_s: Array, half_life_s: float, remarks: Remarks
+) -> Timeline:
+    """Give a date-time of injection that reads 00:00:00, and does not fit, the clock's time."""
+    is_midnight = on_the_clock(times.injection_s % DAY_S) == 0
+    has_other_clock = np.isfinite(times.injection_clock_s) and times.injection_clock_s > 0
+    if not (is_midnight and has_other_clock) or _are_uptakes(
+        reference_s - times.injection_s, half_life_s
+    ):
+        return times
+    remarks.reinterpretations.append(
+        f"{_START_DATETIME} reads 00:00:00 and does not fit the scan: the time of day is that of "
+        f"{_START_TIME}"
+    )
+    return replace(times, injection_s=times.injection_s + times.injection_clock_s)
 
 
 def _injection_clock_s(times: Timeline) -> float:

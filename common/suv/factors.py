@@ -27,6 +27,7 @@ from common.suv.alternatives import ALTERNATIVES, alternative_factors
 from common.suv.body import SUV_UNITS, body_quantity
 from common.suv.decay import Array, decay_reference, timeline, uptake_s
 from common.suv.inputs import PetSeries, PetSlice, Remarks, refuse_reinterpretations
+from common.suv.nuclides import SAME_NUCLIDE, is_half_life_of_pet
 from common.suv.provenance import Provenance, Rule, rounded, value_range
 
 # --- pet units -------------------------------------------------------------------------------
@@ -250,9 +251,6 @@ POSSIBLE_DOSE_IN_BQ = (20e6, 5_000e6)
 SAME_HALF_LIFE = 0.01
 """Relative difference of a half-life from that of the nuclide that is worth a warning."""
 
-LARGEST_HALF_LIFE_DIFFERENCE = 0.1
-"""Relative difference from which on it must be in another unit (minutes), or another nuclide's."""
-
 _WEIGHT = "PatientWeight (0010,1030)"
 _DOSE = "RadionuclideTotalDose (0018,1074)"
 _HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
@@ -394,7 +392,8 @@ def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
         state = (
             f"{DECAY_CORRECTED} is neither YES nor NO"
             if series.enhanced
-            else f"{_CORRECTED_IMAGE} lacks DECY, but {DECAY_CORRECTION} is not NONE"
+            else f"{_CORRECTED_IMAGE} lacks DECY, but {DECAY_CORRECTION} "
+            f"{_state(series.decay_correction)}, not NONE"
         )
         raise StudyError(
             f"it is unclear whether decay was corrected for ({state}): correct the header"
@@ -474,7 +473,7 @@ def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
         raise StudyError(f"no half-life ({_HALF_LIFE} {state}): set it in the header [s]")
     of_nuclide_s = series.nuclide_half_life_s
     difference = abs(half_life_s / of_nuclide_s - 1) if of_nuclide_s else 0.0
-    if difference > LARGEST_HALF_LIFE_DIFFERENCE:
+    if difference > SAME_NUCLIDE:
         raise StudyError(
             f"the half-life can't be right ({_HALF_LIFE} is {half_life_s:g}, that of the nuclide "
             f"in RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; minutes?): "
@@ -486,6 +485,14 @@ def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
                 Kind.SUV,
                 f"half-life disagrees: {_HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
                 f"RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; the former is used",
+            )
+        )
+    if of_nuclide_s is None and not is_half_life_of_pet(half_life_s):
+        remarks.warnings.append(
+            Warning(
+                Kind.SUV,
+                f"the half-life may be wrong: {_HALF_LIFE} is {half_life_s:g} s, which no usual "
+                "nuclide of PET has, and RadionuclideCodeSequence (0054,0300) names none",
             )
         )
     return half_life_s

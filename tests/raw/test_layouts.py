@@ -180,7 +180,7 @@ def test_the_weight_may_stand_in_the_table_of_participants(tmp_path):
         ("InjectionStart", None),
         ("ImageDecayCorrected", None),
         ("ImageDecayCorrectionTime", None),
-        ("TracerRadionuclide", "O15"),
+        ("TracerRadionuclide", "LU177"),
         ("Units", "counts"),
         ("FrameTimesStart", []),
     ],

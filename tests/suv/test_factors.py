@@ -629,11 +629,11 @@ def test_one_injection_for_slices_on_both_sides_of_midnight() -> None:
     assert minutes == pytest.approx([60 + 2.493, 65 + 2.493], abs=1e-3)
 
 
-def headers_of_nuclide(code: str, half_life_s: float) -> list[pydicom.Dataset]:
+def headers_of_nuclide(code: str, half_life_s: float, meaning: str = "") -> list[pydicom.Dataset]:
     headers = pet_headers(2, RadionuclideHalfLife=half_life_s)
     for header in headers:
         nuclide = pydicom.Dataset()
-        nuclide.CodeValue = code
+        nuclide.CodeValue, nuclide.CodeMeaning = code, meaning
         header.RadiopharmaceuticalInformationSequence[0].RadionuclideCodeSequence = [nuclide]
     return headers
 
@@ -646,6 +646,7 @@ def headers_of_nuclide(code: str, half_life_s: float) -> list[pydicom.Dataset]:
         ("C-111A1", 6586.2 * 1.011, True),
         ("C-111A1", 6586.2 * 0.901, True),
         ("35337001", 4062.6, False),
+        ("40937006", 360_806.4, False),
         ("no such code", 1200.0, False),
     ],
 )
@@ -674,6 +675,32 @@ def test_a_half_life_in_minutes_or_of_another_nuclide_is_refused(
     message = refusal(read_pet_series(headers_of_nuclide(code, half_life_s)))
     assert "RadionuclideHalfLife (0018,1075) is " in message
     assert "minutes?" in message
+
+
+@pytest.mark.parametrize(
+    ("meaning", "half_life_s"),
+    [("^18^Fluorine", 109.77), ("F-18", 4057.7), ("Gallium 68", 67.6), ("[11C]", 20.36)],
+)
+def test_the_nuclide_of_an_unknown_code_is_read_from_its_meaning(
+    meaning: str, half_life_s: float
+) -> None:
+    headers = headers_of_nuclide("99LOCAL", half_life_s, meaning)
+    assert "that of the nuclide in RadionuclideCodeSequence" in refusal(read_pet_series(headers))
+
+
+@pytest.mark.parametrize("half_life_s", [109.77, 67.63, 20.36, 1.8295])
+def test_a_half_life_in_minutes_or_hours_is_refused_without_a_code_too(half_life_s: float) -> None:
+    """109.77, taken as seconds, made SUVs of 5e9 where the header names no nuclide."""
+    message = refusal(read_pet_series(pet_headers(RadionuclideHalfLife=half_life_s)))
+    assert "RadionuclideHalfLife (0018,1075) is " in message
+    assert "minutes?" in message
+
+
+@pytest.mark.parametrize(("half_life_s", "warned"), [(65_862.0, True), (6586.2, False)])
+def test_a_half_life_of_no_nuclide_is_a_warning(half_life_s: float, warned: bool) -> None:
+    series = read_pet_series(pet_headers(RadionuclideHalfLife=half_life_s))
+    warnings = suv_factors(series).provenance.warnings
+    assert any("the half-life may be wrong" in each for each in warnings) is warned
 
 
 @pytest.mark.parametrize("vendor", ["GE", "Siemens"])
@@ -731,15 +758,63 @@ def test_the_stated_decay_reference_stands_where_series_and_frames_do_not_agree(
     assert (provenance["rule"], provenance["warnings"]) == ("12a", [])
 
 
-def test_the_stated_decay_reference_stands_where_nothing_else_fits() -> None:
+def test_the_stated_decay_reference_of_a_rewritten_series_is_held_against_its_frames() -> None:
     """The series was rewritten, so that its start says nothing of the injection."""
     series = stating("GE", moment(50_000), **two_beds(GE, REFERENCE_S))
     late = replace(series, series_start=moment(REFERENCE_S + 5400))
-    assert suv_factors(late).provenance.record["rule"] == "12a"
+    assert suv_factors(late).provenance.record["rule"] == "12c"
+    silent = replace(
+        late, slices=tuple(replace(each, frame_reference_time_s=None) for each in late.slices)
+    )
+    assert suv_factors(silent).provenance.record["rule"] == "12a"
     midnight = stating("GE", datetime(1900, 1, 1), **two_beds(GE, REFERENCE_S))
     late = replace(midnight, series_start=moment(REFERENCE_S + 5400))
     assert suv_factors(late).provenance.record["rule"] == "12c"
     assert suv_factors(late).factors == pytest.approx(suv_factors(midnight).factors, rel=1e-9)
+
+
+@pytest.mark.parametrize("vendor", ["GE", "Siemens"])
+@pytest.mark.parametrize(
+    ("series_s", "with_frames", "named"),
+    [
+        (REFERENCE_S + 5400, True, ["FrameReferenceTime"]),
+        (REFERENCE_S, False, ["SeriesTime"]),
+        (REFERENCE_S - 900, True, ["SeriesTime", "FrameReferenceTime"]),
+        (REFERENCE_S + 5400, False, None),
+    ],
+)
+def test_a_stated_decay_reference_far_from_whatever_else_tells_it_is_a_warning(
+    vendor: str, series_s: float, with_frames: bool, named: list[str] | None
+) -> None:
+    """Two hours off gave SUV x 2.13 silently where the series was rewritten, or had no frames."""
+    header = two_beds(VENDORS[vendor], series_s)
+    if not with_frames:
+        header["FrameReferenceTime"] = None
+    provenance = suv_factors(stating(vendor, moment(REFERENCE_S + 7200), **header)).provenance
+    warned = [each for each in provenance.warnings if "decay reference disagrees" in each]
+    assert provenance.rule == "12a"
+    assert len(warned) == (named is not None)
+    assert all(name in each for each in warned for name in named or ())
+    right = suv_factors(stating(vendor, moment(REFERENCE_S), **header)).provenance
+    assert right.warnings == ()
+
+
+def test_a_frame_reference_time_of_0_is_no_witness() -> None:
+    header = {**two_beds(SIEMENS, REFERENCE_S + 5400), "FrameReferenceTime": 0}
+    assert suv_factors(stating("Siemens", moment(REFERENCE_S), **header)).provenance.warnings == ()
+
+
+@pytest.mark.parametrize("vendor", VENDORS.values())
+def test_frames_of_a_rewritten_series_that_refer_to_several_moments_are_a_warning(
+    vendor: str,
+) -> None:
+    """FrameReferenceTime 0 in two beds of a GE scan: the second was 4 % high, silently."""
+    rewritten = two_beds(vendor, REFERENCE_S + 5400)
+    plain = suv_factors(read_pet_series(pet_headers(**rewritten))).provenance
+    assert (plain.rule, plain.warnings) == ("12c", ())
+    rewritten["FrameReferenceTime"] = PerSlice(1000, 1000, 1000, 1000)
+    warned = suv_factors(read_pet_series(pet_headers(**rewritten))).provenance.warnings
+    assert any("the slices refer to moments 6.0 min apart" in each for each in warned)
 
 
 def test_a_dummied_date_of_injection_dummies_no_decay_reference() -> None:
@@ -758,6 +833,13 @@ def test_a_dummied_date_of_injection_dummies_no_decay_reference() -> None:
 def test_a_long_half_life_allows_a_late_decay_reference() -> None:
     late = stating("GE", moment(200_000), **two_beds(GE, REFERENCE_S), RadionuclideHalfLife=282_276)
     assert suv_factors(late).provenance.record["rule"] == "12a"
+
+
+def test_a_dummied_decay_reference_of_a_long_half_life_is_not_used() -> None:
+    header = {**two_beds(GE, REFERENCE_S), "RadionuclideHalfLife": 282_276}
+    provenance = suv_factors(stating("GE", datetime(1900, 1, 1, 11), **header)).provenance
+    assert provenance.rule == "12b"
+    assert provenance.minutes_to_reference == pytest.approx([REFERENCE_S / 60] * 2)
 
 
 def test_a_dummied_decay_reference_is_refused_by_strict() -> None:
@@ -868,6 +950,39 @@ def test_disagreeing_times_of_injection_are_a_warning() -> None:
     assert warning.startswith("injection times disagree")
     assert "10.0 min" in warning
     assert suv_factors(series).factors * AT_START == pytest.approx(np.ones(N_SLICES), rel=1e-9)
+
+
+@pytest.mark.parametrize("day", ["19000101", "20250101"])
+def test_an_injection_dummied_to_midnight_takes_the_clock_time(day: str) -> None:
+    """It gave SUV x 44, with warnings."""
+    header = read_pet_series(pet_headers(RadiopharmaceuticalStartDateTime=day + "000000"))
+    conversion = suv_factors(header)
+    plain = suv_factors(read_pet_series(pet_headers()))
+    assert conversion.factors == pytest.approx(plain.factors, rel=1e-12)
+    assert "reads 00:00:00 and does not fit" in conversion.provenance.reinterpretations[0]
+    assert conversion.provenance.warnings == ()
+
+
+def test_an_injection_at_midnight_is_no_dummy() -> None:
+    midnight = datetime(2025, 1, 2)
+    series = read_pet_series(pet_headers(**on_days(midnight + timedelta(hours=1), midnight)))
+    provenance = suv_factors(series).provenance
+    assert (provenance.reinterpretations, provenance.warnings) == ((), ())
+    assert provenance.minutes_to_reference == pytest.approx([60, 60])
+
+
+def test_times_that_are_one_dummy_are_a_warning() -> None:
+    """All times overwritten by midnight: no decay at all, which was silent."""
+    series = read_pet_series(pet_headers(**on_days(datetime(1900, 1, 1), datetime(1900, 1, 1))))
+    warnings = suv_factors(series).provenance.warnings
+    assert any("less than a minute apart" in each for each in warnings)
+
+
+def test_values_that_refer_to_the_injection_are_no_dummies() -> None:
+    """The series starts with the injection, as the clock of some list-mode scans does."""
+    header = {"SeriesTime": tm(INJECTION), "FrameReferenceTime": None}
+    series = read_pet_series(pet_headers(**header))
+    assert suv_factors(series).provenance.warnings == ()
 
 
 def test_injection_after_the_scan_is_a_warning() -> None:

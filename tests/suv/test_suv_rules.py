@@ -7,7 +7,8 @@ import math
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, time, timedelta
 from typing import Any
 
@@ -72,13 +73,47 @@ def factors(scan: Scan) -> list[float]:
 def references(scan: Scan) -> list[datetime]:
     if scan.decay_correction == "NONE":
         return [each + average_rate_time(scan) for each in scan.acquired]
-    if scan.stated is not None:
+    if scan.stated is not None and not is_overwritten(scan, scan.stated):
         return [scan.stated] * 3
-    if scan.series <= min(scan.acquired) + timedelta(seconds=1):
-        return [scan.series] * 3
+    return [scan.series] * 3 if starts_in_time(scan) else back_from_frames(scan)
+
+
+def starts_in_time(scan: Scan) -> bool:
+    return scan.series <= min(scan.acquired) + timedelta(seconds=1)
+
+
+def back_from_frames(scan: Scan) -> list[datetime]:
     back = [timedelta(seconds=each) for each in needed(scan.frame_reference_s)]
     forth = timedelta() if scan.vendor == GE else average_rate_time(scan)
     return [each + forth - b for each, b in zip(scan.acquired, back, strict=True)]
+
+
+def is_overwritten(scan: Scan, stated: datetime) -> bool:
+    """No scan refers to `stated`, but one does to the start of the series, or that of frames."""
+    others = [[scan.series] * 3] if starts_in_time(scan) else []
+    if scan.vendor == GE or min(scan.frame_reference_s or [0]) > 0:
+        with suppress(Refused):
+            others.append(back_from_frames(scan))
+    if not others or any(
+        max(abs(each - stated) for each in other) <= timedelta(seconds=60) for other in others
+    ):
+        return False
+    is_short = scan.half_life_s < 41_400
+    longest_s = 12 * 3600 if is_short else 2 * scan.half_life_s
+    uptakes = []
+    if scan.injected:
+        uptakes.append(lambda moment: (moment - scan.injected).total_seconds())
+    if is_short and (scan.injected or scan.injected_clock):
+        by_clock = replace(
+            scan,
+            injected=None,
+            injected_clock=scan.injected.time() if scan.injected else scan.injected_clock,
+        )
+        uptakes.append(lambda moment: uptake_s(by_clock, moment))
+    for uptake in uptakes:
+        if all(-3600 <= uptake(each) <= longest_s for each in others[0]):
+            return not -3600 <= uptake(stated) <= longest_s
+    return False
 
 
 def average_rate_time(scan: Scan) -> timedelta:
