@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import project_zip
-from common.errors import IncompleteStudy, StageError
+from common.errors import IncompleteStudy, StageError, counted
 from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5.merge import assemble
@@ -57,6 +57,9 @@ MOST_VOXELS = 32767
 
 SAVED_IMAGES = ("ct", "petsuv", "mask", "mask_iso")
 """What --save-nifti writes of a study."""
+
+TOLD_REASONS = 3
+"""Studies of an empty zip, at most, whose reason is told."""
 
 logger = logging.getLogger("tumorvolume")
 
@@ -247,10 +250,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
     with exclusive(options.output, force=options.force, lock=options.lock):
         archived = project_zip.read_directory(options.zip)
         if not archived:
-            raise StageError(
-                f"{options.zip}: no study in it; members must end in "
-                "<hash>/<hash>_{ct,petsuv,mask}.nii.gz"
-            )
+            raise StageError(f"{options.zip}: {why_empty(options.zip)}")
         if options.save_nifti is not None:
             make_folder(options.save_nifti)
         studies = plan(archived, recipe, options)
@@ -291,6 +291,19 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             force=options.force,
             allow_shrink=options.allow_shrink,
         )
+
+
+def why_empty(path: Path) -> str:
+    """Say why a zip holds no study, as far as it tells."""
+    absent = project_zip.read_absent(path)
+    if not absent:
+        return "no study in it; members must end in <hash>/<hash>_{ct,petsuv,mask}.nii.gz"
+    reasons = [
+        f"{study_hash} {status}, {reason if reason.isprintable() else repr(reason)}"
+        for study_hash, (status, reason) in absent.items()
+    ]
+    told = "; ".join(reasons[:TOLD_REASONS]) + (" ..." if len(reasons) > TOLD_REASONS else "")
+    return f"no study in it, for createproject.py wrote none of {counted(len(absent))}: {told}"
 
 
 def plan(

@@ -455,7 +455,7 @@ def test_a_new_a_changed_and_a_vanished_study(inputs, tmp_path):
     shutil.rmtree(folder / "raw/patient9")
     said = closing_line()
     assert said.startswith(f"{n} studies: 0 written, {n} unchanged, {end}")
-    assert "1 studies of the old output are no longer in the input and stay out" in said
+    assert "1 study of the old output is no longer in the input and stays out" in said
     assert closing_line() == f"{n} studies: 0 written, {n} unchanged, {end}"
 
 

@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 from skimage import measure
 
 import preprocessing
+from common import project_zip
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "sts_nifti"
@@ -836,6 +837,18 @@ def test_zip_without_a_study_is_refused(tmp_path, capsys):
     write_zip(tmp_path / "p.zip", {}, records={})
     assert run(tmp_path / "p.zip", tmp_path / "o.h5") == 1
     assert "no study in it" in capsys.readouterr().err
+
+
+def test_a_zip_whose_studies_all_failed_says_which_and_why(tmp_path, capsys):
+    reasons = [f"no body weight {n} (PatientWeight (0010,1030)): add it" for n in range(4)]
+    absent = {f"aaaaaaa00{n}": ("failed", reason) for n, reason in enumerate(reasons)}
+    project_zip.assemble(tmp_path / "p.zip", {}, "p", absent=absent)
+    assert run(tmp_path / "p.zip", tmp_path / "o.h5") == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'p.zip'}: no study in it, for createproject.py wrote none of "
+        "4 studies: " + "; ".join(f"aaaaaaa00{n} failed, {reasons[n]}" for n in range(3)) + " ...\n"
+    )
+    assert not (tmp_path / "o.h5").exists()
 
 
 def test_foreign_records_do_no_harm(tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.errors import DamagedSource, StageError, Unreachable, WorkerKilled
+from common.errors import DamagedSource, StageError, Unreachable, WorkerKilled, counted
 from common.run import output as outputs
 from common.run.atomic import (
     clear_write_errors,
@@ -231,10 +231,11 @@ def _remove_replaced(stage: Stage) -> None:
 def _report_plan(stage: Stage, n_kept: int, n_todo: int, vanished: Set[str]) -> None:
     n_studies = len(stage.studies)
     resumed = n_studies - n_kept - n_todo
-    logger.info("%d studies: %d unchanged, %d to compute", n_studies, n_kept, n_todo)
+    logger.info("%s: %d unchanged, %d to compute", counted(n_studies), n_kept, n_todo)
     if resumed:
-        logger.log(PROGRESS, "resuming: %d studies are finished already", resumed)
-    _report_absent("are no longer in the input", vanished)
+        told = counted(resumed, "study is", "studies are")
+        logger.log(PROGRESS, "resuming: %s finished already", told)
+    _report_absent("{are} no longer in the input", vanished)
 
 
 _LARGEST_LOSS = 0.1
@@ -394,17 +395,14 @@ def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> Non
 
 
 def _report_dropped(lost: Set[str], outcomes: Sequence[Outcome]) -> None:
-    _report_absent("failed or are incomplete now", lost & {o.hash for o in outcomes})
+    _report_absent("failed or {are} incomplete now", lost & {o.hash for o in outcomes})
 
 
 def _report_absent(why: str, hashes: Set[str]) -> None:
     if hashes:
-        logger.warning(
-            "%d studies of the old output %s and stay out: %s",
-            len(hashes),
-            why,
-            _named(hashes, _MOST_NAMED),
-        )
+        are, stay = ("is", "stays") if len(hashes) == 1 else ("are", "stay")
+        told = f"{counted(len(hashes))} of the old output {why.format(are=are)} and {stay} out"
+        logger.warning("%s: %s", told, _named(hashes, _MOST_NAMED))
 
 
 def _named(hashes: Set[str], most: int) -> str:

@@ -72,6 +72,24 @@ log = logging.getLogger("tumorvolume")
 """
 
 
+# --- Windows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_where_there_is_no_fcntl_one_line_says_what_to_do(script):
+    without = (
+        "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = ['x', '--help'];"
+        f"runpy.run_path({str(ROOT / script)!r} + '.py', run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == (
+        "error: tumorvolume runs on Linux and macOS; on Windows use WSL (wsl --install)\n"
+    )
+
+
 # --- the end of a run -------------------------------------------------------------------------
 
 

@@ -194,7 +194,7 @@ def test_a_study_that_fails_now_drops_out_and_is_named(folder, logged):
     folder.run(studies(a="1", b="1"))
     folder.run(studies(a="fails", b="1"))
     assert folder.output.read_text() == "b 1\n"
-    assert "failed or are incomplete now and stay out: a" in text_of(logged)
+    assert "failed or is incomplete now and stays out: a" in text_of(logged)
 
 
 def test_a_vanished_study_stays_out_and_is_named(folder, logged):
@@ -203,7 +203,7 @@ def test_a_vanished_study_stays_out_and_is_named(folder, logged):
     folder.run(studies(b="1"))
     assert folder.output.read_text() == "b 1\n"
     [line] = [record.getMessage() for record in logged if record.levelname == "WARNING"]
-    assert line == "1 studies of the old output are no longer in the input and stay out: a"
+    assert line == "1 study of the old output is no longer in the input and stays out: a"
 
 
 def test_a_study_whose_file_beside_is_gone_is_computed_again(folder, tmp_path):
