@@ -43,11 +43,11 @@ from common.hdf5.studies import (
 )
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
 from common.key_lists import listed_keys
-from common.report.case_table import ATTRIBUTES, case_table
+from common.report.case_table import ATTRIBUTES, COLUMNS, case_rows
 from common.run import cli, stage
 from common.run.console import PROGRESS
 from common.run.fan_out import Engine, run_studies
-from common.run.output import exclusive, make_folder, replace_output, write_beside
+from common.run.output import exclusive, make_folder, replace_output, write_beside, write_table
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Status
 from common.version import SOFTWARE
@@ -270,7 +270,7 @@ def write_what_goes_beside(
     if has_folds(options):
         write_splits(options, folds)
     if options.cases is not None:
-        write_beside(options.cases, cases_csv(options, plan))
+        write_table(options.cases, COLUMNS, cases(options, plan))
     if options.report is not None:
         # Slow to load, and only for those who ask for it.
         from common.report.page import write_report
@@ -490,8 +490,8 @@ def write_splits(options: argparse.Namespace, folds: Sequence[splits.Fold]) -> N
 # --- cases -----------------------------------------------------------------------------------
 
 
-def cases_csv(options: argparse.Namespace, plan: MergePlan) -> str:
-    """Return the table of all studies; who the patient is stays empty where nothing tells it."""
+def cases(options: argparse.Namespace, plan: MergePlan) -> list[list[str]]:
+    """Return the rows of all studies; who the patient is stays empty where nothing tells it."""
     try:
         n_characters = splits.patient_characters(plan.samples, options.patient_characters)
     except StageError as error:
@@ -499,7 +499,7 @@ def cases_csv(options: argparse.Namespace, plan: MergePlan) -> str:
             raise
         logger.warning("the column patient of %s is empty: %s", options.cases.name, error)
         n_characters = 0
-    return case_table(
+    return case_rows(
         (key, key[:n_characters], attributes) for key, attributes in sorted(plan.attributes.items())
     )
 

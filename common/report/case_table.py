@@ -1,7 +1,5 @@
 """Studies as CSV, a row a study: whose it is, how its SUV came about, how much tumour it has."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,17 +22,17 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def case_table(studies: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str:
-    """Return the CSV of studies, each its hash, the patient's part of that, and its attributes.
+def case_rows(studies: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[list[str]]:
+    """Return the rows of the table below its heading.
 
-    What a file does not tell is empty. Units are in the columns' names; SUV in g/ml.
+    Each study is its hash, the patient's part of that, and its attributes. What a file does not
+    tell is empty. Units are in the columns' names; SUV in g/ml.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for study_hash, patient, attributes in studies:
-        writer.writerow({"hash": study_hash, "patient": patient, **_row(attributes)})
-    return text.getvalue()
+    rows = (
+        {"hash": study_hash, "patient": patient, **_row(attributes)}
+        for study_hash, patient, attributes in studies
+    )
+    return [[row.get(column, "") for column in COLUMNS] for row in rows]
 
 
 def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
