@@ -42,6 +42,8 @@ def raw_project(tmp_path_factory):
 @pytest.mark.parametrize("text", [README, OPTIONS, SIZING], ids=["README", "options", "sizing"])
 def test_every_option_that_is_told_of_exists(text):
     known = set().union(*map(options_of, SCRIPTS))
+    for example in (ROOT / "examples").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)",', example.read_text()))
     code = "\n".join(re.findall(r"`[^`]*`|```.*?```", text, flags=re.DOTALL))
     code = re.sub(r"^dask .*$", "", code, flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= known
