@@ -412,7 +412,7 @@ def write_merged(
     """
     made_by = {"parameters": plan.parameters, "software": SOFTWARE}
     assemble = (
-        functools.partial(merging.assemble_links, **made_by, folder=options.output.parent)
+        functools.partial(merging.assemble_links, **made_by, output=options.output)
         if options.link
         else functools.partial(merging.assemble, **made_by)
     )

@@ -26,7 +26,7 @@ from common import project_zip
 from common.errors import IncompleteStudy, StageError, counted
 from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
-from common.hdf5.merge import assemble
+from common.hdf5 import merge
 from common.hdf5.parts import write_volume
 from common.hdf5.studies import COMPRESSIONS, has_blosc, read_fingerprints, read_keys
 from common.nifti import load_library, write_nifti_file
@@ -185,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="also write a page to look at: projections, outlines, measures, warnings",
     )
+    cli.add_store_option(results)
     cli.add_run_options(parser)
     parser.add_argument(
         "--profile", action="store_true", help="log the seconds that each step of a study took"
@@ -225,6 +226,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         cli.check_side_output(parser, options.report, options, beside)
     if options.save_nifti is not None:
         cli.check_folder(parser, options.save_nifti, options)
+    cli.check_store(parser, options)
     if options.compression == "blosc" and not has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -247,7 +249,8 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         labels=options.labels,
     )
     load_library()
-    with exclusive(options.output, force=options.force, lock=options.lock):
+    store, made_by = options.store, {"parameters": recipe.parameters, "software": SOFTWARE}
+    with exclusive(options.output, force=options.force, lock=options.lock, store=store):
         archived = project_zip.read_directory(options.zip)
         if not archived:
             raise StageError(f"{options.zip}: {why_empty(options.zip)}")
@@ -280,10 +283,16 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             output=options.output,
             studies=studies,
             worker=preprocess_study,
-            assemble=functools.partial(assemble, parameters=recipe.parameters, software=SOFTWARE),
-            read_finished=functools.partial(in_own_process, read_fingerprints),
+            assemble=functools.partial(merge.assemble_index, **made_by, output=options.output)
+            if store
+            else functools.partial(merge.assemble, **made_by),
+            read_finished=functools.partial(in_own_process, merge.read_stored, store)
+            if store
+            else functools.partial(in_own_process, read_fingerprints),
             write_beside=write_what_goes_beside,
             name="preprocessing",
+            store=store,
+            has_form=lambda path: in_own_process(merge.holds_links, path) == bool(store),
         )
         return stage.run_stage(
             preprocessing,

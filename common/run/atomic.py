@@ -117,7 +117,8 @@ def clear_write_errors(path: Path) -> Iterator[None]:
 
 def _was_taken_away(path: Path) -> bool:
     """Tell whether a temporary file is gone, or the folder of parts, which runs make and remove."""
-    return path.parent.is_dir() or path.parent.name.endswith(PARTS_SUFFIX)
+    folders = path.parent, path.parent.parent
+    return path.parent.is_dir() or any(each.name.endswith(PARTS_SUFFIX) for each in folders)
 
 
 # --- what a killed worker leaves beside the output -------------------------------------------

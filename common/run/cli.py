@@ -17,12 +17,13 @@ from typing import Any, NoReturn
 from common.errors import StageError, counted
 from common.hashing import fingerprint
 from common.run import console
-from common.run.atomic import lock_file
+from common.run.atomic import behind_links, lock_file
 from common.run.fan_out import Engine
 from common.run.machine import available_cpus
 from common.run.output import parts_folder
 from common.run.signals import interruptible
 from common.run.stage import failures_file
+from common.run.store import why_not_a_store
 from common.run.worker import (
     NOT_ENOUGH_MEMORY,
     Outcome,
@@ -136,6 +137,17 @@ def add_run_options(parser: argparse.ArgumentParser, *, cluster: bool = True) ->
     )
     run.add_argument("--debug", action="store_true", help="show tracebacks")
     run.add_argument("--version", action="version", version=SOFTWARE)
+
+
+def add_store_option(group: argparse._ArgumentGroup) -> None:
+    """Add the option of an output that grows by what is new."""
+    group.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="keep a file a study in DIR, and make the output an index of links to them: one "
+        "study more writes that study and the index, not all; keep both together",
+    )
 
 
 def engine(options: argparse.Namespace) -> Engine:
@@ -282,6 +294,16 @@ def _check_is_none_of(parser: argparse.ArgumentParser, path: Path, others: Seque
             path.exists() and other.exists() and path.samefile(other)
         ):
             parser.error(f"{path} is another file of this run: choose another name")
+
+
+def check_store(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with status 2 where the folder for --store can't be the output's."""
+    if options.store is None:
+        return
+    options.store = behind_links(options.store)
+    check_folder(parser, options.store, options)
+    if fault := why_not_a_store(options.store, options.output):
+        parser.error(f"--store {options.store}: {fault}")
 
 
 def check_folder(parser: argparse.ArgumentParser, path: Path, options: argparse.Namespace) -> None:

@@ -4,7 +4,9 @@ While a run is under way, ``OUTPUT.parts/`` holds finished parts, in the layout 
 """
 
 import csv
+import glob
 import io
+import itertools
 import os
 import shutil
 import socket
@@ -23,6 +25,7 @@ from common.run.atomic import (
     writing,
 )
 from common.run.pool import in_own_process
+from common.run.store import holding_store, sync_folders
 
 Assemble = Callable[[Path, Mapping[str, Path]], None]
 """Writes the file at the given path from a mapping of hash to a file that holds the study.
@@ -90,19 +93,27 @@ def replace_output(
     assemble: Assemble,
     sources: Mapping[str, Path],
     before_replacing: Callable[[Path], None] = lambda path: None,
+    *,
+    links: bool = False,
 ) -> None:
     """Have a worker process write the new output from `sources`, then put it in OUTPUT's place.
 
     A failure to write, or a crash of a library on a damaged source, leaves the old output as it
-    was. `before_replacing` is called with the path of the complete new output.
+    was. `before_replacing` is called with the path of the complete new output. One that `links` to
+    its sources is written in OUTPUT's own folder: the links are relative to that.
     """
     parts = parts_folder(output)
     with clear_write_errors(output):
         parts.mkdir(exist_ok=True)
         real = behind_links(output)
-        with writing(real, parts / f"assembled.{_here()}.tmp{output.suffix}") as temporary:
+        temporary_path = parts / f"assembled.{_here()}.tmp{output.suffix}"
+        if links:
+            temporary_path = real.with_name(f".{real.name}.{_here()}.tmp")
+        with writing(real, temporary_path) as temporary:
             in_own_process(_assemble, output, assemble, temporary, sources)
             before_replacing(temporary)
+            if links:
+                sync_folders(sources.values())
         # The new file is there; some file systems can't make sure of a folder.
         with suppress(OSError):
             sync(real.parent)
@@ -119,8 +130,10 @@ def _assemble(
 
 
 @contextmanager
-def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterator[None]:
-    """Hold the lock of an output, ``OUTPUT.lock``, while the body runs.
+def exclusive(
+    output: Path, *, force: bool = False, lock: bool = True, store: Path | None = None
+) -> Iterator[None]:
+    """Hold the lock of an output, ``OUTPUT.lock``, and of its store, while the body runs.
 
     With `force` the parts of an interrupted run are thrown away first. At success no parts are
     left. Without `lock` the caller sees to it that no other run writes the output.
@@ -128,15 +141,24 @@ def exclusive(output: Path, *, force: bool = False, lock: bool = True) -> Iterat
     Raises
     ------
     StageError
-        Another run holds it, or it cannot be created, or the file system has no locks.
+        Another run holds it, or it cannot be created, or the file system has no locks; the store
+        is another output's.
     """
-    parts = parts_folder(output)
-    with locked(behind_links(output)) if lock else nullcontext():
+    parts, real = parts_folder(output), behind_links(output)
+    with (
+        locked(real) if lock else nullcontext(),
+        holding_store(store, output, lock=lock) if store is not None else nullcontext(),
+    ):
         remove_listed(parts)
         if force:
             shutil.rmtree(parts, ignore_errors=True)
-        for litter in parts.glob("*.tmp*"):
-            litter.unlink(missing_ok=True)
+        litter = (
+            parts.glob("*.tmp*"),
+            parts.glob("??/*.tmp"),
+            real.parent.glob(f".{glob.escape(real.name)}.*.tmp"),
+        )
+        for path in itertools.chain(*litter):
+            path.unlink(missing_ok=True)
         try:
             yield
             shutil.rmtree(parts, ignore_errors=True)

@@ -24,17 +24,23 @@ from common.run.atomic import (
 )
 from common.run.console import PROGRESS
 from common.run.fan_out import Engine, run_studies
+from common.run.store import N_DIGITS, study_file, study_files, subfolder, sweep
 from common.run.worker import Cause, Job, Outcome, Worker
 
 logger = logging.getLogger("tumorvolume")
 
 ReadFinished = Callable[[Path], Mapping[str, str]]
-"""Returns the fingerprints, by hash, of the studies that a present output holds."""
+"""Returns the fingerprints, by hash, of the studies that a present output holds; of one with a
+store their first digits, empty where the study's file is not in the store."""
 
 WriteBeside = Callable[[Path | None, Sequence[Outcome]], None]
 """Called with the path of the complete new output, before it takes its place, and the outcomes;
 with OUTPUT itself where nothing changed, with None where the old output is left for want of any
 study."""
+
+
+MOST_IN_A_FOLDER = 2000
+"""Parts of more studies than this are in subfolders."""
 
 
 def _write_nothing(path: Path | None, outcomes: Sequence[Outcome]) -> None:
@@ -71,6 +77,10 @@ class Stage:
     made_alike : set of hash
         Studies that the present output holds as these options make them: what it holds of them
         stays where they can't be looked at.
+    store : Path, optional
+        Folder where the parts stay, behind links; `assemble` then writes links to them.
+    has_form : function
+        Whether a present output is of the form that `assemble` writes: copies, or links.
     """
 
     output: Path
@@ -84,6 +94,8 @@ class Stage:
     read_absent: Callable[[Path], Mapping[str, tuple[str, str]]] | None = None
     listed: Sequence[Outcome] = ()
     made_alike: Set[str] = frozenset()
+    store: Path | None = None
+    has_form: Callable[[Path], bool] = lambda path: True
 
 
 @dataclass(frozen=True)
@@ -93,12 +105,15 @@ class _Plan:
     Attributes
     ----------
     kept : set of hash
+        Of the old output, as they are to be.
     todo : sequence of Job
         Without finished parts.
     parts : dict of hash to Path
         Of all studies that are not kept.
     finished : dict of hash to fingerprint
         What the old output holds; {} also where that is not known.
+    held : dict of hash to Path
+        The files that the studies of the old output are in: itself, or those of the store.
     is_known : bool
         Whether it is known what the old output holds.
     """
@@ -107,6 +122,7 @@ class _Plan:
     todo: Sequence[Job]
     parts: Mapping[str, Path]
     finished: Mapping[str, str]
+    held: Mapping[str, Path]
     is_known: bool
 
 
@@ -163,25 +179,30 @@ def _plan(stage: Stage, *, force: bool, allow_shrink: bool) -> _Plan:
     vanished = finished.keys() - asked_for
     if not allow_shrink:
         refuse_to_shrink(stage.output, finished.keys(), vanished)
-    _remove_replaced(stage)
-    folder = outputs.parts_folder(stage.output)
+    folder = outputs.parts_folder(stage.output) if stage.store is None else stage.store
+    paths = {job.hash: _part(stage, folder, job.hash, job.fingerprint) for job in stage.studies}
+    if not force:
+        _remove_replaced(stage, folder, paths, finished)
     kept = {
         job.hash
         for job in stage.studies
-        if not force and finished.get(job.hash) == job.fingerprint and job.has_all_beside
+        if not force
+        and finished.get(job.hash, "")[:N_DIGITS] == job.fingerprint[:N_DIGITS]
+        and job.has_all_beside
     }
-    parts = {
-        job.hash: folder / part_name(job, stage.output)
-        for job in stage.studies
-        if job.hash not in kept
-    }
+    parts = {job.hash: paths[job.hash] for job in stage.studies if job.hash not in kept}
     todo = [
         replace(job, part=parts[job.hash], beside=tuple(path.absolute() for path in job.beside))
         for job in stage.studies
-        if job.hash in parts and not (parts[job.hash].exists() and job.has_all_beside)
+        if job.hash in parts and (force or not (parts[job.hash].exists() and job.has_all_beside))
     ]
     _report_plan(stage, len(kept), len(todo), vanished)
-    return _Plan(kept, todo, parts, finished, present is not None)
+    held = {
+        each: stage.output if stage.store is None else _part(stage, folder, each, made_from)
+        for each, made_from in finished.items()
+        if stage.store is None or made_from
+    }
+    return _Plan(kept, todo, parts, finished, held, present is not None)
 
 
 def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping[str, str] | None:
@@ -208,22 +229,29 @@ def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping
         return None
 
 
-def part_name(job: Job, output: Path) -> str:
-    """Return the name of a study's finished part, which tells what it was made from."""
-    return f"{job.hash}.{job.fingerprint[:16]}{output.suffix}"
+def _part(stage: Stage, folder: Path, study_hash: str, made_from: str) -> Path:
+    """Return where below a folder the finished part of a study is, or is to be."""
+    if stage.store is not None or len(stage.studies) > MOST_IN_A_FOLDER:
+        folder = subfolder(folder, study_hash)
+    return folder / study_file(study_hash, made_from, stage.output.suffix)
 
 
-def _remove_replaced(stage: Stage) -> None:
+def _remove_replaced(
+    stage: Stage, folder: Path, paths: Mapping[str, Path], finished: Mapping[str, str]
+) -> None:
     """Remove what a run with other options, that never ended, has put beside OUTPUT.
 
     Its part of the study tells; else OUTPUT would be kept with files beside it that do not fit.
     """
-    output = stage.output
-    parts = outputs.parts_folder(output)
+    suffix = stage.output.suffix
     beside = {job.hash: job for job in stage.studies if job.beside}
-    for part in sorted(parts.iterdir()) if beside and parts.is_dir() else ():
-        job = beside.get(part.name.removesuffix(output.suffix).rpartition(".")[0])
-        if job is not None and part.name != part_name(job, output):
+    parts = [*sorted(folder.glob("*.*")), *study_files(folder, suffix)] if beside else []
+    for part in parts:
+        job = beside.get(part.name.removesuffix(suffix).rpartition(".")[0])
+        if job is None:
+            continue
+        in_output = study_file(job.hash, finished.get(job.hash, ""), suffix)
+        if part.name not in (paths[job.hash].name, in_output):
             for path in (*job.beside, part):
                 path.unlink(missing_ok=True)
 
@@ -266,9 +294,11 @@ def refuse_to_shrink(output: Path, held: Set[str], lost: Set[str]) -> None:
 def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
     """Have the workers write the parts that are missing."""
     parts = outputs.parts_folder(stage.output)
+    folders = sorted({path.parent for path in plan.parts.values()})
     with clear_write_errors(stage.output):
         if plan.parts:
-            parts.mkdir(exist_ok=True)
+            for folder in (parts, *folders):
+                folder.mkdir(exist_ok=True)
             list_temporaries(parts, (path for job in plan.todo for path in job.beside))
     try:
         computed = run_studies(
@@ -280,9 +310,10 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
         )
     finally:
         remove_listed(parts)
-    if engine.dask is not None and plan.parts:
+    if engine.dask is not None:
         # A file server's client may remember that parts were not there; this makes it look again.
-        os.listdir(parts)
+        for folder in folders:
+            os.listdir(folder)
     found = {outcome.hash: _settled(stage, plan, outcome) for outcome in computed}
     return [
         Outcome(job.hash, "unchanged")
@@ -304,7 +335,7 @@ def _stays(stage: Stage, plan: _Plan, outcome: Outcome) -> bool:
     """Tell whether what the output holds of a study stays, though it can't be looked at."""
     return (
         outcome.cause is Cause.REACH
-        and outcome.hash in plan.finished
+        and outcome.hash in plan.held
         and outcome.hash in stage.made_alike
     )
 
@@ -328,14 +359,16 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
     """Put a new output in OUTPUT's place, unless it would be the same, empty or much smaller."""
     output = stage.output
     stay = {outcome.hash for outcome in outcomes if _stays(stage, plan, outcome)}
-    sources = dict.fromkeys(sorted(plan.kept | stay), output)
+    sources = {each: plan.held[each] for each in sorted(plan.kept | stay)}
     sources |= {o.hash: plan.parts[o.hash] for o in outcomes if o.status == "written"}
     if stage.name:
         _list_failures(output, stage.name, outcomes)
     lost = plan.finished.keys() - sources.keys()
     is_present = is_there(output)
     would_be_lost = is_present and not sources and (plan.finished or not plan.is_known)
-    is_unchanged = is_present and not lost and set(sources.values()) <= {output}
+    is_unchanged = (
+        is_present and not lost and sources.keys() == plan.kept | stay and stage.has_form(output)
+    )
     if lost and not would_be_lost and not allow_shrink:
         _refuse_losses(output, plan, outcomes, lost)
     assemble = stage.assemble
@@ -353,10 +386,16 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
     else:
         _report_dropped(lost, outcomes)
         outputs.replace_output(
-            output, assemble, sources, lambda path: stage.write_beside(path, outcomes)
+            output,
+            assemble,
+            sources,
+            lambda path: stage.write_beside(path, outcomes),
+            links=stage.store is not None,
         )
     if would_be_lost:
         raise StageError(f"{output}: left as it was, for no study could be written: see above")
+    if stage.store is not None:
+        sweep(stage.store, output.suffix, sources.values())
 
 
 def _refuse_losses(output: Path, plan: _Plan, outcomes: Sequence[Outcome], lost: Set[str]) -> None:
