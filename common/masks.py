@@ -110,7 +110,7 @@ def united(masks: Sequence[Image]) -> tuple[Image, tuple[Warning, ...]]:
     mask : Image
         On the grid of the first mask, made larger where others reach beyond it.
     warnings : tuple of Warning
-        How many were united; which are empty; what several of them label.
+        How many were united; which are empty, or hold several labels; what several of them label.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def united(masks: Sequence[Image]) -> tuple[Image, tuple[Warning, ...]]:
     data = np.zeros(shape, np.min_scalar_type(len(masks)), order="F")
     affine = first.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ low
-    empty, n_twice = [], 0
+    empty, several, n_twice = [], [], 0
     for number, (mask, part) in enumerate(zip(masks, found, strict=True), start=1):
         labelled = part.array(mask.data) > 0
         place = data[tuple(map(slice, part.start - low, part.stop - low))]
@@ -145,12 +145,19 @@ def united(masks: Sequence[Image]) -> tuple[Image, tuple[Warning, ...]]:
         place[labelled & (place == 0)] = number
         if not labelled.any():
             empty.append(number)
+        elif np.ptp(mask.data[mask.data > 0]):
+            several.append(number)
     texts = [
         f"{len(masks)} mask files are united: they are labels 1 to {len(masks)} in the order of "
         "their names"
     ]
     if empty:
         texts.append(f"mask file(s) {', '.join(map(str, empty))} label nothing")
+    if several:
+        texts.append(
+            f"mask file(s) {', '.join(map(str, several))} hold several labels: they become one, "
+            "that of their file"
+        )
     if n_twice:
         texts.append(
             f"{n_twice * first.grid.voxel_ml:.3g} ml are labelled by several mask files: the first "

@@ -198,6 +198,55 @@ def implausible_volume(mask: Image, ct: CtSummary, pet: Image) -> list[Warning]:
     return [Warning(Kind.IMPLAUSIBLE, f"{text}: check that the mask holds tumours alone, {remedy}")]
 
 
+FURTHEST_SECTIONS, LEAST_SECTION = 3, 4
+"""Slices from one section of a lesion to the next, at most, and voxels of each, at least."""
+
+
+def fallen_into_slices(mask: Image) -> list[Warning]:
+    """Say where lesions of one slice each lie one above another, as on every second slice.
+
+    A reader who draws on every second slice means one lesion. Three make sure that it is not by
+    chance.
+    """
+    lesions = components(mask.data)
+    sections: set[int] = set()
+    distances = set()
+    for axis in range(3) if lesions.count > 2 else ():
+        heights = lesions.voxels[axis]
+        extents = (ends.reduceat(heights, lesions.starts) for ends in (np.maximum, np.minimum))
+        is_thin = (next(extents) == next(extents)) & (lesions.sizes >= LEAST_SECTION)
+        of_thin = np.repeat(is_thin, lesions.sizes)
+        voxels, numbers = lesions.voxels[:, of_thin], lesions.numbers[of_thin]
+        for distance in range(2, FURTHEST_SECTIONS + 1):
+            lower, upper = _above_each_other(voxels, numbers, axis, distance, mask.data.shape)
+            if np.intersect1d(lower, upper).size:
+                sections |= {*lower.tolist(), *upper.tolist()}
+                distances.add(distance)
+    if not sections:
+        return []
+    return [
+        Warning(
+            Kind.MASK,
+            f"{len(sections)} lesions of one slice each lie {' or '.join(map(str, distances))} "
+            "slices apart, one above another: if they are one lesion that was drawn so, draw the "
+            "slices between",
+        )
+    ]
+
+
+def _above_each_other(
+    voxels: Array, numbers: Array, axis: int, distance: int, shape: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Pairs of numbers of which one has a voxel straight above that of the other, as two arrays."""
+    above = voxels.copy()
+    above[axis] += distance
+    inside = above[axis] < shape[axis]
+    here = np.ravel_multi_index(tuple(voxels), shape)
+    there = np.ravel_multi_index(tuple(above[:, inside]), shape)
+    _, lower, upper = np.intersect1d(there, here, assume_unique=True, return_indices=True)
+    return numbers[inside][lower], numbers[upper]
+
+
 LEAST_UPTAKE_SUV = 0.5
 """Lesions whose voxels are all below this have no uptake."""
 

@@ -24,6 +24,7 @@ from common.masks import completed
 from common.plausibility import (
     CtSummary,
     dose_out_of_range,
+    fallen_into_slices,
     implausible_images,
     implausible_volume,
     mask_far_from_uptake,
@@ -369,6 +370,7 @@ def plausibility_warnings(
         *unmeasured_lesions(lesions.data, lesions.grid, pet_lesions, pet.grid),
         *implausible_images(ct, pet),
         *implausible_volume(mask, ct, pet),
+        *fallen_into_slices(mask),
         *dose_out_of_range(fraction, weight_kg, ct, pet),
         *mask_far_from_uptake(pet.data, pet_lesions, pet.grid),
     ]

@@ -132,6 +132,16 @@ def test_what_two_files_label_stays_the_first_ones_and_is_told_as_are_empty_file
     ]
 
 
+def test_labels_within_one_of_several_files_become_one_which_is_told():
+    affine = np.eye(4)
+    two = box((1, 1, 1), (2, 2, 2)) + 2 * box((4, 4, 4), (5, 5, 5))
+    mask, warnings = united([Image(box((6, 6, 6), (7, 7, 7)), affine), Image(two, affine)])
+    np.testing.assert_array_equal(np.unique(mask.data[two > 0]), [2])
+    assert warnings[1].text == (
+        "mask file(s) 2 hold several labels: they become one, that of their file"
+    )
+
+
 def test_files_of_other_voxels_are_not_united():
     one = Image(box((1, 1, 1), (2, 2, 2)), np.eye(4))
     other = Image(one.data, np.diag([1, 1, 1.5, 1]))

@@ -8,6 +8,7 @@ from common.geometry import Grid, Image
 from common.lesions import dose_fraction
 from common.plausibility import (
     dose_out_of_range,
+    fallen_into_slices,
     implausible_images,
     implausible_volume,
     mask_far_from_uptake,
@@ -228,6 +229,35 @@ def test_a_crop_to_little_more_than_the_tumour_tells_nothing():
 
 def told_of(hu, suv):
     return [each.text for each in implausible_images(summary_of(image(hu)), image(suv))]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("distance", [1, 2, 3, 4])
+def test_a_mask_drawn_on_every_second_slice_alone_is_told(axis, distance):
+    """11.8 ml became 5.7 in five lesions, and nothing said of it but in RTSTRUCTs."""
+    ball = np.linalg.norm(np.indices((15, 15, 15)) - 7.0 * np.ones((3, 1, 1, 1)), axis=0) < 6.5
+    drawn = np.zeros((15, 15, 15), np.uint8)
+    every = (*[slice(None)] * axis, slice(1, None, distance))
+    drawn[every] = ball[every]
+    told = texts(fallen_into_slices(image(drawn)))
+    n_sections = np.count_nonzero(drawn.any(axis=tuple({0, 1, 2} - {axis})))
+    assert told == [
+        f"{n_sections} lesions of one slice each lie {distance} slices apart, one above another: "
+        "if they are one lesion that was drawn so, draw the slices between"
+    ] * (distance in (2, 3))
+
+
+def test_lesions_of_one_slice_are_no_sections_of_one_but_where_three_lie_in_a_row():
+    mask = np.zeros((12, 12, 12), np.uint8)
+    for x, z in ((1, 1), (1, 3), (5, 5), (9, 7), (5, 9)):
+        mask[x : x + 2, 2:4, z] = 1
+    assert fallen_into_slices(image(mask)) == []
+    mask[1:3, 2:4, 5] = 1
+    (told,) = texts(fallen_into_slices(image(mask)))
+    assert told.startswith("3 lesions of one slice each lie 2 slices apart")
+    specks = np.zeros((12, 12, 12), np.uint8)
+    specks[1, 2, ::2] = 1
+    assert fallen_into_slices(image(specks)) == []
 
 
 def test_sound_images_are_not_doubted_nor_noise_around_zero_in_air():

@@ -32,8 +32,9 @@ SLICE_TOLERANCE = 0.1
 # Voxels. Far below any drawing's accuracy and far above rounding errors of the affine: what lies
 # on an edge is decided by the numbers in the file and not by the last bit of a product.
 SNAP_DECIMALS = 6
-# Voxels. Two decimals of a millimetre are less; a drawing by hand has no point within, or few.
-CENTRE_TOLERANCE = 0.02
+# A drawing by hand has no point, or few, so close to the centre of a voxel: what one decimal of a
+# millimetre leaves, and a fiftieth of a voxel; on the finest grids a tenth.
+CENTRE_TOLERANCE_MM, CENTRE_TOLERANCE, LARGEST_CENTRE_TOLERANCE = 0.051, 0.02, 0.1
 # 1 km. Beyond it coordinates are damaged, and their squares no longer exact.
 LARGEST_COORDINATE_MM = 1e6
 
@@ -107,7 +108,9 @@ def fill_contours(
         contour = _place(_voxel_points(points_mm, to_voxels), shape, found)
         if contour is not None:
             placed.append(contour)
-    through_centres = bool(placed) and all(_runs_through_centres(each) for each in placed)
+    edges_mm = np.linalg.norm(affine[:3, :2], axis=0)
+    near = (CENTRE_TOLERANCE_MM / edges_mm).clip(CENTRE_TOLERANCE, LARGEST_CENTRE_TOLERANCE)
+    through_centres = bool(placed) and all(_runs_through_centres(each, near) for each in placed)
     if through_centres:
         drawn = [each._replace(points=np.rint(each.points)) for each in placed]
     else:
@@ -183,9 +186,9 @@ def _is_on_slice(contour: _Contour) -> bool:
     return abs(contour.slice_index - nearest(contour.slice_index)) <= SLICE_TOLERANCE
 
 
-def _runs_through_centres(contour: _Contour) -> bool:
-    off = np.abs(contour.points - np.rint(contour.points)).max()
-    return _is_on_slice(contour) and bool(off <= CENTRE_TOLERANCE)
+def _runs_through_centres(contour: _Contour, near: npt.NDArray[np.float64]) -> bool:
+    off = np.abs(contour.points - np.rint(contour.points))
+    return _is_on_slice(contour) and bool((off <= near).all())
 
 
 def _edges(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -6,7 +6,7 @@ with an affine to RAS+ mm: the convention of the image series.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from common.dicom.attributes import items, joined_text, tag_of, whole_number
-from common.errors import StudyError, UnreachableStudy, Warning, system_error
+from common.errors import Kind, StudyError, UnreachableStudy, Warning, system_error
 
 LabelArray = NDArray[np.uint8 | np.uint16]
 
@@ -99,6 +99,34 @@ def matching(names: Mapping[int, str], roi: re.Pattern[str] | None, keyword: str
             f"none of {len(names)} names matches ({tag_of(keyword)}): give a --roi that does"
         )
     return chosen
+
+
+def no_tumours(
+    taken: Sequence[int], kind_of: Mapping[int, str], keyword: str, what: str
+) -> list[Warning]:
+    """Warn of what was united with others but is no tumour, or more than that, by its kind.
+
+    Parameters
+    ----------
+    taken
+        Numbers of the regions or segments.
+    kind_of
+        The kinds of those that are no tumours.
+    keyword, what
+        Where the kinds are from, and "region" or "segment".
+    """
+    regions_of: dict[str, list[int]] = {}
+    for number in taken if len(taken) > 1 else ():
+        if number in kind_of:
+            regions_of.setdefault(kind_of[number], []).append(number)
+    return [
+        Warning(
+            Kind.REGIONS,
+            f"{kind} by {tag_of(keyword)}, united with other {what}s: {what} {listed(regions)}; "
+            "choose with --roi if it is no tumour",
+        )
+        for kind, regions in sorted(regions_of.items())
+    ]
 
 
 def _composed(text: str) -> str:

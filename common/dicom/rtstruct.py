@@ -12,7 +12,14 @@ from pydicom.dataset import Dataset
 
 from common.dicom.attributes import items, joined_text, number, tag_of, to_ras, whole_number
 from common.dicom.contours import fill_contours
-from common.dicom.masks import Mask, listed, matching, names_by_number, refusing_malformed
+from common.dicom.masks import (
+    Mask,
+    listed,
+    matching,
+    names_by_number,
+    no_tumours,
+    refusing_malformed,
+)
 from common.errors import Kind, StudyError, Warning
 
 XOR = "CLOSEDPLANAR_XOR"
@@ -25,6 +32,8 @@ NO_TUMOURS = frozenset(
         *("FIXATION", "MARKER", "REGISTRATION", "ISOCENTER", "CONTROL", "DOSE_REGION"),
         *("DOSE_MEASUREMENT", "TREATED_VOLUME", "IRRAD_VOLUME", "BRACHY_CHANNEL"),
         *("BRACHY_ACCESSORY", "BRACHY_SRC_APP", "BRACHY_CHNL_SHLD"),
+        # Tumours with the tissue around them.
+        *("CTV", "PTV"),
     }
 )
 """Types of regions (3006,00A4) that are no tumours where others are; many files type all ORGAN."""
@@ -120,33 +129,30 @@ def _without_body(
             f"all regions are outlines of the body ({_TYPE} EXTERNAL): choose one with --roi if "
             "it is a tumour, or export the tumours"
         )
-    text = f"the outline of the body is left out ({_TYPE} EXTERNAL), region {listed(bodies)}: "
-    rest = [region for region in chosen if region not in bodies]
-    return rest, [Warning(Kind.REGIONS, f"{text}choose it with --roi if it is a tumour")]
+    text = (
+        f"the outline of the body is left out ({_TYPE} EXTERNAL): region {listed(bodies)}; choose "
+        "with --roi if it is a tumour"
+    )
+    return [region for region in chosen if region not in bodies], [Warning(Kind.REGIONS, text)]
 
 
 def _several(
     taken: Sequence[int], types: Mapping[int, str], roi: re.Pattern[str] | None
 ) -> list[Warning]:
     """Warn where regions were united that the user has not named, or that may be no tumours."""
-    if len(taken) < 2:
-        return []
-    texts = []
-    if roi is None:
-        texts.append(
+    kind_of = {
+        region: kind
+        for region, kind in types.items()
+        if kind in NO_TUMOURS and not (kind == "EXTERNAL" and roi is not None)
+    }
+    warnings = no_tumours(taken, kind_of, "RTROIInterpretedType", "region")
+    if len(taken) > 1 and roi is None:
+        text = (
             f"regions {listed(taken)} united ({len(taken)} regions): choose with --roi if not all "
             "of them are tumours"
         )
-    by_type: dict[str, list[int]] = {}
-    for region in taken:
-        by_type.setdefault(types.get(region, ""), []).append(region)
-    texts += [
-        f"{kind} by {_TYPE}, united with other regions: region {listed(regions)}; choose with "
-        "--roi if it is no tumour"
-        for kind, regions in sorted(by_type.items())
-        if kind in NO_TUMOURS and not (kind == "EXTERNAL" and roi is not None)
-    ]
-    return [Warning(Kind.REGIONS, text) for text in texts]
+        warnings.insert(0, Warning(Kind.REGIONS, text))
+    return warnings
 
 
 def _interpreted_types(dataset: Dataset) -> dict[int, str]:

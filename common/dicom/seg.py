@@ -37,6 +37,7 @@ from common.dicom.masks import (
     listed,
     matching,
     names_by_number,
+    no_tumours,
     refusing_malformed,
 )
 from common.dicom.pixels import decoding_plugin
@@ -374,6 +375,16 @@ def _common(values: Sequence[FloatArray], tolerance: float) -> FloatArray:
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 """Deflated Image Frame Compression, of 2025, which pydicom 3.0 does not know."""
 
+NO_TUMOURS = {
+    **dict.fromkeys(("123037004", "91723000", "T-D000A"), "anatomical structure"),
+    **dict.fromkeys(("91720002", "T-D0080"), "body substance"),
+    **dict.fromkeys(("105590001", "F-61002"), "substance"),
+    **dict.fromkeys(("260787004", "A-00004"), "physical object"),
+    **dict.fromkeys(("309825002", "R-42018"), "spatial concept"),
+}
+"""Categories of segments by their codes in SNOMED CT and SRT (CID 7150) that are no tumours where
+others are. Tissue may be one: programs call so what no one has named."""
+
 MOST_VOXELS = 2**31
 """2 GiB of labels: a damaged position must not ask for a volume without end."""
 
@@ -441,6 +452,8 @@ def read_seg(
             "with --roi if not all of them are tumours"
         )
         warnings.append(Warning(Kind.REGIONS, text))
+    categories = _categories(dataset)
+    warnings += no_tumours(taken, categories, "SegmentedPropertyCategoryCodeSequence", "segment")
     n_overlaps = np.unique(np.concatenate(overlaps)).size
     if n_overlaps:
         text = f"segments overlap in {n_overlaps} voxels: they keep the lowest segment number"
@@ -456,6 +469,17 @@ def _foreground(dataset: Dataset, names: Mapping[int, str]) -> dict[int, str]:
             "count from 1: export the SEG again"
         )
     return {number: name for number, name in names.items() if number > 0}
+
+
+def _categories(dataset: Dataset) -> dict[int, str]:
+    """Return the categories of those segments that are no tumours by them."""
+    found = {}
+    for segment in items(dataset, "SegmentSequence"):
+        for code in items(segment, "SegmentedPropertyCategoryCodeSequence"):
+            category = NO_TUMOURS.get(joined_text(code, "CodeValue"))
+            if category:
+                found[whole_number(segment, "SegmentNumber")] = category
+    return found
 
 
 def _frames(dataset: Dataset) -> Iterator[NDArray[Any]]:

@@ -48,6 +48,7 @@ from common.masks import completed, united
 from common.nifti import read_nifti_file, read_nifti_header
 from common.plausibility import (
     dose_out_of_range,
+    fallen_into_slices,
     implausible_images,
     implausible_volume,
     summary_of,
@@ -261,6 +262,8 @@ class DrawnOn(NamedTuple):
     """ "ct" or "pet"."""
     series_is_there: bool
     """Whether the RTSTRUCT names that very series, or `--mask-on` says so."""
+    by_option: bool = False
+    """Whether `--mask-on` alone says so."""
 
 
 def find_drawn_on(roles: Roles, mask_on: str | None = None) -> DrawnOn | None:
@@ -286,7 +289,7 @@ def find_drawn_on(roles: Roles, mask_on: str | None = None) -> DrawnOn | None:
             return DrawnOn(named.pop(), series_is_there=True)
         drawn_on |= named
     if mask_on is not None:
-        return DrawnOn(mask_on, series_is_there=bool(drawn_on))
+        return DrawnOn(mask_on, series_is_there=bool(drawn_on), by_option=True)
     keyword = tag_of("RTReferencedSeriesSequence")
     remedy = "say by --mask-on ct or --mask-on pet on which, or convert the mask to NIfTI"
     if not any(references):
@@ -549,6 +552,12 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
                 f"read so, whatever --mask-on {conversion.mask_on}"
             )
             warnings.append(Warning(Kind.MASK, text))
+        if drawn_on.by_option:
+            text = (
+                f"the RTSTRUCT does not tell that it was drawn on the {ROLE_NAMES[drawn_on.role]} "
+                f"({tag_of('RTReferencedSeriesSequence')}): trusted (--mask-on)"
+            )
+            warnings.append(Warning(Kind.TRUSTED, text))
     warnings += _drawn_on_uneven(roles.mask, {"ct": ct, "pet": pet}, drawn_on)
     check_overlap(_grid_of(ct, "CT"), _grid_of(pet, "PET"))
     for file in _nifti_masks(roles.mask):
@@ -659,6 +668,7 @@ def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) ->
     summary = summary_of(ct)
     yield from implausible_images(summary, pet)
     yield from implausible_volume(mask, summary, pet)
+    yield from fallen_into_slices(mask)
     if weight_kg is not None:
         fraction = dose_fraction(pet.data, pet.affine, weight_kg)
         yield from dose_out_of_range(fraction, weight_kg, summary, pet)

@@ -332,12 +332,21 @@ def test_a_ring_one_voxel_wide_is_no_contour_given_twice():
 
 def test_contours_with_one_vertex_off_the_centres_keep_the_rule_of_centres_inside():
     square = [(2, 2), (6, 2), (6, 6), (2, 6)]
-    for off in (0.05, 0.5):
+    for off in (0.06, 0.5):
         filled = fill(polygon(square), rectangle(8 + off, 10, 2, 4))
         assert filled.inside[:, :, 1][:8].sum() == 16
         assert filled.warnings == ()
     # Positions are written with few decimals.
     assert fill(polygon(np.add(square, 0.01))).inside.sum() == 25
+
+
+@pytest.mark.parametrize("pixel_mm", [0.5, 0.98, 4.07])
+def test_outlines_written_with_one_decimal_run_through_voxel_centres(pixel_mm):
+    """A rim of voxels was lost where rounding moved the points by more than a fiftieth of one."""
+    affine = axial_affine((pixel_mm, pixel_mm, 3))
+    square = polygon([(2, 2), (6, 2), (6, 6), (2, 6)])
+    in_mm = square @ affine[:3, :3].T + affine[:3, 3]
+    assert fill(np.round(in_mm, 1), affine=affine).inside.sum() == 25
 
 
 # --- overlaps

@@ -652,8 +652,8 @@ def test_what_a_region_leaves_out_is_told_by_its_number():
     mask = read_rtstruct(rtstruct, SHAPE, AXIAL)
     assert mask.labels.sum(axis=(0, 1)).tolist() == [0, 0, 0, 16, 0, 0]
     assert tuple(texts(mask.warnings)) == (
-        "the outline of the body is left out (RTROIInterpretedType (3006,00A4) EXTERNAL), region "
-        "1: choose it with --roi if it is a tumour",
+        "the outline of the body is left out (RTROIInterpretedType (3006,00A4) EXTERNAL): region "
+        "1; choose with --roi if it is a tumour",
         "region 2: 1 contour(s) are points or open lines: ignored",
         "region 3: no contours",
     )
@@ -696,7 +696,7 @@ def test_a_contour_that_does_not_say_whether_it_is_closed_is_refused():
         read_rtstruct(rtstruct, SHAPE, AXIAL)
 
 
-@pytest.mark.parametrize("kind", ["ORGAN", "AVOIDANCE", "SUPPORT"])
+@pytest.mark.parametrize("kind", ["ORGAN", "AVOIDANCE", "SUPPORT", "PTV"])
 def test_what_is_no_tumour_beside_others_is_told(kind):
     """A liver typed ORGAN: 1,659 ml for 96, and nothing said."""
     squares = [[square(0.5, 4.5, 0.5, 4.5, k)] for k in (1, 2, 3)]
@@ -710,6 +710,27 @@ def test_what_is_no_tumour_beside_others_is_told(kind):
     )
     assert texts(read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("[ab]")).warnings) == [told]
     assert read_rtstruct(rtstruct, SHAPE, AXIAL, re.compile("b")).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("code", "category"),
+    [
+        ("123037004", "anatomical structure"),
+        ("T-D000A", "anatomical structure"),
+        ("85756007", None),  # tissue, as 3D Slicer calls what no one has named
+        ("49755003", None),  # morphologically abnormal structure
+    ],
+)
+def test_segments_that_are_no_tumour_beside_others_are_told(code, category):
+    seg = build_seg(TWO, AXIAL, ["a", "b"])
+    (item,) = seg.SegmentSequence[1].SegmentedPropertyCategoryCodeSequence
+    item.CodeValue = code
+    told = [each for each in texts(read_seg(seg).warnings) if "united with other" in each]
+    assert told == [
+        f"{category} by SegmentedPropertyCategoryCodeSequence (0062,0003), united with other "
+        "segments: segment 2; choose with --roi if it is no tumour"
+    ] * (category is not None)
+    assert read_seg(seg, re.compile("b")).warnings == ()
 
 
 def test_numbers_are_listed_in_short():

@@ -771,7 +771,10 @@ def test_mask_on_tells_what_contours_were_drawn_on_whose_series_is_not_there(tmp
     assert "--mask-on ct or --mask-on pet" in refusal(study)
     images = read(study, mask_on="pet")
     assert_is_the_phantom(images)
-    assert images.warnings == ()
+    assert texts(images.warnings) == [
+        "the RTSTRUCT does not tell that it was drawn on the PET (RTReferencedSeriesSequence "
+        "(3006,0014)): trusted (--mask-on)"
+    ]
     on_ct = read(study, mask_on="ct").mask
     assert np.array_equal(on_ct.data, np.kron(LABELS, np.ones((2, 2, 1))))
     rtstruct_of(study, other_frame)
