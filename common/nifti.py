@@ -1,13 +1,15 @@
 """NIfTI in and out: any NIfTI-1 or -2 is read and checked, clean NIfTI-1 is written.
 
 The only module that knows the format. Headers are nibabel's, which takes long to load: it is
-loaded by those who read or write a file. Gzip is done by isal, several times faster than zlib.
+loaded by those who read or write a file. Gzip is done by libdeflate, several times faster than
+zlib, with the same bytes on every processor; it takes whole buffers.
 """
 
 from __future__ import annotations
 
 import gzip
 import importlib
+import io
 import math
 import os
 import zlib
@@ -17,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import deflate
 import numpy as np
-from isal import igzip, igzip_lib, isal_zlib
 from numpy.typing import NDArray
 
 from common.errors import StudyError, UnreachableStudy, system_error
@@ -251,18 +253,27 @@ _SHEAR_MM = 0.1
 _DEFLATE_LIMIT = 1032
 """No deflate stream inflates by more than this factor."""
 
-_COMPRESSION_LEVEL = 3
-"""isal's strongest, about the size of zlib's 6."""
+_COMPRESSION_LEVEL = 1
+"""libdeflate's fastest, about the size of zlib's 6."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_HEADER = _GZIP_MAGIC + bytes((8, 0, 0, 0, 0, 0, 0, 255))
+"""Deflated, no name, no time, an unknown system (RFC 1952)."""
 
 _GZIP_FORMAT = 31
 """zlib's number for a gzip stream of the widest window."""
+
+_GZIP_FIRST = 1 << 16
+"""Bytes of a gzip stream in which a header is found, unless names or comments come first."""
+
+_MOST_AT_ONCE = (1 << 32) - 1
+"""Bytes that libdeflate's module inflates at most."""
 
 _QFORM_FIELDS = (
     "qform_code",
     *(f"quatern_{axis}" for axis in "bcd"),
     *(f"qoffset_{a}" for a in "xyz"),
 )
-_SLAB_VOXELS = 1 << 20
 _BLOCK_VOXELS = 1 << 17
 """Read at a time: they stay in the processor's cache for what is done next."""
 
@@ -318,16 +329,53 @@ def read_nifti(stream: BinaryIO, stored_size: int, role: str) -> Image:
         Damaged or truncated data, more data than the header promises, several volumes, no or
         contradictory orientation, units other than mm, values that are not finite numbers.
     """
-    with _refusing_damage(role), _inflated(stream) as (plain, most):
-        return _read_plain(plain, stored_size * most, role)
+    with _refusing_damage(role):
+        image = _read_at_once(stream, stored_size, role)
+        if image is not None:
+            return image
+        stream.seek(0)
+        with _inflated(stream) as (plain, most):
+            return _read_plain(plain, stored_size * most, role)
+
+
+def _read_at_once(stream: Any, stored_size: int, role: str) -> Image | None:
+    """Return the volume of a gzip stream that is as it should be, in one member; else None."""
+    first = stream.read(_GZIP_FIRST)
+    if not first.startswith(_GZIP_MAGIC):
+        return None
+    beginning = zlib.decompressobj(_GZIP_FORMAT).decompress(first, max(_MAGIC))
+    if len(beginning) < max(_MAGIC):
+        return None
+    header, _ = _read_header(io.BytesIO(beginning), role)
+    size = header.voxels_at + math.prod(header.shape) * header.stored.itemsize
+    if size > min(stored_size * _DEFLATE_LIMIT, _MOST_AT_ONCE):
+        return None
+    # What can't be compressed becomes a little longer; a longer stream holds something else.
+    compressed = first + stream.read(size + size // 1024 + _GZIP_FIRST)
+    if stream.read(1):
+        return None
+    try:
+        inflated = deflate.gzip_decompress(compressed, size)
+    except deflate.DeflateError:
+        return None
+    # libdeflate ends with the first member and does not say where: where its trailer first is.
+    trailer = _gzip_trailer(deflate.crc32(inflated), size)
+    if len(inflated) != size or compressed.find(trailer) != len(compressed) - len(trailer):
+        return None
+    del compressed
+    return Image(_inflated_voxels(inflated, header, role), header.affine)
+
+
+def _gzip_trailer(checksum: int, size: int) -> bytes:
+    return checksum.to_bytes(4, "little") + (size % (1 << 32)).to_bytes(4, "little")
 
 
 @contextmanager
 def _inflated(stream: Any) -> Iterator[tuple[Any, int]]:
     """Yield a stream without its compression, and by how many times that may have shrunk it."""
     # Files and zip members can be peeked at.
-    if stream.peek(2)[:2] == b"\x1f\x8b":
-        with igzip.IGzipFile(fileobj=stream, mode="rb") as inflated:
+    if stream.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC):
+        with gzip.GzipFile(fileobj=stream, mode="rb") as inflated:
             yield inflated, _DEFLATE_LIMIT
     else:
         yield stream, 1
@@ -337,7 +385,7 @@ def _inflated(stream: Any) -> Iterator[tuple[Any, int]]:
 def _refusing_damage(role: str) -> Iterator[None]:
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise StudyError(
             f"the {role} is truncated or damaged (its gzip data end early or fail their "
             "checksum): copy or export it again"
@@ -396,27 +444,56 @@ def _read_plain(stream: Any, available: int, role: str) -> Image:
 
 def _read_voxels(stream: Any, header: NiftiHeader, role: str) -> NDArray[Any]:
     """Read and convert block by block, so that the volume is in memory once."""
-    stored, scaled = header.stored, (header.slope, header.intercept) != (1, 0)
-    dtype = np.float32 if scaled or stored.kind == "f" else stored.newbyteorder("=")
-    data = np.empty(header.shape, dtype, order="F")
+    data = np.empty(header.shape, _dtype(header), order="F")
     flat = data.reshape(-1, order="F")
-    block = np.empty(min(flat.size, _BLOCK_VOXELS), stored)
+    block = np.empty(min(flat.size, _BLOCK_VOXELS), header.stored)
     for start in range(0, flat.size, block.size):
         values = flat[start : start + block.size]
-        raw = values if values.dtype == stored and not scaled else block[: values.size]
+        raw = values if _is_as_stored(header) else block[: values.size]
         _fill(raw.view(np.uint8).data, stream, role)
-        with np.errstate(over="ignore", invalid="ignore"):
-            if scaled:
-                values[...] = np.multiply(raw, header.slope, dtype=np.float64) + header.intercept
-            elif raw is not values:
-                values[...] = raw
-            # NaN is both minimum and maximum.
-            finite = data.dtype.kind != "f" or np.isfinite([values.min(), values.max()]).all()
-        if not finite:
-            raise StudyError(
-                f"the {role} holds values that are not finite (NaN or inf): export it again"
-            )
+        _convert(raw, values, header, role)
     return data
+
+
+def _inflated_voxels(inflated: bytearray, header: NiftiHeader, role: str) -> NDArray[Any]:
+    """Return the voxels of an inflated file, in its own memory where they fit there."""
+    raw = np.frombuffer(inflated, header.stored, offset=header.voxels_at)
+    dtype = _dtype(header)
+    fits = dtype.itemsize == raw.itemsize and header.voxels_at % dtype.itemsize == 0
+    flat = raw.view(dtype) if fits else np.empty(raw.size, dtype)
+    for start in range(0, flat.size, _BLOCK_VOXELS):
+        block = slice(start, start + _BLOCK_VOXELS)
+        _convert(raw[block], flat[block], header, role)
+    return flat.reshape(header.shape, order="F")
+
+
+def _dtype(header: NiftiHeader) -> np.dtype[Any]:
+    """Return what voxels become: integers stay where there is no scaling, all else is float32."""
+    is_float = header.stored.kind == "f" or _is_scaled(header)
+    return np.dtype(np.float32) if is_float else header.stored.newbyteorder("=")
+
+
+def _is_scaled(header: NiftiHeader) -> bool:
+    return (header.slope, header.intercept) != (1, 0)
+
+
+def _is_as_stored(header: NiftiHeader) -> bool:
+    return _dtype(header) == header.stored and not _is_scaled(header)
+
+
+def _convert(raw: NDArray[Any], values: NDArray[Any], header: NiftiHeader, role: str) -> None:
+    """Convert voxels as they are stored; the two arrays may be one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if _is_scaled(header):
+            values[...] = np.multiply(raw, header.slope, dtype=np.float64) + header.intercept
+        elif not _is_as_stored(header):
+            values[...] = raw
+        # NaN is both minimum and maximum.
+        finite = values.dtype.kind != "f" or np.isfinite([values.min(), values.max()]).all()
+    if not finite:
+        raise StudyError(
+            f"the {role} holds values that are not finite (NaN or inf): export it again"
+        )
 
 
 def _fill(target: memoryview, stream: Any, role: str) -> None:
@@ -440,23 +517,23 @@ def _read_into(target: memoryview, stream: Any) -> int:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def encode_nifti(image: Image) -> Iterator[bytes]:
+def encode_nifti(image: Image) -> Iterator[bytes | bytearray]:
     """Yield the bytes of a ``.nii.gz`` file that holds the volume, its affine, and nothing else.
 
     sform and qform are equal with code 1; a sheared affine (gantry tilt), which a qform can't
     express, is in the sform alone. The gzip header has neither name nor time.
     """
-    squeezer = isal_zlib.compressobj(_COMPRESSION_LEVEL, isal_zlib.DEFLATED, _GZIP_FORMAT)
     no_extensions = bytes(4)
-    yield squeezer.compress(_clean_header(image).binaryblock + no_extensions)
+    header = _clean_header(image).binaryblock + no_extensions
     little_endian = image.data.dtype.newbyteorder("<")
-    nx, ny, nz = image.data.shape
-    n_slices = max(1, _SLAB_VOXELS // (nx * ny))
-    for start in range(0, nz, n_slices):
-        slab = image.data[:, :, start : start + n_slices]
-        values = slab.astype(little_endian, order="F", copy=False).reshape(-1, order="F")
-        yield squeezer.compress(values.view(np.uint8).data)
-    yield squeezer.flush()
+    values = image.data.astype(little_endian, order="F", copy=False).reshape(-1, order="F")
+    voxels = values.view(np.uint8).data
+    yield _GZIP_HEADER
+    # One stream of two pieces: a block of bytes as they are (RFC 1951), then libdeflate's blocks.
+    n_bytes = len(header)
+    yield b"\0" + n_bytes.to_bytes(2, "little") + (n_bytes ^ 0xFFFF).to_bytes(2, "little") + header
+    yield deflate.deflate_compress(voxels, _COMPRESSION_LEVEL)
+    yield _gzip_trailer(deflate.crc32(voxels, deflate.crc32(header)), n_bytes + len(voxels))
 
 
 def _clean_header(image: Image) -> Any:

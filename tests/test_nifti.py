@@ -347,6 +347,13 @@ def test_data_behind_the_voxels_are_refused():
     refused(gzip.compress(stored(ramp())) + gzip.compress(b"\0"), "more data")
 
 
+def test_data_behind_the_voxels_that_end_as_the_volume_does_are_refused():
+    file = gzip.compress(stored(ramp()))
+    refused(file + file, "more data")
+    for n_between in (0, 1, 1 << 18):
+        refused(file + bytes(n_between) + file[-8:], "damaged")
+
+
 def test_every_flipped_bit_of_a_gzipped_volume_is_noticed_or_harmless():
     file = gzip.compress(stored(ramp("u1", (2, 2, 2))), mtime=0)
     for bit in range(8 * len(file)):
@@ -509,6 +516,14 @@ def test_nothing_of_the_source_header_is_written():
 def test_gzip_header_has_no_name_and_no_time():
     magic, method, flags, time, _, _ = struct.unpack("<2sBBIBB", encoded(read(stored(ramp())))[:10])
     assert (magic, method, flags, time) == (b"\x1f\x8b", 8, 0, 0)
+
+
+def test_written_file_is_one_gzip_member():
+    """Some readers, those of browsers say, end with the first."""
+    inflater = zlib.decompressobj(31)
+    inflater.decompress(encoded(Image(ramp(), AFFINE)))
+    assert inflater.eof
+    assert not inflater.unused_data
 
 
 def test_memory_order_does_not_change_a_byte():

@@ -59,7 +59,7 @@ Answer = tuple[Outcome | StageError, list[Line]]
 MOST_DEATHS = 3
 """Worker processes that a study may kill."""
 
-_MATTERING = ("numpy", "scipy", "nibabel", "nilearn", "h5py", "isal", "pydicom", "scikit-image")
+_MATTERING = ("numpy", "scipy", "nibabel", "nilearn", "h5py", "deflate", "pydicom", "scikit-image")
 """Packages of which another version may give other bytes."""
 
 _one_at_a_time = threading.Lock()
