@@ -565,9 +565,7 @@ def _zlib_stream(bytes_apart: NDArray[np.uint8]) -> bytes:
     low, high = bytes_apart[:n_stored], bytes_apart[n_stored:]
     checksum = deflate.adler32(bytes_apart)
     squeezed = deflate.deflate_compress(high, _GZIP_LEVEL)
-    return b"".join(
-        [_ZLIB_HEADER, _stored(low.tobytes()), squeezed, checksum.to_bytes(4, "big")]
-    )
+    return b"".join([_ZLIB_HEADER, _stored(low.tobytes()), squeezed, checksum.to_bytes(4, "big")])
 
 
 def _is_halved(of_one_kind: NDArray[np.uint8]) -> bool:

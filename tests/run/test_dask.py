@@ -458,7 +458,9 @@ def test_without_the_package_arguments_are_wrong(project_zip, tmp_path, monkeypa
 def test_workers_with_other_software_are_refused(cluster, tmp_path, monkeypatch):
     others = dict(dask.environment()) | {"deflate": "0.1"}
     monkeypatch.setattr(dask, "environment", lambda: others)
-    with pytest.raises(StageError, match=r"the dask worker on .* has deflate .*, not 0\.1: give all"):
+    with pytest.raises(
+        StageError, match=r"the dask worker on .* has deflate .*, not 0\.1: give all"
+    ):
         run_studies(cluster, tmp_path, ("warn", "x"))
 
 
