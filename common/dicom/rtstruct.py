@@ -4,7 +4,7 @@ Knows pydicom.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from common.dicom.masks import (
     refusing_malformed,
 )
 from common.errors import Kind, StudyError, Warning
+
+Points = NDArray[np.float64]
 
 XOR = "CLOSEDPLANAR_XOR"
 """Contours of a region that by their type exclude what they have in common."""
@@ -46,6 +48,7 @@ def read_rtstruct(
     shape: tuple[int, int, int],
     affine: NDArray[np.float64],
     roi: re.Pattern[str] | None = None,
+    move: Callable[[Points], Points] | None = None,
 ) -> Mask:
     """Rasterise the regions of an RTSTRUCT on the grid of the series that it references.
 
@@ -58,6 +61,8 @@ def read_rtstruct(
     roi : re.Pattern, optional
         Unite the regions in whose ROIName it is found (case ignored); None: all of them but
         the outline of the body.
+    move : callable, optional
+        Moves points (n, 3) [RAS+ mm] before they are placed on the grid.
 
     Returns
     -------
@@ -82,6 +87,8 @@ def read_rtstruct(
             contours = [
                 _points_mm(each) for each, kind in zip(drawn, kinds, strict=True) if kind in CLOSED
             ]
+            if move is not None:
+                contours = [move(each) for each in contours]
             filled = fill_contours(contours, shape, affine, may_overlap=XOR in kinds)
             labels |= filled.inside.view(np.uint8)
             warnings += [
@@ -192,7 +199,7 @@ def _left_out(n_drawn: int, n_closed: int) -> list[str]:
     return [f"{n_open} contour(s) are points or open lines: ignored"] if n_open else []
 
 
-def _points_mm(contour: Dataset) -> NDArray[np.float64]:
+def _points_mm(contour: Dataset) -> Points:
     """Parse ContourData into (n, 3) RAS+, from its bytes: pydicom's numbers are 20x slower."""
     element = contour.get_item("ContourData")
     value = element.value if element is not None else None

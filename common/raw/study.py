@@ -40,6 +40,7 @@ from common.dicom.pixels import read_ct, read_pet
 from common.dicom.rtstruct import read_rtstruct, region_names
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
+from common.dicom.uneven import read_mask_of_uneven
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
 from common.geometry import Grid, Image, embedded, inverse
 from common.image_checks import check_labels, check_mask, check_overlap
@@ -491,6 +492,8 @@ class Plan:
         The image that an RTSTRUCT was drawn on.
     header : Series, Stack or None
         Of a NIfTI PET; a Stack where it is one multi-frame object.
+    uneven : Stack or None
+        The image on whose unevenly spaced slices a DICOM mask was drawn.
     suv : SuvConversion
         A factor for each slice of a DICOM PET; for each header of a NIfTI PET.
     warnings : tuple of Warning
@@ -500,6 +503,7 @@ class Plan:
     pet: NiftiFile | Stack
     mask: NiftiFile | NiftiFiles | DicomFile
     drawn_on: DrawnOn | None
+    uneven: Stack | None
     header: Series | Stack | None
     suv: SuvConversion
     warnings: tuple[Warning, ...]
@@ -558,11 +562,18 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
                 f"({tag_of('RTReferencedSeriesSequence')}): trusted (--mask-on)"
             )
             warnings.append(Warning(Kind.TRUSTED, text))
-    warnings += _drawn_on_uneven(roles.mask, {"ct": ct, "pet": pet}, drawn_on)
+    uneven = _uneven_slices(roles.mask, {"ct": ct, "pet": pet}, drawn_on)
+    if uneven is not None:
+        text = (
+            f"the mask was drawn on the unevenly spaced slices of the {ROLE_NAMES[uneven[0]]}: "
+            "each slice of the even grid takes the nearest"
+        )
+        warnings.append(Warning(Kind.MASK, text))
     check_overlap(_grid_of(ct, "CT"), _grid_of(pet, "PET"))
     for file in _nifti_masks(roles.mask):
         _grid_of(file, "mask")
-    return Plan(ct, pet, roles.mask, drawn_on, header, suv, tuple(warnings))
+    on_uneven = uneven[1] if uneven is not None else None
+    return Plan(ct, pet, roles.mask, drawn_on, on_uneven, header, suv, tuple(warnings))
 
 
 def _grid_of(source: NiftiFile | Stack, role: str) -> Grid:
@@ -579,19 +590,18 @@ def _nifti_masks(mask: Candidate) -> tuple[NiftiFile, ...]:
     return (mask,) if isinstance(mask, NiftiFile) else ()
 
 
-def _drawn_on_uneven(
+def _uneven_slices(
     mask: Candidate, images: Mapping[str, NiftiFile | Stack], drawn_on: DrawnOn | None
-) -> Iterator[Warning]:
-    """Warn of a mask that was drawn slice by slice on slices that are interpolated."""
+) -> tuple[str, Stack] | None:
+    """Return the image, and its role, on whose unevenly spaced slices a DICOM mask was drawn."""
+    if not isinstance(mask, DicomFile):
+        return None
     for role, image in images.items():
-        if not isinstance(image, Stack) or image.places is None or not isinstance(mask, DicomFile):
+        if not isinstance(image, Stack) or image.places is None:
             continue
         if drawn_on.role == role if drawn_on is not None else _names_series(mask, image):
-            yield Warning(
-                Kind.MASK,
-                f"the {mask.modality} was drawn on the unevenly spaced slices of the "
-                f"{ROLE_NAMES[role]}: on the even grid it may have gaps between them: look at it",
-            )
+            return role, image
+    return None
 
 
 def _suv(source: Series | Stack | None, conversion: Conversion, *, in_unit: bool) -> SuvConversion:
@@ -694,6 +704,9 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
         unmet = (Warning(Kind.MASK, text),)
         nifti, warnings = _read_nifti_mask(source)
         return ReadMask(completed(nifti, *grids), (*warnings, *(unmet if roi else ())))
+    if plan.uneven is not None:
+        mask = read_mask_of_uneven(source, plan.uneven, roi)
+        return ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
     if plan.drawn_on is not None:
         grid = images[plan.drawn_on.role].grid
         mask = read_rtstruct(source.header, grid.shape, grid.affine, roi)
