@@ -31,6 +31,7 @@ from common.errors import (
     WorkerKilled,
     counted,
 )
+from common.hdf5 import index
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     Content,
@@ -412,7 +413,7 @@ def write_merged(
     """
     made_by = {"parameters": plan.parameters, "software": SOFTWARE}
     assemble = (
-        functools.partial(merging.assemble_links, **made_by, output=options.output)
+        functools.partial(index.assemble_links, **made_by, output=options.output)
         if options.link
         else functools.partial(merging.assemble, **made_by)
     )

@@ -26,7 +26,7 @@ from common import project_zip
 from common.errors import IncompleteStudy, StageError, counted
 from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
-from common.hdf5 import merge
+from common.hdf5 import index, merge
 from common.hdf5.parts import write_volume
 from common.hdf5.studies import COMPRESSIONS, has_blosc, read_fingerprints, read_keys
 from common.nifti import load_library, write_nifti_file
@@ -283,16 +283,16 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             output=options.output,
             studies=studies,
             worker=preprocess_study,
-            assemble=functools.partial(merge.assemble_index, **made_by, output=options.output)
+            assemble=functools.partial(index.assemble_index, **made_by, output=options.output)
             if store
             else functools.partial(merge.assemble, **made_by),
-            read_finished=functools.partial(in_own_process, merge.read_stored, store)
+            read_finished=functools.partial(in_own_process, index.read_stored, store)
             if store
             else functools.partial(in_own_process, read_fingerprints),
             write_beside=write_what_goes_beside,
             name="preprocessing",
             store=store,
-            has_form=lambda path: in_own_process(merge.holds_links, path) == bool(store),
+            has_form=lambda path: in_own_process(index.holds_links, path) == bool(store),
         )
         return stage.run_stage(
             preprocessing,

@@ -27,7 +27,7 @@ import numpy as np
 
 from common.errors import StageError
 from common.hashing import fingerprint
-from common.hdf5 import merge
+from common.hdf5 import index, merge
 from common.hdf5.parts import read_as_planned, read_volume, write_projections
 from common.hdf5.studies import (
     COMPRESSIONS,
@@ -144,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gif", type=Path, metavar="DIR", help="a rotating projection a study, lesions outlined"
     )
     pictures_group.add_argument("--png", type=Path, metavar="DIR", help="a still a study")
+    cli.add_store_option(projecting)
     cli.add_run_options(parser)
     return parser
 
@@ -160,6 +161,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for folder in (options.gif, options.png):
         if folder is not None:
             cli.check_folder(parser, folder, options)
+    cli.check_store(parser, options)
+    if options.store is not None and options.stack:
+        parser.error("--store keeps files of studies, --stack makes one dataset: leave out one")
     if options.compression == "blosc" and not has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
@@ -174,12 +178,18 @@ def csv_path(output: Path) -> Path:
 
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
-    with exclusive(options.output, force=options.force, lock=options.lock):
+    store = options.store
+    with exclusive(options.output, force=options.force, lock=options.lock, store=store):
         source = in_own_process(read_source, options.input, options.shard)
         parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
                 make_folder(folder)
+        made_by = {
+            "parameters": parameters,
+            "software": SOFTWARE,
+            "angles": options.all_angles,
+        }
         studies = plan(options, source, parameters)
 
         def list_projections(path: Path | None, outcomes: Sequence[Outcome]) -> None:
@@ -190,15 +200,16 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             output=options.output,
             studies=studies,
             worker=project_study,
-            assemble=functools.partial(
-                merge.assemble_projections,
-                angles=options.all_angles,
-                parameters=parameters,
-                software=SOFTWARE,
-            ),
-            read_finished=functools.partial(in_own_process, merge.read_projected),
+            assemble=functools.partial(index.assemble_index, **made_by, output=options.output)
+            if store
+            else functools.partial(merge.assemble_projections, **made_by),
+            read_finished=functools.partial(in_own_process, index.read_stored, store)
+            if store
+            else functools.partial(in_own_process, merge.read_projected),
             write_beside=list_projections,
             name="project_2d",
+            store=store,
+            has_form=lambda path: in_own_process(index.holds_links, path) == bool(store),
         )
         return stage.run_stage(
             projecting, cli.engine(options), force=options.force, allow_shrink=options.allow_shrink

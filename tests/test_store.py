@@ -37,6 +37,7 @@ from stages import (
 
 import mergeh5
 import preprocessing
+import project_2d
 from common.hashing import array_digest
 
 GROUPS = ("image", "mask", "mask_iso")
@@ -52,6 +53,13 @@ STORED = {
             "out/p.h5",
             (*SMALL, *STORE, "--measures", "out/m.csv", "--save-nifti", "out/nii"),
             (*SMALL, *STORE, "--iso-threshold", "50"),
+        ),
+        Stage(
+            project_2d.main,
+            ("a.h5",),
+            "out/mips.h5",
+            ("--angles", "0", "180", "60", *STORE, "--png", "out/png"),
+            ("--angles", "0", "180", "90", *STORE),
         ),
     )
 }
@@ -170,6 +178,50 @@ def test_links_to_an_index_lead_to_the_files_of_its_studies(archive, tmp_path):
     assert linked(again) == linked(index)
     index.unlink()
     assert len(datasets(again)) == 4 * 3 + 1
+
+
+def project(source: Path, output: Path, *more: object) -> int:
+    arguments = [source, "-o", output, "--angles", 0, 180, 60, "-j", 1, *more]
+    return project_2d.main([*map(str, arguments)])
+
+
+def test_projections_of_an_index_are_those_of_one_file_and_so_is_their_index(archive, tmp_path):
+    one, volumes = tmp_path / "one_3d.h5", tmp_path / "volumes.h5"
+    assert preprocess(archive, one) == 0
+    assert preprocess(archive, volumes, "--store", tmp_path / "volumes") == 0
+    whole, mips, merged = (tmp_path / name for name in ("one.h5", "mips.h5", "merged.h5"))
+    assert project(one, whole) == 0
+    assert project(volumes, mips, "--store", tmp_path / "mips") == 0
+    assert mips.with_suffix(".csv").read_bytes() == whole.with_suffix(".csv").read_bytes()
+    assert datasets(mips) == datasets(whole)
+    assert mergeh5.main([str(mips), "-o", str(merged)]) == 0
+    assert merged.read_bytes() == whole.read_bytes()
+    assert mergeh5.main(["--verify", str(mips)]) == 0
+
+
+def test_one_more_of_an_index_of_projections_writes_one_file(archive, images, tmp_path, capsys):
+    source, out = tmp_path / "3d.h5", tmp_path / "out"
+    out.mkdir()
+    store = "--store", out / "mips"
+    assert preprocess(archive, source) == 0
+    assert project(source, out / "mips.h5", *store) == 0
+    before = versions(out)
+    assert project(source, out / "mips.h5", *store) == 0
+    assert versions(out) == before
+    zip_of(archive, dict(enumerate(images[:5])))
+    assert preprocess(archive, source) == 0
+    capsys.readouterr()
+    assert project(source, out / "mips.h5", *store) == 0
+    assert "5 studies: 1 written, 4 unchanged" in capsys.readouterr().out
+    [new] = {*linked(out / "mips.h5").values()} - before.keys()
+    assert written_since(before, out) == {out / "mips.h5", out / "mips.csv", new}
+
+
+def test_a_stack_has_no_store(archive, tmp_path, capsys):
+    assert preprocess(archive, tmp_path / "3d.h5") == 0
+    with pytest.raises(SystemExit) as end:
+        project(tmp_path / "3d.h5", tmp_path / "2d.h5", "--stack", "--store", tmp_path / "mips")
+    assert "leave out one" in refused(end.value.code, capsys)
 
 
 # --- what is written -------------------------------------------------------------------------

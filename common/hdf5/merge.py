@@ -5,9 +5,7 @@ and parameters alone, not on how the studies are spread over files.
 """
 
 import functools
-import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from common.errors import StageError, blaming
 from common.hashing import array_digest, as_hash_lengths, fingerprint
+from common.hdf5.index import holds_links
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
@@ -26,7 +25,6 @@ from common.hdf5.studies import (
     all_attributes,
     attribute,
     content_of,
-    create_file,
     dataset_in,
     ending_loops,
     keeping_open,
@@ -82,138 +80,12 @@ def _copy(source: Path, group: str, key: str, target: h5py.File) -> None:
         ) from error
 
 
-def assemble_links(
-    path: Path,
-    sources: Mapping[str, Path],
-    parameters: Mapping[str, Any],
-    software: str,
-    output: Path,
-) -> None:
-    """Write an index: external links to the files that hold the datasets, instead of copies.
-
-    Parameters
-    ----------
-    path : Path
-        To be written.
-    sources : dict of key to Path
-        Files that hold the keys, or lead to them: an index of an index is none.
-    parameters, software
-        Of the file.
-    output : Path
-        Where the index will be: links are relative to its folder.
-
-    Raises
-    ------
-    StageError
-        A source that can't be read.
-    """
-    _write_links(path, data_files(sources), parameters, software, output)
-
-
-def assemble_index(
-    path: Path,
-    sources: Mapping[str, Path],
-    parameters: Mapping[str, Any],
-    software: str,
-    output: Path,
-) -> None:
-    """As `assemble_links` of finished files; those that OUTPUT links to already are not opened."""
-    linked = _linked_files(output)
-    known = {key: source for key, source in sources.items() if linked.get(key) == source}
-    new = {key: source for key, source in sources.items() if key not in known}
-    _write_links(path, known | data_files(new), parameters, software, output)
-
-
-def _write_links(
-    path: Path,
-    files: Mapping[str, Path],
-    parameters: Mapping[str, Any],
-    software: str,
-    output: Path,
-) -> None:
-    folder = output.resolve().parent
-    with create_file(path, parameters, software) as target:
-        for key, file in sorted(files.items()):
-            relative = os.path.relpath(file, folder)
-            for group in GROUPS:
-                target[group][key] = h5py.ExternalLink(relative, f"/{group}/{key}")
-
-
-def data_files(sources: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the files that hold the keys: their sources, or what those lead to.
-
-    Raises
-    ------
-    DamagedSource
-        A source can't be read.
-    """
-    with keeping_open():
-        return {key: _data_file(source, key) for key, source in sorted(sources.items())}
-
-
-def _data_file(source: Path, key: str) -> Path:
-    with blaming(source):
-        try:
-            files = {dataset_in(opened(source), group, key).file.filename for group in GROUPS}
-        except DAMAGE as error:
-            raise StageError(f"{source}: study {key} is damaged: make that file again") from error
-        if len(files) > 1:
-            raise StageError(f"{source}: study {key} is in several files: make it again")
-        return Path(files.pop()).resolve()
-
-
-def _linked_files(index: Path) -> dict[str, Path]:
-    """Return the files that an index links to by key; none where it is no sound index."""
-    try:
-        with open_file(index) as file:
-            images = file["image"]
-            links = {key: images.get(key, getlink=True) for key in images}
-    except StageError:
-        return {}
-    folder = index.resolve().parent
-    return {
-        key: Path(os.path.normpath(folder / link.filename))
-        for key, link in links.items()
-        if isinstance(link, h5py.ExternalLink)
-    }
-
-
-def holds_links(path: Path) -> bool:
-    """Whether a file of studies is an index of external links."""
-    with open_file(path) as file:
-        images = file["image"]
-        return any(
-            isinstance(images.get(key, getlink=True), h5py.ExternalLink)
-            for key in itertools.islice(images, 1)
-        )
-
-
-def read_stored(store: Path, index: Path) -> dict[str, str]:
-    """Return from what the studies of a 3D index were made, as the names in its store tell.
-
-    No other file is opened.
-
-    Returns
-    -------
-    dict of key to str
-        First digits of the fingerprint; empty where the file is not in the store.
-    """
-    there = set(store.glob("*/*"))
-    linked = _linked_files(index)
-    return {
-        key: linked[key].name.removesuffix(index.suffix).rpartition(".")[2]
-        if linked.get(key) in there
-        else ""
-        for key in read_keys(index)
-    }
-
-
 def assemble_projections(
     path: Path,
     sources: Mapping[str, Path],
-    angles: Sequence[float],
     parameters: Mapping[str, Any],
     software: str,
+    angles: Sequence[float],
 ) -> None:
     """Write the 2D file, stacked or not, of the studies in `sources` (hash to a file with it)."""
     of_keys = {
