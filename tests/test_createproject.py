@@ -545,6 +545,27 @@ def test_incomplete_studies_are_no_error(run, tmp_path):
     }
 
 
+def test_what_is_said_goes_by_hash_not_by_name(run, small_project, tmp_path):
+    # Whoever has the sorted list of patients would read a keyed pseudonym off the order.
+    folders = small_project(tmp_path / "raw", 8)
+    for patient in ("p1", "p4", "p6"):
+        (folders[patient] / "MASK.nii.gz").unlink()
+    for patient in ("p2", "p5", "p7"):
+        (folders[patient] / "CT.nii.gz").write_bytes(b"damaged")
+    key = tmp_path / "key"
+    key.write_bytes(b"a secret key of 24 bytes")
+    key.chmod(0o600)
+    _, table, _ = run("--key-file", key, "--dry-run")
+    _, _, log = run("--key-file", key, "-v")
+    rows = mapping_of(tmp_path / "project_mapping.csv")
+    by_name = [row["hash"] for _, row in sorted(rows.items())]
+    assert by_name != sorted(by_name)
+    for said in (table, log):
+        found = [line for line in said.splitlines() if any(each in line for each in by_name)]
+        in_order = [each for line in found for each in by_name if each in line]
+        assert list(dict.fromkeys(in_order)) == sorted(by_name)
+
+
 def test_the_closing_line(run, small_project, tmp_path):
     small_project(tmp_path / "raw", 2)
     _, printed, _ = run()
