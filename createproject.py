@@ -219,6 +219,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("P", "S"),
         help="characters of the patient's and the study's part (default: 7 3)",
     )
+    identity.add_argument(
+        "--minimal-provenance",
+        action="store_true",
+        help="tell of SUV the rule, units and type alone; then there is no dose fraction either",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be done, write nothing"
     )
@@ -324,6 +329,7 @@ def how_to_convert(options: argparse.Namespace) -> tuple[Patterns, Conversion]:
         trust_geometry=options.trust_geometry,
         mask_on=options.mask_on,
         uneven_slices=options.uneven_slices,
+        minimal_provenance=options.minimal_provenance,
     )
     return patterns, conversion
 

@@ -31,6 +31,7 @@ from common.errors import (
 from common.geometry import Image
 from common.hashing import LONGEST_NAME, can_name_study, fingerprint
 from common.nifti import encode_nifti, read_nifti
+from common.suv.provenance import coarse
 
 ROLES = ("ct", "petsuv", "mask")
 ROLE_NAMES = {"ct": "CT", "petsuv": "PET", "mask": "mask"}
@@ -190,10 +191,15 @@ def _studies(
             study_hash,
             projects[study_hash],
             {role: roles[role] for role in ROLES if role in roles},
-            records.get(study_hash, {}),
+            _as_told_now(records.get(study_hash, {})),
         )
         for study_hash, roles in sorted(members.items())
     }
+
+
+def _as_told_now(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a record without the exact weights that earlier versions put into a zip."""
+    return {**record, "suv": coarse(record["suv"])} if "suv" in record else record
 
 
 def _check_member(path: Path, entry: zipfile.ZipInfo) -> None:

@@ -12,14 +12,14 @@ BOUNDARY_FILES = ("nifti", "project_zip", "nnunet")
 ARROWS = {
     "pure": set(),
     "nifti": {"pure"},
-    "project_zip": {"nifti", "pure"},
+    "project_zip": {"nifti", "suv", "pure"},
     "run": {"pure"},
     "suv": {"pure"},
     "dicom": {"suv", "pure"},
     "raw": {"dicom", "nifti", "suv", "run", "pure"},
     "hdf5": {"project_zip", "pure"},
     "nnunet": {"hdf5", "nifti", "run", "pure"},
-    "report": {"hdf5", "run", "pure"},
+    "report": {"hdf5", "suv", "run", "pure"},
 }
 """The rooms whose files a room's files may import, besides its own."""
 

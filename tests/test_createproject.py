@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import hmac
+import html
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ import pytest
 from layouts import BQ_PER_ML, CT_AFFINE, HU, LABELS, PET_AFFINE, SUV
 
 import createproject
+import preprocessing
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real studies are not here")
@@ -237,6 +239,26 @@ def test_studies_json_tells_provenance_by_hash(run, small_project, tmp_path):
     assert (suv["suv_type"], suv["units"], suv["rule"]) == ("lbm-janma", "BQML", "12b")
     assert suv["minutes_to_reference"] == [60, 60]
     assert {"reinterpretations", "warnings", "alternatives", "factor_range"} <= suv.keys()
+
+
+def test_minimal_provenance_tells_rule_units_and_type_alone(run, small_project, tmp_path):
+    small_project(tmp_path / "raw", 1)
+    run()
+    whole, _ = read_zip(tmp_path / "project.zip")
+    assert run("--minimal-provenance")[0] == 0
+    images, records = read_zip(tmp_path / "project.zip")
+    record = records[hash_of("p0", "scan")]
+    assert record["suv"] == {"rule": "12b", "units": "BQML", "suv_type": "bw"}
+    assert images.keys() == whole.keys()
+    for role, image in images[hash_of("p0", "scan")].items():
+        assert (voxels(image) == voxels(whole[hash_of("p0", "scan")][role])).all()
+    command = [tmp_path / "project.zip", "-o", tmp_path / "3d.h5", "-j1", "--shape", 8, 8]
+    command += ["--measures", tmp_path / "m.csv", "--report", tmp_path / "r.html"]
+    assert preprocessing.main([str(each) for each in command]) == 0
+    with open(tmp_path / "m.csv", newline="") as stream:
+        assert {row["dose_fraction"] for row in csv.DictReader(stream)} == {""}
+    page = html.unescape((tmp_path / "r.html").read_text())
+    assert "SUV (bw, g/ml), from Units BQML, decay referred to" in page
 
 
 @pytest.mark.parametrize("jobs", ["-j2", "-j3"])

@@ -17,7 +17,7 @@ from scipy import ndimage
 import mergeh5
 import preprocessing
 import project_2d
-from common.report.case_table import COLUMNS
+from common.report.case_table import COLUMNS, case_rows
 
 A, B, C, D = "aaaaaaa001", "aaaaaaa002", "ccccccc003", "ddddddd004"
 GROUPS = ("image", "mask", "mask_iso")
@@ -453,8 +453,9 @@ def test_a_row_a_study_tells_what_the_files_hold(tmp_path, output):
         "suv_type": "bw",
         "rule": "12b",
         "decay_correction": "START",
-        "minutes_to_reference": [61.5, 61.5],
-        "weight_kg": 80,
+        "minutes_to_reference": [61.625, 61.625],
+        "weight_kg": 80.4375,
+        "factor_range": [0.000401664014, 0.000401664014],
     }
     told = {"suv": provenance, "hash_lengths": [6, 4], "warnings": ["first", "second"]}
     one = make(tmp_path / "one.h5", {A: 0}, "--measures", tmp_path / "m.csv", records={A: told})
@@ -463,8 +464,19 @@ def test_a_row_a_study_tells_what_the_files_hold(tmp_path, output):
     assert run(one, two, "-o", output, "--cases", cases) == 0
     row, other = rows_of(cases)
     assert (row["hash"], row["project"], row["patient"]) == (A, "one", A[:6])
-    assert (row["suv_type"], row["suv_rule"], row["uptake_minutes"]) == ("bw", "12b", "61.5")
+    assert (row["suv_type"], row["suv_rule"], row["uptake_minutes"]) == ("bw", "12b", "62")
     assert row["weight_kg"] == "80"
+    with h5py.File(output) as file:
+        # Earlier versions made zips that tell the weight exactly.
+        held = json.loads(file["image"][A].attrs["suv"])
+    assert (held["weight_kg"], held["minutes_to_reference"]) == (80, [62, 62])
+    assert held["factor_range"] == [0.000401664, 0.000401664]
+    earlier = {"suv": json.dumps(provenance)}
+    [cells] = case_rows([(A, A[:6], earlier)])
+    assert (cells[COLUMNS.index("uptake_minutes")], cells[COLUMNS.index("weight_kg")]) == (
+        "62",
+        "80",
+    )
     for grid, sizes in {"ct": "1.5 1.5 2", "pet": "4 4 4", "training": "2 2 3"}.items():
         assert [row[f"{grid}_{axis}_mm"] for axis in "xyz"] == sizes.split()
     assert row["warnings"].startswith("first | second")

@@ -30,7 +30,7 @@ IMAGES = {
     "petsuv": Image(RNG.random((4, 4, 4), np.float32), AFFINE),
     "mask": Image(RNG.integers(0, 3, (4, 4, 4), np.uint8), AFFINE),
 }
-RECORD = {"suv": {"suv_type": "bw", "weight_kg": 71.5}, "warnings": ["bed joint"]}
+RECORD = {"suv": {"suv_type": "bw", "weight_kg": 72}, "warnings": ["bed joint"]}
 HASHES = ("0a1b2c3d4e", "ffffffffff", "1234567890")
 
 

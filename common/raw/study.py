@@ -66,6 +66,7 @@ from common.raw.roles import (
 from common.raw.words import ROLE_NAMES, words
 from common.suv.factors import SuvConversion, already_suv, spread_factors, suv_factors
 from common.suv.inputs import PetSeries
+from common.suv.provenance import minimal
 
 # --- header planes ---------------------------------------------------------------------------
 
@@ -378,6 +379,7 @@ class Conversion:
     trust_geometry: bool = False
     mask_on: str | None = None
     uneven_slices: str = "refuse"
+    minimal_provenance: bool = False
 
     @property
     def roi_pattern(self) -> re.Pattern[str] | None:
@@ -448,6 +450,8 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
         together.
     """
     plan = plan_study(roles, conversion)
+    provenance = plan.suv.provenance.record
+    told = minimal(provenance) if conversion.minimal_provenance else provenance
     ct = _read_ct(plan.ct)
     pet, pet_warnings = _read_pet(plan, conversion)
     mask, mask_warnings, regions = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
@@ -456,11 +460,9 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
         *pet_warnings,
         *mask_warnings,
         *check_mask(mask, pet.grid, allow_empty=conversion.allow_empty_mask),
-        *_implausible(ct, pet, mask, weight_of(plan.suv.provenance.record)),
+        *_implausible(ct, pet, mask, weight_of(told)),
     )
-    return StudyImages(
-        ct, pet, mask, plan.suv.provenance.record, warnings, taken_from(roles, regions)
-    )
+    return StudyImages(ct, pet, mask, told, warnings, taken_from(roles, regions))
 
 
 def taken_from(roles: Roles, regions: Sequence[str]) -> Taken:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from common.report.attributes import is_number, json_array, json_object
+from common.suv.provenance import coarse
 
 ATTRIBUTES = (
     "project", "spacing", "ct_spacing", "pet_spacing", "suv_type", "suv", "measures", "warnings",
@@ -36,7 +37,8 @@ def case_rows(studies: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[lis
 
 
 def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
-    provenance, measures = (json_object(attributes.get(name)) for name in ("suv", "measures"))
+    provenance = coarse(json_object(attributes.get("suv")))
+    measures = json_object(attributes.get("measures"))
     of_study = json_object(measures.get("study"))
     lesions = [json_object(lesion) for lesion in json_array(measures.get("lesions"))]
     brightest = [lesion["suv_max"] for lesion in lesions if is_number(lesion.get("suv_max"))]

@@ -35,6 +35,8 @@ from common.run.fan_out import Engine, run_studies
 from common.run.output import parts_folder, writing_beside
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome
+from common.suv.body import SUV_UNITS
+from common.suv.provenance import coarse
 
 logger = logging.getLogger("tumorvolume")
 
@@ -165,8 +167,8 @@ def sound_measures(value: Any) -> Mapping[str, Any]:
 
 def sound_provenance(value: Any) -> Mapping[str, Any]:
     """Return how the SUV came about; empty where a file does not tell it in a known form."""
-    provenance = json_object(value)
-    texts = [provenance.get(name) for name in ("suv_type", "suv_units", "rule")]
+    provenance = coarse(json_object(value))
+    texts = [provenance.get(name) for name in ("suv_type", "rule")]
     factors = provenance.get("factor_range") or [0.0]
     minutes = provenance.get("minutes_to_reference") or []
     lists = isinstance(factors, list) and isinstance(minutes, list)
@@ -329,7 +331,8 @@ def suv_sentence(provenance: Mapping[str, Any]) -> str:
     if not provenance:
         return "How the SUV came about is not known: the zip has no studies.json."
     units = provenance.get("units")
-    parts = [f"SUV ({provenance['suv_type']}, {provenance['suv_units']})"]
+    suv_type = provenance["suv_type"]
+    parts = [f"SUV ({suv_type}, {SUV_UNITS.get(suv_type, 'unknown unit')})"]
     rules = provenance["rule"].split("+")
     if units is None:
         parts.append("as given")
@@ -337,13 +340,16 @@ def suv_sentence(provenance: Mapping[str, Any]) -> str:
         parts.append(f"as the scanner stored it (Units {units})")
     else:
         reference = next((_REFERENCE_OF_RULE[r] for r in rules if r in _REFERENCE_OF_RULE), None)
-        parts.append(f"from Units {units}, DecayCorrection {provenance['decay_correction']}")
+        parts.append(f"from Units {units}")
+        if provenance.get("decay_correction"):
+            parts.append(f"DecayCorrection {provenance['decay_correction']}")
         if reference:
             parts.append(f"decay referred to {reference}")
         minutes = provenance.get("minutes_to_reference")
         if minutes and "11" not in rules:
             parts.append(f"{_span(minutes, '.0f')} min after injection")
-        parts.append(f"factor {_span(provenance['factor_range'], '.6g')}")
+        if provenance.get("factor_range"):
+            parts.append(f"factor {_span(provenance['factor_range'], '.6g')}")
     if provenance.get("weight_kg"):
         parts.append(f"body weight {provenance['weight_kg']:g} kg")
     sentence = ", ".join(parts) + f" (rule {provenance['rule'] or '6'})."

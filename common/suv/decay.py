@@ -646,4 +646,4 @@ def _no_acquisition_time() -> str:
 
 def _minutes(span_s: float) -> str:
     # A longer span could tell the date of the scan, where the other date is a known dummy.
-    return f"{span_s / 60:.1f} min" if span_s < DAY_S else "more than a day"
+    return f"{span_s / 60:.0f} min" if span_s < DAY_S else "more than a day"

@@ -3,6 +3,8 @@
 Pure.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -80,13 +82,68 @@ class Provenance:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The same as JSON has it, in ``studies.json`` and in the attribute ``suv``."""
+        """What ``studies.json`` and the attribute ``suv`` say of it; see `coarse`."""
         fields = asdict(self) | {"suv_units": SUV_UNITS[self.suv_type], "rule": self.rule}
         del fields["rules"]
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in fields.items()
-        }
+        return coarse(
+            {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in fields.items()
+            }
+        )
+
+
+# --- what is told of it ----------------------------------------------------------------------
+
+MINIMAL = ("rule", "units", "suv_type")
+"""What `--minimal-provenance` keeps of a record."""
+
+
+def coarse(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record without the digits that could single out a patient.
+
+    Of weight [kg], minutes and factor, were they exact, the injected dose follows to eleven digits.
+    The weight is told to 1 kg, minutes to 1, factors to 6 digits. What is of no such type, in files
+    of other makes, stays.
+    """
+    return {name: _rounded(value, _ROUNDED.get(name)) for name, value in record.items()}
+
+
+def minimal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `--minimal-provenance` keeps of a record."""
+    return {name: record[name] for name in MINIMAL}
+
+
+def _to_six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _to_one_kg(weight_kg: float) -> float:
+    # What weighs less is an animal or a phantom.
+    return round(weight_kg) if weight_kg >= 1 else _to_six_digits(weight_kg)
+
+
+_ROUNDED: Mapping[str, Callable[[float], float]] = {
+    "weight_kg": _to_one_kg,
+    "minutes_to_reference": round,
+    "factor_range": _to_six_digits,
+    "vendor_factor": _to_six_digits,
+    "alternatives": _to_six_digits,
+}
+
+
+def _rounded(value: Any, to: Callable[[float], float] | None) -> Any:
+    if to is None:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _rounded(each, to) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each, to) for each in value]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return to(value) if is_number and math.isfinite(value) else value
+
+
+# --- values ----------------------------------------------------------------------------------
 
 
 def value_range(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """SUV factors, held against physics, digital reference objects, real headers and laws."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta, timezone
@@ -60,7 +61,7 @@ from common.errors import StudyError
 from common.suv.body import body_quantity
 from common.suv.decay import average_rate_time_s
 from common.suv.factors import PetSeries, PetSlice, already_suv, spread_factors, suv_factors
-from common.suv.provenance import Rule
+from common.suv.provenance import Rule, coarse
 
 DRO = Path(__file__).parents[3] / "shared" / "data" / "suv_dro"
 
@@ -94,6 +95,31 @@ def test_strict_refuses_every_reinterpretation(case: Case, tmp_path: Path) -> No
     (said,) = suv_factors(series).provenance.record["reinterpretations"]
     with pytest.raises(StudyError, match=re.escape(f"refused by --strict: {said}")):
         suv_factors(series, strict=True)
+
+
+def test_what_is_told_of_a_patient_is_rounded() -> None:
+    """The injected dose followed to eleven digits from weight, minutes and factor."""
+    header = {"PatientWeight": 71.4567, "RadionuclideTotalDose": 350123456.0}
+    series = replace(read_pet_series(pet_headers(3, **header)), injection=moment(1234.5))
+    conversion = suv_factors(series)
+    exact, told = conversion.provenance, conversion.provenance.record
+    assert exact.weight_kg == 71.4567
+    assert told["weight_kg"] == 71
+    assert told["minutes_to_reference"] == [39, 39]
+    factor = float(f"{1000 * 71.4567 / 350123456 * 2 ** (2365.5 / series.half_life_s):.6g}")
+    assert told["factor_range"] == [factor, factor]
+    assert told["alternatives"]["qiba"] == factor
+    dose_bq = 1000 * told["weight_kg"] / factor * 2 ** (60 * 39 / series.half_life_s)
+    assert abs(dose_bq / 350123456 - 1) > 1e-4
+    assert conversion.factors == pytest.approx(factor, rel=1e-5)
+    assert (conversion.factors != factor).all()
+
+
+def test_what_other_programs_tell_is_rounded_where_it_is_a_number() -> None:
+    record = {"weight_kg": "80.25 kg", "minutes_to_reference": None, "factor_range": [math.inf, 1]}
+    assert coarse(record) == record
+    assert coarse({"weight_kg": 0.02512}) == {"weight_kg": 0.02512}, "no patient"
+    assert coarse({"weight_kg": 80.25, "note": 1.23456789}) == {"weight_kg": 80, "note": 1.23456789}
 
 
 @pytest.mark.parametrize(
@@ -277,14 +303,14 @@ def test_real_philips_header() -> None:
     )
     (warning,) = provenance["warnings"]
     assert warning.startswith("decay reference disagrees")
-    assert "21.1 min" in warning
+    assert "21 min" in warning
 
 
 def test_alternatives_of_real_headers() -> None:
     """Worked out by hand: weight [g] over dose [Bq], times 2 to the uptake over the half-life."""
 
     def alternatives(series: PetSeries) -> dict[str, Any]:
-        found = suv_factors(series).provenance.record["alternatives"]
+        found = suv_factors(series).provenance.alternatives
         return {rule: factor for rule, factor in found.items() if factor is not None}
 
     of_siemens = {"autopet": 4.01664014e-4, "qiba": 4.01664014e-4}
@@ -397,9 +423,7 @@ def test_type_of_suv_scales_by_the_body(case_of_man: PetSeries) -> None:
     ):
         conversion = suv_factors(case_of_man, suv_type)
         assert conversion.factors * AT_START == pytest.approx(share, rel=1e-9)
-        assert conversion.provenance.record["alternatives"]["autopet"] * AT_START == pytest.approx(
-            share
-        )
+        assert conversion.provenance.alternatives["autopet"] * AT_START == pytest.approx(share)
 
 
 @pytest.fixture
@@ -488,9 +512,9 @@ def test_window_of_the_injection(
         injection_clock=None,
         half_life_s=half_life_s,
     )
-    provenance = suv_factors(series).provenance.record
-    assert provenance["minutes_to_reference"] == pytest.approx([uptake_s / 60] * 2)
-    assert len(provenance["reinterpretations"]) == reinterpretations
+    provenance = suv_factors(series).provenance
+    assert provenance.minutes_to_reference == pytest.approx([uptake_s / 60] * 2)
+    assert len(provenance.reinterpretations) == reinterpretations
 
 
 @pytest.mark.parametrize("microsecond", [1, 100_000, 123_456, 687_000, 999_999])
@@ -625,7 +649,7 @@ def test_one_injection_for_slices_on_both_sides_of_midnight() -> None:
         injection=None,
         injection_clock=time(22, 55),
     )
-    minutes = suv_factors(series).provenance.record["minutes_to_reference"]
+    minutes = suv_factors(series).provenance.minutes_to_reference
     assert minutes == pytest.approx([60 + 2.493, 65 + 2.493], abs=1e-3)
 
 
@@ -726,12 +750,12 @@ def test_the_stated_decay_reference_is_held_against_series_and_frames(
 ) -> None:
     """Two hours off gave SUV x 2.13 silently; overwritten by midnight x 201."""
     header = two_beds(VENDORS[vendor], REFERENCE_S)
-    provenance = suv_factors(stating(vendor, stated, **header)).provenance.record
-    assert provenance["rule"] == rule
-    assert provenance["minutes_to_reference"] == pytest.approx([uptake_s / 60] * 2)
-    warned = [each for each in provenance["warnings"] if "decay reference disagrees" in each]
+    provenance = suv_factors(stating(vendor, stated, **header)).provenance
+    assert provenance.rule == rule
+    assert provenance.minutes_to_reference == pytest.approx([uptake_s / 60] * 2)
+    warned = [each for each in provenance.warnings if "decay reference disagrees" in each]
     assert bool(warned) is disagrees
-    said = provenance["reinterpretations"]
+    said = provenance.reinterpretations
     assert [REFERENCE_TAG[vendor] in each for each in [*warned, *said]] == [True] * (
         disagrees + (rule == "12b")
     )
@@ -948,7 +972,7 @@ def test_disagreeing_times_of_injection_are_a_warning() -> None:
     series = read_pet_series(pet_headers(RadiopharmaceuticalStartTime=tm(moment(-600))))
     (warning,) = suv_factors(series).provenance.record["warnings"]
     assert warning.startswith("injection times disagree")
-    assert "10.0 min" in warning
+    assert "10 min" in warning
     assert suv_factors(series).factors * AT_START == pytest.approx(np.ones(N_SLICES), rel=1e-9)
 
 
@@ -1078,7 +1102,7 @@ def test_alternatives_of_a_rewritten_series() -> None:
     headers[0].filename, headers[3].filename = "b.dcm", "a.dcm"
     for header in headers[1:3]:
         header.filename = "c.dcm"
-    alternatives = suv_factors(read_pet_series(headers)).provenance.record["alternatives"]
+    alternatives = suv_factors(read_pet_series(headers)).provenance.alternatives
     # The script takes the first file alone, here of the second bed, six minutes on.
     assert alternatives["autopet"] * activity_per_suv(3960) == pytest.approx(1)
     assert alternatives["qiba"] * AT_START == pytest.approx(1)
@@ -1087,7 +1111,7 @@ def test_alternatives_of_a_rewritten_series() -> None:
 
 def test_alternatives_of_the_script_ignore_the_header() -> None:
     series = read_pet_series(pet_headers(DecayCorrection="ADMIN"))
-    alternatives = suv_factors(series).provenance.record["alternatives"]
+    alternatives = suv_factors(series).provenance.alternatives
     assert alternatives["autopet"] * AT_START == pytest.approx(1)
     assert alternatives["qiba"] is None
     assert alternatives["frame_based"] is None
@@ -1098,12 +1122,9 @@ def test_qiba_takes_the_earliest_acquisition_at_last() -> None:
     private = {GE_REFERENCE: ("GEMS_PETD_01", "DT", dt(moment(1800)))}
     without = read_pet_series(pet_headers(**header))
     stated = read_pet_series(pet_headers(private=private, **header))
-    assert suv_factors(without).provenance.record["alternatives"][
-        "qiba"
-    ] * AT_START == pytest.approx(1)
-    assert suv_factors(stated).provenance.record["alternatives"]["qiba"] * activity_per_suv(
-        1800
-    ) == pytest.approx(1)
+    for series, activity in ((without, AT_START), (stated, activity_per_suv(1800))):
+        alternatives = suv_factors(series).provenance.alternatives
+        assert alternatives["qiba"] * activity == pytest.approx(1)
 
 
 def test_qiba_knows_the_private_date_time_of_ge_alone() -> None:
@@ -1112,7 +1133,7 @@ def test_qiba_knows_the_private_date_time_of_ge_alone() -> None:
         read_pet_series(pet_headers(private=private, **two_beds(SIEMENS, 5400)))
     )
     assert conversion.factors * activity_per_suv(1800) == pytest.approx(np.ones(N_SLICES))
-    assert conversion.provenance.record["alternatives"]["qiba"] * AT_START == pytest.approx(1)
+    assert conversion.provenance.alternatives["qiba"] * AT_START == pytest.approx(1)
 
 
 def test_qiba_of_other_units() -> None:
@@ -1120,7 +1141,7 @@ def test_qiba_of_other_units() -> None:
     counts = replace(series, units="CNTS")
 
     def qiba(of: PetSeries) -> float | None:
-        return suv_factors(of).provenance.record["alternatives"]["qiba"]
+        return suv_factors(of).provenance.alternatives["qiba"]
 
     scaled = replace(series.slices[0], philips_suv_factor=0.0005, philips_activity_factor=2.5)
     assert qiba(replace(series, units="GML", suv_type="LBMJAMES128")) == 1
@@ -1145,7 +1166,7 @@ def test_alternatives_that_cannot_be_formed_are_null() -> None:
         injection_clock=time(0, 0),
     )
     rubidium = replace(rubidium, slices=(PetSlice(datetime(2025, 1, 1, 23, 59)),))
-    assert suv_factors(rubidium).provenance.record["alternatives"]["autopet"] is None
+    assert suv_factors(rubidium).provenance.alternatives["autopet"] is None
 
 
 # --- values that are SUV, and one header for many slices -------------------------------------
