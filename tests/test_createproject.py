@@ -697,7 +697,7 @@ def test_a_study_that_vanished_is_dropped_and_told(run, made, tmp_path):
     status, printed, log = run()
     assert (status, counts(printed)) == (0, [0, 2, 0, 0])
     assert hash_of("p1", "scan") in log
-    assert "no longer in the input and stay out" in log
+    assert "no longer in the input and stays out" in log
     images, records = read_zip(tmp_path / "project.zip")
     assert images.keys() == records.keys() == {hash_of(p, "scan") for p in ("p0", "p2")}
     assert mapping_of(tmp_path / "project_mapping.csv")["p1", "scan"]["status"] == "gone"

@@ -838,7 +838,7 @@ def test_frames_of_a_rewritten_series_that_refer_to_several_moments_are_a_warnin
     assert (plain.rule, plain.warnings) == ("12c", ())
     rewritten["FrameReferenceTime"] = PerSlice(1000, 1000, 1000, 1000)
     warned = suv_factors(read_pet_series(pet_headers(**rewritten))).provenance.warnings
-    assert any("the slices refer to moments 6.0 min apart" in each for each in warned)
+    assert any("the slices refer to moments 6 min apart" in each for each in warned)
 
 
 def test_a_dummied_date_of_injection_dummies_no_decay_reference() -> None:
