@@ -248,8 +248,7 @@ def test_verifying_overlooks_no_flipped_bit(sound, tmp_path, kind):
         more = ["--stack", "--compression", "none" if "without" in kind else "gzip"]
         assert project_2d.main([str(sound / "3d.h5"), "-o", str(path), *ANGLES, *more]) == 0
     cases = [
-        lambda seed=seed: verify_case(tmp_path / f"{seed}.h5", path, seed)
-        for seed in range(CASES)
+        lambda seed=seed: verify_case(tmp_path / f"{seed}.h5", path, seed) for seed in range(CASES)
     ]
     found = list(endings(cases))
     assert {ending.status for ending in found} <= {0, 1, 3}
