@@ -1,12 +1,9 @@
-"""Where the frames of a DICOM segmentation lie: an evenly spaced stack, absent planes included.
-
-Knows pydicom. DICOM's LPS coordinates end here: affines are RAS+.
-
-DICOM segmentations: frames, placed by the geometry of each -> a label volume.
+"""DICOM segmentations: frames, placed by the geometry of each -> a label volume.
 
 Knows pydicom, which reads them, not highdicom: one pass over the frames keeps one frame in memory,
 overlapping and fractional segments are no special cases, and objects with small violations of the
-standard, which are common, are read all the same.
+standard, which are common, are read all the same. DICOM's LPS coordinates end here: affines are
+RAS+.
 """
 
 import math
@@ -44,7 +41,7 @@ from common.dicom.pixels import decoding_plugin
 from common.errors import Kind, StudyError, Warning
 from common.geometry import SAME_VOXEL, Grid, inverse
 
-# --- dicom seg planes ------------------------------------------------------------------------
+# --- where the frames lie: an evenly spaced stack, absent planes included --------------------
 
 POSITION_TOLERANCE = 0.1
 """Distance of a plane from the evenly spaced grid [slice spacings]: as for image series."""
@@ -370,7 +367,7 @@ def _common(values: Sequence[FloatArray], tolerance: float) -> FloatArray:
     return values[0]
 
 
-# --- dicom seg -------------------------------------------------------------------------------
+# --- labels of the frames --------------------------------------------------------------------
 
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 """Deflated Image Frame Compression, of 2025, which pydicom 3.0 does not know."""

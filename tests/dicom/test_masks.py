@@ -578,7 +578,7 @@ def test_files_cut_short_or_altered_end_in_a_mask_or_a_refusal(tmp_path):
         path.write_bytes(damaged)
         with contextlib.suppress(StudyError):
             assert read_seg(path).labels.ndim == 3
-    with pytest.raises(StudyError, match="SEG can't be read"):
+    with pytest.raises(StudyError, match="cannot read the SEG"):
         read_seg(tmp_path / "absent.dcm")
 
 
