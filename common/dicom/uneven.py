@@ -19,7 +19,7 @@ from common.dicom.files import DicomFile
 from common.dicom.masks import Mask
 from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import read_seg
-from common.dicom.series import Stack
+from common.dicom.series import LARGEST_SLICE_OFFSET, Stack
 from common.geometry import Grid, Image, inverse
 from common.masks import completed
 from common.resampling import resample_nearest
@@ -53,6 +53,24 @@ def read_mask_of_uneven(file: DicomFile, stack: Stack, roi: re.Pattern[str] | No
     nearest = np.ceil(stack.places.round(3) - 0.5).astype(int)
     on_planes = np.asfortranarray(labels[:, :, nearest])
     return dataclasses.replace(mask, labels=on_planes, affine=stack.affine)
+
+
+def lies_on_slices(file: DicomFile, stack: Stack) -> bool:
+    """Tell whether all frames of a SEG lie on slices of a stack; RTSTRUCTs may lie between.
+
+    A program may have written it on an even grid of its own.
+    """
+    positions = [
+        required_numbers(position, "ImagePositionPatient", 3)
+        for groups in items(file.header, "PerFrameFunctionalGroupsSequence")
+        for position in items(groups, "PlanePositionSequence")
+    ]
+    if file.modality == "RTSTRUCT" or not positions:
+        return True
+    moved = _moved(to_ras(np.array(positions)), stack)
+    to_slice = inverse(_slices_as_if_even(stack).affine)
+    numbers = moved @ to_slice[2, :3] + to_slice[2, 3]
+    return bool(np.abs(numbers - np.rint(numbers)).max() <= LARGEST_SLICE_OFFSET)
 
 
 def _slices_as_if_even(stack: Stack) -> Grid:

@@ -40,7 +40,7 @@ from common.dicom.pixels import read_ct, read_pet
 from common.dicom.rtstruct import read_rtstruct, region_names
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
-from common.dicom.uneven import read_mask_of_uneven
+from common.dicom.uneven import lies_on_slices, read_mask_of_uneven
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
 from common.geometry import Grid, Image, embedded, inverse
 from common.image_checks import check_labels, check_mask, check_overlap
@@ -601,7 +601,8 @@ def _uneven_slices(
     for role, image in images.items():
         if not isinstance(image, Stack) or image.places is None:
             continue
-        if drawn_on.role == role if drawn_on is not None else _names_series(mask, image):
+        is_named = drawn_on.role == role if drawn_on is not None else _names_series(mask, image)
+        if is_named and lies_on_slices(mask, image):
             return role, image
     return None
 

@@ -9,7 +9,7 @@ from mask_builders import build_rtstruct, build_seg
 
 from common.dicom.files import DicomFile
 from common.dicom.series import stack_slices
-from common.dicom.uneven import read_mask_of_uneven
+from common.dicom.uneven import lies_on_slices, read_mask_of_uneven
 
 GAPS_MM = {
     "two spacings": [3.27] * 4 + [6.54] * 3,
@@ -86,7 +86,20 @@ def test_each_plane_is_that_of_the_nearest_slice(tmp_path, gaps_mm, build, orien
     header = build(affine, positions)
     header.save_as(path, enforce_file_format=True)
     file = DicomFile(str(path), "mask.dcm", header, Path(path).stat().st_size)
+    assert lies_on_slices(file, stack)
     mask = read_mask_of_uneven(file, stack)
     np.testing.assert_array_equal(mask.affine, stack.affine)
     np.testing.assert_array_equal(mask.labels, expected_on(stack, heights_mm))
     assert mask.warnings == ()
+
+
+@pytest.mark.parametrize("gaps_mm", GAPS_MM.values(), ids=GAPS_MM)
+def test_a_seg_on_an_even_grid_of_its_own_does_not_lie_on_uneven_slices(tmp_path, gaps_mm):
+    """Read as if it were, it was a plane too long, or refused."""
+    affine = affine_of(ORIENTATIONS["oblique"])
+    write_series(tmp_path / "CT", affine, np.cumsum([0, *gaps_mm]))
+    stack = stack_slices(*read_series(tmp_path / "CT"), resample_uneven=True)
+    on_even_grid = np.zeros(stack.shape, np.uint8)
+    on_even_grid[2:6, 2:5, 1:-1] = 1
+    header = build_seg(on_even_grid, stack.affine, ["lesion"])
+    assert not lies_on_slices(DicomFile("mask.dcm", "mask.dcm", header, 1), stack)
