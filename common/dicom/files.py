@@ -10,6 +10,7 @@ Knows pydicom. Headers are read once; pixels stay in the files until `dicom_pixe
 
 import functools
 import io
+import operator
 import os
 import re
 import struct
@@ -249,6 +250,12 @@ LARGEST_INFLATED, MOST_INFLATION = 2**28, 100
 _OBJECT_OF_SERIES = "1.2.840.10008.5.1.4.1.1."
 """How the SOP class of every object of a series begins."""
 
+_OF_DICOM = "1.2.840.10008."
+"""How the SOP classes of the standard begin; others are of vendors."""
+
+_MOST_FLIPPED = 2
+"""Characters by which the name of a class may differ from one that it was before damage."""
+
 _MASK_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.66.4",  # Segmentation
     "1.2.840.10008.5.1.4.1.1.66.7",  # Label Map Segmentation
@@ -451,8 +458,17 @@ def _plays_no_role(start: bytes) -> bool:
     value = start[found.end() : found.end() + length]
     sop_class = UID(value.rstrip(b"\0 ").decode("latin-1"))
     is_whole = len(value) == length and len(start) > found.end() + length
-    # Of a class that DICOM does not know the name itself may be damaged.
-    return is_whole and sop_class.name != sop_class and sop_class not in _ROLE_OF_CLASS
+    return is_whole and sop_class not in _ROLE_OF_CLASS and _is_sound(sop_class)
+
+
+def _is_sound(sop_class: UID) -> bool:
+    """Tell whether a SOP class is one of DICOM's, or of a vendor's own and no damaged one."""
+    if sop_class.startswith(_OF_DICOM):
+        return bool(sop_class.name != sop_class)
+    return bool(sop_class.is_valid) and not any(
+        len(each) == len(sop_class) and sum(map(operator.ne, each, sop_class)) <= _MOST_FLIPPED
+        for each in _ROLE_OF_CLASS
+    )
 
 
 def _damaged(start: bytes, name: str) -> StudyError:

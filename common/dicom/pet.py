@@ -421,16 +421,19 @@ def read_pet_series(
     )
 
 
-def is_attenuation_corrected(header: Dataset) -> bool:
-    """Tell whether a PET header says that attenuation was corrected for.
+def attenuation_corrected(header: Dataset) -> bool | None:
+    """Tell whether attenuation was corrected for; None where a PET header does not say.
 
     Raises
     ------
     StudyError
         Malformed values.
     """
-    is_enhanced = text(header, "SOPClassUID") == ENHANCED_PET
-    return "ATTN" in (_frame_corrections(header) if is_enhanced else _corrections(header))
+    if text(header, "SOPClassUID") == ENHANCED_PET:
+        found, is_said = _frame_corrections(header), "AttenuationCorrected" in header
+    else:
+        found, is_said = _corrections(header), False
+    return "ATTN" in found if found or is_said else None
 
 
 def _require_pet(header: Dataset) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from common.dicom.attributes import joined_text, tag_of
 from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
-from common.dicom.pet import is_attenuation_corrected
+from common.dicom.pet import attenuation_corrected
 from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
 from common.raw.layouts import sidecar_of
@@ -57,13 +57,10 @@ class NiftiFiles:
 Candidate = NiftiFile | NiftiFiles | Series | DicomFile
 
 
-def is_corrected(candidate: Candidate) -> bool:
-    """Tell whether a candidate is a PET series that is corrected for attenuation."""
-    return (
-        isinstance(candidate, Series)
-        and candidate.modality == "PT"
-        and all(is_attenuation_corrected(file.header) for file in candidate.files)
-    )
+def is_corrected(pet: Series) -> bool | None:
+    """Tell whether a PET series is corrected for attenuation; None where it does not say."""
+    states = {attenuation_corrected(file.header) for file in pet.files}
+    return None if states == {None} else states == {True}
 
 
 def modality_of(file: DicomFile) -> str:
@@ -85,7 +82,8 @@ def kind(candidate: Candidate) -> str:
 def kind_beside_others(candidate: Candidate) -> str:
     """Return what tells a candidate from others of its role; no identity."""
     if isinstance(candidate, Series) and candidate.modality == "PT":
-        return f"{kind(candidate)}, ATTN {'yes' if is_corrected(candidate) else 'no'}"
+        state = {True: "yes", False: "no", None: "unknown"}[is_corrected(candidate)]
+        return f"{kind(candidate)}, ATTN {state}"
     return kind(candidate)
 
 
@@ -598,7 +596,7 @@ def _without_uncorrected(
         return [*candidates], ()
     remark = (
         f"PET series not corrected for attenuation ({len(uncorrected)}, "
-        f"{tag_of('CorrectedImage')} lacks ATTN) are left out"
+        f"{tag_of('CorrectedImage')} lacks ATTN, or is missing) are left out"
     )
     return [each for each in candidates if each not in uncorrected], (remark,)
 

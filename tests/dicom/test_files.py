@@ -256,6 +256,7 @@ NO_ROLES = {
     "screen save": ("OT", uid.SecondaryCaptureImageStorage),
     "screen save of a CT": ("CT", uid.SecondaryCaptureImageStorage),
     "MR": ("MR", uid.MRImageStorage),
+    "a vendor's own": ("OT", "1.3.12.2.1107.5.9.1"),
 }
 
 
@@ -278,7 +279,15 @@ def test_a_damaged_file_that_no_role_needs_is_passed_over(tmp_path, modality, so
         read_image(tmp_path)
 
 
-@pytest.mark.parametrize("sop_class", [uid.CTImageStorage, uid.SegmentationStorage, "1.2.826.77"])
+@pytest.mark.parametrize(
+    "sop_class",
+    [
+        uid.CTImageStorage,
+        uid.SegmentationStorage,
+        "1.2.840.10009.5.1.4.1.1.2",  # CT, a byte flipped
+        "1.2.840.10008.5.1.4.1.1.88.999",  # of a newer edition of DICOM, or another flipped
+    ],
+)
 def test_a_damaged_file_that_may_be_needed_is_refused(tmp_path, sop_class):
     write_slices(tmp_path, slices())
     [beside] = write_slices(

@@ -408,8 +408,8 @@ def test_an_uncorrected_series_is_no_rival_of_a_corrected_one(tmp_path, attribut
     found = roles_of(uncorrected(layouts.subfolders(tmp_path), **attributes))
     assert {name.split("/")[0] for name in names(found.pet)} == {"PET"}
     assert found.warnings == (
-        "PET series not corrected for attenuation (1, CorrectedImage (0028,0051) lacks ATTN) are "
-        "left out",
+        "PET series not corrected for attenuation (1, CorrectedImage (0028,0051) lacks ATTN, or is "
+        "missing) are left out",
     )
 
 
@@ -435,7 +435,7 @@ def test_candidates_are_told_apart_by_slices_and_attenuation_correction(tmp_path
     assert "2 candidates for PET (DICOM series of 6, ATTN yes; DICOM" in str(error)
     assert "ATTN no" not in error.private
     error = refusal(study, pet="Doe")
-    assert "2 candidates for PET (DICOM series of 6, ATTN no; DICOM series" in str(error)
+    assert "(DICOM series of 6, ATTN no; DICOM series of 6, ATTN unknown)" in str(error)
     assert "PET: DICOM series of 6, ATTN no: Doe | NAC0/pet_000.dcm" in error.private
 
 
