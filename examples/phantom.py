@@ -1,20 +1,23 @@
 """Write a demo raw project: invented patients whose every lesion is known in closed form.
 
-OUT/<patient>/<study>/ holds six FDG-PET/CT studies as hospitals export them: DICOM series with
-an RTSTRUCT, a DICOM SEG or a NIfTI mask, one study in NIfTI with a PET DICOM header, one patient
+OUT/<patient>/<study>/ holds whole-body FDG-PET/CT studies as hospitals export them: DICOM series
+with an RTSTRUCT, a DICOM SEG or a NIfTI mask, one study in NIfTI with a PET DICOM header, patients
 with a follow-up, and one study without a mask, which the chain has to skip.
 
-Torso, organs and lesions are ellipsoids in patient coordinates. A voxel takes the value found at
-its centre, so edges are sharp and SUVs exact, but for the rounding of stored values to 16 bits.
-The same options give the same bytes. The truth stands in DEMO_STUDIES; tests read it from there.
+Bodies of several sizes, with organs and lesions, are ellipsoids and cylinders in patient
+coordinates. A voxel takes the value found at its centre; the PET is then blurred as a scanner
+blurs it, and has its noise, unless told otherwise. The same options give the same bytes. The
+truth stands in DEMO_STUDIES and in what invented_studies makes up; tests read it from there.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import chain, count, islice
 from pathlib import Path
 
 import highdicom
@@ -28,29 +31,40 @@ from pydicom.valuerep import DSfloat
 
 EPILOG = """examples:
   python examples/phantom.py demo_raw
-  python examples/phantom.py big_raw --matrix-ct 512 --matrix-pet 400 --slices 326 --noise
+  python examples/phantom.py more_raw --studies 20
+  python examples/phantom.py big_raw --matrix-ct 512 --matrix-pet 400 --slices 326 --noise all
 """
 
 F18_HALF_LIFE_S = 6586.2
 DECAY_PER_S = math.log(2) / F18_HALF_LIFE_S
-SLICE_SPACING_MM = 3.27
-TOP_MM = 100.0  # z of the uppermost slice centre; more slices reach further down
-FEWEST_SLICES = 60  # what the organs and lesions below take
+TOP_MM = 20.0  # z of the uppermost slice centre; 0 is the crown of the head
+SCAN_MM = 1000.0  # slices x spacing: from above the head to the thighs
+FEWEST_SLICES = 100  # what the lesions below take
 CT_FIELD_MM, CT_CENTER_MM = 500.0, (-4.0, -12.0)
 PET_FIELD_MM, PET_CENTER_MM = 448.0, (2.5, -9.0)
-BED_SLICES, BED_STEP_S, FRAME_DURATION_S = 20, 135.0, 120.0
+RESOLUTION_MM = 6.0  # full width at half maximum of the PET's blur
+BED_SLICES, BED_STEP_S, FRAME_DURATION_S = 25, 135.0, 120.0
 CONTOUR_POINTS = 360
-NOISE_HU, NOISE_SUV_FRACTION, NOISE_SEED = 15.0, 0.1, 20240301
+NOISE_HU, NOISE_SUV, SEED = 15.0, 0.1, 20240301  # NOISE_SUV is a part of the SUV
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """An ellipsoid of healthy tissue: centre and semi-axes [mm, RAS], CT [HU], SUVbw [g/ml]."""
+    """Healthy tissue: centre and semi-axes [mm, RAS], CT [HU], SUVbw [g/ml].
+
+    An ellipsoid, or an elliptic cylinder along z whose third semi-axis is half its height.
+    """
 
     center_mm: tuple[float, float, float]
     semi_axes_mm: tuple[float, float, float]
     hu: float
     suv: float
+    cylinder: bool = False
+
+    @property
+    def volume_ml(self) -> float:
+        ball = 2.0 if self.cylinder else 4 / 3
+        return ball * math.pi * math.prod(self.semi_axes_mm) / 1000
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class Lesion:
     suv: float
     label: int = 1
     hu: float = 60.0
+    cylinder = False
 
     @property
     def volume_ml(self) -> float:
@@ -82,11 +97,24 @@ class Study:
     injected: datetime
     scanned: datetime
     lesions: tuple[Lesion, ...]
+    heart_suv: float = 6.0
+    bladder_suv: float = 22.0
+    arms: str | None = "up"  # or down, or None: outside the scan
     units: str = "BQML"  # or GML
     decay_correction: str = "START"  # or ADMIN
     images: str = "DICOM"  # or NIfTI
     mask: str | None = "RTSTRUCT"  # or SEG, NIfTI, None
     mask_drawn_on: str = "PET"  # or CT, for an RTSTRUCT
+
+    @property
+    def frame(self) -> float:
+        """Size of skeleton and organs relative to a person of 1.75 m."""
+        return self.height_m / 1.75
+
+    @property
+    def girth(self) -> float:
+        """Width and depth of the body relative to a person of 1.75 m and 75 kg."""
+        return math.sqrt(self.weight_kg / 75 / self.frame)
 
 
 @dataclass(frozen=True)
@@ -96,14 +124,15 @@ class Grid:
     matrix: int
     slices: int
     pixel_mm: float
+    slice_mm: float
     center_mm: tuple[float, float]
 
     @property
     def affine(self) -> NDArray[np.float64]:
         """Voxel to RAS+ [mm], (4, 4)."""
-        affine = np.diag([-self.pixel_mm, -self.pixel_mm, SLICE_SPACING_MM, 1.0])
+        affine = np.diag([-self.pixel_mm, -self.pixel_mm, self.slice_mm, 1.0])
         affine[:2, 3] = np.add(self.center_mm, (self.matrix - 1) / 2 * self.pixel_mm)
-        affine[2, 3] = TOP_MM - (self.slices - 1) * SLICE_SPACING_MM
+        affine[2, 3] = TOP_MM - (self.slices - 1) * self.slice_mm
         return affine
 
     @property
@@ -120,16 +149,135 @@ def sphere(x: float, y: float, z: float, radius_mm: float, suv: float, label: in
     return Lesion((x, y, z), (radius_mm,) * 3, suv, label)
 
 
-# Later tissues lie on top of earlier ones, and lesions on top of all.
-ANATOMY = (
-    Tissue((0, -128, 0), (190, 6, math.inf), -300, 0.0),  # table
-    Tissue((0, 0, -50), (170, 115, 1000), 40, 1.0),  # torso
-    Tissue((75, 10, 45), (50, 75, 48), -800, 0.4),  # right lung
-    Tissue((-75, 10, 45), (50, 75, 48), -800, 0.4),  # left lung
-    Tissue((0, -80, 0), (18, 18, 400), 400, 1.0),  # spine
-    Tissue((75, 5, -45), (70, 75, 38), 55, 2.0),  # liver
-    Tissue((-75, -35, -55), (22, 24, 26), 35, 14.0),  # left kidney: hot, and no tumour
+def both(*tissues: Tissue) -> tuple[Tissue, ...]:
+    """Tissues of the right side, and their mirror images."""
+    mirrored = (
+        replace(tissue, center_mm=tuple(np.multiply(tissue.center_mm, (-1, 1, 1)).tolist()))
+        for tissue in tissues
+    )
+    return *tissues, *mirrored
+
+
+def ribs() -> Iterator[Tissue]:
+    """Discs of bone, filled with muscle, within the chest's ellipsoid."""
+    for z in range(-345, -590, -27):
+        narrower = math.sqrt(1 - ((z + 470) / 215) ** 2)
+        for a, b, kind in ((143, 92, BONE), (136, 85, MUSCLE)):
+            yield Tissue((0, 0, z), (a * narrower, b * narrower, 5), *kind, cylinder=True)
+
+
+def vertebrae() -> Iterator[Tissue]:
+    """From the skull to the sacrum, along the curves of the spine."""
+    for z in range(-195, -770, -26):
+        y = float(np.interp(-z, (195, 300, 480, 680, 760), (-22, -38, -66, -50, -58)))
+        size = float(np.interp(-z, (195, 760), (11, 22)))
+        yield Tissue((0, y, z), (size, size * 0.85, 10.5), 230, 1.5, cylinder=True)
+        yield Tissue((0, y - 1.6 * size, z), (size, size / 2, 8), 450, 0.9, cylinder=True)
+        yield Tissue((0, y - 1.35 * size, z), (8, 7, 13), 30, 1.2, cylinder=True)  # cord
+
+
+# A person of 1.75 m and 75 kg: z from the crown of the head, semi-axes, all in mm; x to the right.
+# Later tissues lie on top of earlier ones.
+FAT, MUSCLE, BONE, AIR, BLOOD = (-100, 0.3), (45, 0.6), (350, 1.0), (-950, 0.1), (42, 1.7)
+"""HU and SUV."""
+
+HEAD = (
+    Tissue((0, 5, -116), (78, 98, 116), *MUSCLE),
+    Tissue((0, 35, -172), (56, 66, 62), *MUSCLE),  # face
+    Tissue((0, 2, -88), (73, 91, 80), 900, 0.8),  # skull
+    Tissue((0, 2, -88), (66, 84, 72), 36, 9.0),  # cortex
+    *both(Tissue((27, 2, -86), (21, 54, 38), 28, 4.0)),  # white matter
+    Tissue((0, -46, -148), (46, 32, 24), 36, 7.5),  # cerebellum
+    Tissue((0, 80, -166), (13, 22, 24), *AIR),  # nose
+    *both(Tissue((56, 12, -186), (9, 14, 18), 30, 1.9)),  # parotid glands
+    *both(Tissue((13, 24, -204), (7, 9, 11), 45, 3.0)),  # tonsils
 )
+ARMS = {
+    "up": both(
+        Tissue((150, -8, -120), (37, 42, 250), *FAT),
+        Tissue((150, -8, -120), (30, 34, 245), *MUSCLE),
+        Tissue((150, -8, -120), (11, 11, 230), *BONE),
+    ),
+    "down": both(
+        Tissue((194, -20, -570), (34, 42, 260), *FAT),
+        Tissue((194, -20, -570), (27, 34, 255), *MUSCLE),
+        Tissue((194, -20, -570), (10, 10, 240), *BONE),
+    ),
+}
+SKIN_AND_FAT = (
+    Tissue((0, -8, -262), (60, 64, 62), *FAT, cylinder=True),  # neck
+    *both(Tissue((112, -12, -350), (82, 62, 68), *FAT)),  # shoulders
+    Tissue((0, 0, -470), (174, 127, 232), *FAT),  # chest
+    Tissue((0, 0, -660), (167, 125, 245), *FAT),  # abdomen
+    Tissue((0, -4, -830), (182, 125, 175), *FAT),  # pelvis
+    *both(Tissue((88, -2, -1010), (90, 98, 260), *FAT)),  # thighs
+)
+MUSCLES = (
+    Tissue((0, -8, -262), (52, 56, 66), *MUSCLE, cylinder=True),
+    *both(Tissue((108, -12, -350), (70, 50, 56), *MUSCLE)),
+    Tissue((0, 0, -470), (156, 107, 218), *MUSCLE),
+    Tissue((0, 0, -660), (146, 103, 232), *MUSCLE),
+    Tissue((0, -4, -830), (162, 103, 162), *MUSCLE),
+    *both(Tissue((88, -2, -1010), (73, 80, 250), *MUSCLE)),
+)
+INNER = (
+    *ribs(),
+    *both(
+        Tissue((72, 3, -425), (56, 77, 115), -820, 0.4),  # lungs
+        Tissue((92, -28, -795), (13, 50, 60), *BONE),  # iliac wings
+        Tissue((88, 0, -885), (23, 23, 23), *BONE),  # heads and shafts of the femurs
+        Tissue((96, -4, -1000), (14, 14, 110), *BONE, cylinder=True),
+    ),
+    Tissue((0, -70, -815), (42, 18, 52), *BONE),  # sacrum
+    *vertebrae(),
+    Tissue((0, 14, -320), (9, 8, 95), *AIR, cylinder=True),  # trachea
+    Tissue((0, 2, -388), (20, 38, 14), *BLOOD),  # arch of the aorta
+    Tissue((-18, -38, -540), (11, 11, 150), *BLOOD, cylinder=True),
+    Tissue((4, 18, -700), (112, 60, 105), -95, 0.4),  # mesentery
+    Tissue((-62, 34, -562), (40, 40, 46), 25, 1.9),  # stomach, and air in it
+    Tissue((-62, 56, -545), (20, 13, 16), *AIR),
+    Tissue((72, 5, -575), (70, 78, 72), 58, 2.3),  # liver
+    Tissue((10, 44, -548), (66, 38, 38), 58, 2.3),
+    Tissue((-104, -34, -572), (30, 42, 52), 50, 1.9),  # spleen
+    *both(
+        Tissue((66, -54, -632), (25, 23, 52), 34, 4.5),  # kidneys
+        Tissue((58, -48, -632), (10, 12, 24), 12, 16.0),
+    ),
+    Tissue((8, 46, -706), (72, 30, 46), 30, 1.4),  # bowel
+    Tissue((0, 62, -655), (92, 18, 17), 15, 1.5),
+    Tissue((102, 12, -705), (20, 25, 72), 10, 2.0),
+    Tissue((-106, 2, -705), (17, 21, 88), 10, 1.6),
+    Tissue((0, -46, -880), (17, 17, 40), 25, 1.8),
+)
+
+
+def scaled(tissues: Sequence[Tissue], xy: float, z: float) -> Iterator[Tissue]:
+    """Tissues enlarged across and along the body."""
+    for tissue in tissues:
+        center_mm, semi_axes_mm = (
+            (v[0] * xy, v[1] * xy, v[2] * z) for v in (tissue.center_mm, tissue.semi_axes_mm)
+        )
+        yield replace(tissue, center_mm=center_mm, semi_axes_mm=semi_axes_mm)
+
+
+def anatomy(study: Study) -> tuple[Tissue, ...]:
+    """The patient on the table, by height, weight and the uptake of heart and bladder."""
+    frame, girth = study.frame, study.girth
+    varying = (
+        Tissue((-6, 50, -482), (38, 32, 42), *BLOOD),  # right heart
+        Tissue((-44, 36, -480), (44, 40, 47), 48, study.heart_suv),
+        Tissue((-38, 38, -474), (24, 22, 30), *BLOOD),
+        Tissue((0, 18, -872), (36, 32, 32), 8, study.bladder_suv),
+    )
+    table = Tissue((0, -127 * girth - 12, 0), (200, 6, math.inf), -300, 0.0)
+    return (
+        table,
+        *scaled((*ARMS.get(study.arms, ()), *SKIN_AND_FAT), girth, frame),
+        *scaled(MUSCLES, (girth + frame) / 2, frame),
+        *HEAD,
+        *scaled((*INNER, *varying), frame, frame),
+    )
+
 
 DEMO_STUDIES = (
     Study(
@@ -137,39 +285,44 @@ DEMO_STUDIES = (
         injected=datetime(2024, 3, 1, 9, 12),
         scanned=datetime(2024, 3, 1, 10, 14, 31),
         lesions=(
-            sphere(-72.3, 18.4, 48.2, 18.0, 9.0),
-            sphere(67.7, 12.1, -42.3, 21.0, 7.0),
-            Lesion((4.3, 21.6, 61.8), (16.0, 19.0, 26.0), 12.0),
+            sphere(-82.3, 8.4, -378.2, 18.0, 9.0),
+            sphere(77.7, 2.1, -548.3, 21.0, 7.0),
+            Lesion((4.3, 31.6, -401.8), (16.0, 19.0, 26.0), 12.0),
         ),
+        heart_suv=7.5,
     ),
     Study(  # the follow-up: two lesions smaller and paler, one gone
         *("patient_01", "2024-06-14_PETCT", "DEMO^ANNA", "F", 66.0, 1.66, 243.9e6),
         injected=datetime(2024, 6, 14, 8, 40),
         scanned=datetime(2024, 6, 14, 9, 41, 5),
-        lesions=(sphere(-69.6, 19.2, 45.8, 15.0, 4.0), sphere(66.9, 11.2, -43.4, 17.0, 5.0)),
+        lesions=(sphere(-79.6, 9.2, -380.8, 15.0, 6.0), sphere(76.9, 1.2, -547.4, 17.0, 5.5)),
+        heart_suv=3.0,
+        bladder_suv=15.0,
         decay_correction="ADMIN",
         mask_drawn_on="CT",
     ),
-    Study(  # two lesions 8 mm apart, one just below the uppermost slice
-        *("patient_02", "2024-03-04_PETCT", "DEMO^BERT", "M", 91.0, 1.84, 318.0e6),
+    Study(  # two lesions 8 mm apart, one just above the lowermost slice
+        *("patient_02", "2024-03-04_PETCT", "DEMO^BERT", "M", 98.0, 1.84, 318.0e6),
         injected=datetime(2024, 3, 4, 13, 5),
         scanned=datetime(2024, 3, 4, 14, 8, 50),
         lesions=(
-            sphere(-58.4, 35.2, -10.3, 16.0, 10.0),
-            sphere(-19.4, 35.2, -10.3, 15.0, 15.0),
-            sphere(33.1, 14.3, 83.9, 15.5, 6.0),
+            sphere(6.6, -5.2, -690.3, 16.0, 10.0),
+            sphere(45.6, -5.2, -690.3, 15.0, 15.0),
+            sphere(-82.1, 44.3, -957.9, 15.5, 7.0),
         ),
+        heart_suv=2.5,
         mask="SEG",
     ),
     Study(
-        *("patient_03", "2024-03-11_PETCT", "DEMO^CLARA", "F", 74.2, 1.71, 266.0e6),
+        *("patient_03", "2024-03-11_PETCT", "DEMO^CLARA", "F", 53.2, 1.58, 206.0e6),
         injected=datetime(2024, 3, 11, 10, 30),
         scanned=datetime(2024, 3, 11, 11, 29, 12),
         lesions=(
-            Lesion((70.4, -10.7, -49.6), (24.0, 18.0, 20.0), 8.0),
-            sphere(-80.2, 0.6, 58.3, 17.0, 11.0),
-            sphere(1.7, 60.2, -61.1, 16.0, 5.0),
+            Lesion((70.4, -2.7, -524.6), (24.0, 18.0, 20.0), 8.0),
+            sphere(-70.2, -20.6, -388.3, 17.0, 11.0),
+            sphere(1.7, 24.2, -640.1, 16.0, 6.5),
         ),
+        arms="down",
         images="NIfTI",
         mask="NIfTI",
     ),
@@ -178,10 +331,11 @@ DEMO_STUDIES = (
         injected=datetime(2024, 4, 22, 7, 55),
         scanned=datetime(2024, 4, 22, 8, 57, 40),
         lesions=(
-            sphere(80.6, 20.2, 40.4, 20.0, 13.0, label=1),
-            sphere(-110.3, 20.8, -30.2, 16.0, 6.0, label=2),
-            sphere(6.6, 33.9, 70.7, 17.0, 4.5, label=2),
+            sphere(80.6, 10.2, -400.4, 20.0, 13.0, label=1),
+            sphere(-128.3, -8.8, -361.2, 16.0, 6.0, label=2),
+            sphere(6.6, -22.9, -700.7, 17.0, 8.5, label=2),
         ),
+        bladder_suv=30.0,
         units="GML",
         mask="NIfTI",
     ),
@@ -189,18 +343,83 @@ DEMO_STUDIES = (
         *("patient_05", "2024-05-02_PETCT", "DEMO^EMIL", "M", 79.5, 1.80, 280.0e6),
         injected=datetime(2024, 5, 2, 11, 20),
         scanned=datetime(2024, 5, 2, 12, 21, 33),
-        lesions=(sphere(60.3, 30.2, -40.7, 18.0, 9.0),),
+        lesions=(sphere(60.3, 10.2, -590.7, 18.0, 9.0),),
+        arms=None,
         mask=None,
     ),
 )
 
+SITES_MM = (
+    *((85, 15, -380), (92, -18, -445), (-88, 10, -375), (-95, -28, -425)),  # lungs
+    *((108, -2, -560), (45, -12, -600), (70, 45, -592)),  # liver
+    *((4, 28, -408), (-128, -8, -355), (126, -8, -352)),  # nodes of mediastinum and armpits,
+    *((20, -14, -700), (-48, -10, -760), (-78, 46, -865)),  # before the spine, pelvic, inguinal
+)
+"""Where invented studies may have lesions, far enough apart; in a person of 1.75 m."""
 
-def ct_grid(matrix: int, slices: int) -> Grid:
-    return Grid(matrix, slices, CT_FIELD_MM / matrix, CT_CENTER_MM)
+
+def invented_studies() -> Iterator[Study]:
+    """Studies without end after those of DEMO_STUDIES; every other patient has a follow-up."""
+    for number in count(len({study.patient for study in DEMO_STUDIES}) + 1):
+        random = np.random.default_rng((SEED, number))
+        sex = str(random.choice(["F", "M"]))
+        height_m = round(random.uniform(*{"F": (1.55, 1.75), "M": (1.68, 1.92)}[sex]), 2)
+        weight_kg = round(height_m**2 * random.uniform(21, 29), 1)
+        scanned = datetime(2024, 5, 6, 9) + timedelta(
+            days=number, minutes=int(random.integers(400))
+        )
+        sites = random.choice(SITES_MM, random.integers(2, 6), replace=False)
+        places_mm = (sites + random.uniform(-3, 3, sites.shape)) * height_m / 1.75
+        lesions = tuple(
+            sphere(*np.round(place_mm, 1).tolist(), round(radius_mm, 1), round(suv, 1))
+            for place_mm, radius_mm, suv in zip(
+                places_mm,
+                random.uniform(12, 18, len(sites)),
+                random.uniform(6, 15, len(sites)),
+                strict=True,
+            )
+        )
+        first = Study(
+            *(f"patient_{number:02d}", f"{scanned:%Y-%m-%d}_PETCT", f"DEMO^NO{number:02d}"),
+            *(sex, weight_kg, height_m, round(weight_kg * 3.6e6)),
+            injected=scanned - timedelta(minutes=int(random.integers(55, 70))),
+            scanned=scanned,
+            lesions=lesions,
+            heart_suv=round(random.uniform(2, 9), 1),
+            bladder_suv=round(random.uniform(12, 35), 1),
+            arms="down" if weight_kg < 55 else "up",
+            mask=str(random.choice(["RTSTRUCT", "SEG", "NIfTI"])),
+        )
+        yield first
+        if number % 2 == 0:
+            later = timedelta(days=90)
+            yield replace(
+                first,
+                study=f"{scanned + later:%Y-%m-%d}_PETCT",
+                injected=first.injected + later,
+                scanned=scanned + later,
+                lesions=tuple(
+                    replace(
+                        lesion,
+                        semi_axes_mm=tuple(round(0.85 * a, 1) for a in lesion.semi_axes_mm),
+                        suv=round(max(6.0, 0.7 * lesion.suv), 1),
+                    )
+                    for lesion in lesions[1:]
+                ),
+            )
 
 
-def pet_grid(matrix: int, slices: int) -> Grid:
-    return Grid(matrix, slices, PET_FIELD_MM / matrix, PET_CENTER_MM)
+def studies(number: int) -> list[Study]:
+    """The first studies of the demo: those of DEMO_STUDIES, then invented ones."""
+    return list(islice(chain(DEMO_STUDIES, invented_studies()), number))
+
+
+def ct_grid(matrix: int, slices: int, scan_mm: float = SCAN_MM) -> Grid:
+    return Grid(matrix, slices, CT_FIELD_MM / matrix, scan_mm / slices, CT_CENTER_MM)
+
+
+def pet_grid(matrix: int, slices: int, scan_mm: float = SCAN_MM) -> Grid:
+    return Grid(matrix, slices, PET_FIELD_MM / matrix, scan_mm / slices, PET_CENTER_MM)
 
 
 def sample(
@@ -208,12 +427,36 @@ def sample(
 ) -> NDArray[np.float32]:
     """Value of ``quantity`` (hu, suv or label) at every voxel centre, (matrix, matrix, slices)."""
     volume = np.full((grid.matrix, grid.matrix, grid.slices), outside, np.float32, order="F")
-    x_mm, y_mm, z_mm = grid.voxel_centers_mm
     for region in regions:
-        (x0, y0, z0), (a, b, c) = region.center_mm, region.semi_axes_mm
-        in_plane = ((x_mm - x0) / a)[:, None] ** 2 + ((y_mm - y0) / b) ** 2
-        for k in np.flatnonzero(abs(z_mm - z0) <= c):
-            volume[in_plane <= 1 - ((z_mm[k] - z0) / c) ** 2, k] = getattr(region, quantity)
+        offsets = [
+            (places_mm - center_mm) / semi_axis_mm
+            for places_mm, center_mm, semi_axis_mm in zip(
+                grid.voxel_centers_mm, region.center_mm, region.semi_axes_mm, strict=True
+            )
+        ]
+        x, y, z = (np.flatnonzero(abs(offset) <= 1) for offset in offsets)
+        if not (x.size and y.size and z.size):
+            continue
+        box = volume[x[0] : x[-1] + 1, y[0] : y[-1] + 1]
+        in_plane = offsets[0][x, None] ** 2 + offsets[1][y] ** 2
+        for k in z:
+            reach = 1 if region.cylinder else 1 - offsets[2][k] ** 2
+            box[in_plane <= reach, k] = getattr(region, quantity)
+    return volume
+
+
+def blurred(grid: Grid, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+    """As a scanner of RESOLUTION_MM sees it: a Gaussian along each axis, the border repeated."""
+    for axis, spacing_mm in enumerate((grid.pixel_mm, grid.pixel_mm, grid.slice_mm)):
+        sigma = RESOLUTION_MM / math.sqrt(8 * math.log(2)) / spacing_mm
+        reach = math.ceil(3 * sigma)
+        weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+        weights /= weights.sum()
+        width = [(reach, reach) if i == axis else (0, 0) for i in range(3)]
+        padded = np.moveaxis(np.pad(volume, width, mode="edge"), axis, 0)
+        length = volume.shape[axis]
+        shifted = (weight * padded[i : i + length] for i, weight in enumerate(weights))
+        volume = np.moveaxis(sum(shifted), 0, axis).astype(np.float32)
     return volume
 
 
@@ -293,7 +536,7 @@ def put_image(dataset: Dataset, grid: Grid, k: int, stored: NDArray[np.float32])
     dataset.ImagePositionPatient = [decimal(v) for v in first_voxel_mm[:3] * (-1, -1, 1)]
     dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     dataset.PatientPosition = "HFS"
-    dataset.SliceThickness = SLICE_SPACING_MM
+    dataset.SliceThickness = decimal(grid.slice_mm)
     dataset.PixelSpacing = [decimal(grid.pixel_mm)] * 2
     dataset.Rows = dataset.Columns = grid.matrix
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -458,17 +701,23 @@ def write_nifti(path: Path, volume: NDArray[np.generic], grid: Grid) -> None:
     image.to_filename(path)
 
 
-def write_study(
-    out: Path, study: Study, ct: Grid, pet: Grid, random: np.random.Generator | None = None
-) -> None:
-    """Write one study below ``out``; ``random`` adds noise to CT and PET, never to the mask."""
-    hu = sample(ct, [*ANATOMY, *study.lesions], "hu", outside=-1000.0)
-    values = sample(pet, [*ANATOMY, *study.lesions], "suv")
-    if random is not None:
-        hu += NOISE_HU * random.standard_normal(hu.shape, np.float32)
-        values *= 1 + NOISE_SUV_FRACTION * random.standard_normal(values.shape, np.float32)
+def write_study(out: Path, study: Study, ct: Grid, pet: Grid, noise: str = "none") -> None:
+    """Write one study below ``out``.
+
+    ``noise`` is none, pet (as coarse as the PET's blur) or all: of the CT, too, air included.
+    The mask is always that of the true lesions.
+    """
+    regions = [*anatomy(study), *study.lesions]
+    random = np.random.default_rng((SEED, zlib.crc32(f"{study.patient}/{study.study}".encode())))
+    values = blurred(pet, sample(pet, regions, "suv"))
+    if noise != "none":
+        grain = blurred(pet, random.standard_normal(values.shape, np.float32))
+        values *= 1 + NOISE_SUV / grain.std() * grain
     if study.units == "BQML":
         values *= bq_per_ml_per_suv(study)
+    hu = sample(ct, regions, "hu", outside=-1000.0)
+    if noise == "all":
+        hu += NOISE_HU * random.standard_normal(hu.shape, np.float32)
     labels = sample(pet, study.lesions, "label")
     downwards = range(ct.slices - 1, -1, -1)
     pet_slices = [pet_slice(study, pet, k, values[..., k]) for k in downwards]
@@ -493,12 +742,18 @@ def write_study(
 
 
 def write_demo(
-    out: Path, *, matrix_ct: int = 128, matrix_pet: int = 64, slices: int = 60, noise: bool = False
+    out: Path,
+    *,
+    number: int = len(DEMO_STUDIES),
+    matrix_ct: int = 128,
+    matrix_pet: int = 128,
+    slices: int = 200,
+    noise: str = "pet",
 ) -> None:
-    """Write every study of ``DEMO_STUDIES`` into the project folder ``out``."""
-    random = np.random.default_rng(NOISE_SEED) if noise else None
-    for study in DEMO_STUDIES:
-        write_study(out, study, ct_grid(matrix_ct, slices), pet_grid(matrix_pet, slices), random)
+    """Write the demo's first studies into the project folder ``out``."""
+    ct, pet = ct_grid(matrix_ct, slices), pet_grid(matrix_pet, slices)
+    for study in studies(number):
+        write_study(out, study, ct, pet, noise)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -506,11 +761,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="new or empty project folder")
+    parser.add_argument(
+        "--studies", dest="number", type=int, default=6, metavar="N", help="how many (default: 6)"
+    )
     parser.add_argument("--matrix-ct", type=int, default=128, metavar="N", help="128; real: 512")
-    parser.add_argument("--matrix-pet", type=int, default=64, metavar="N", help="64; real: 400")
-    parser.add_argument("--slices", type=int, default=60, metavar="N", help="60; real: 326")
-    parser.add_argument("--noise", action="store_true", help="CT 15 HU, PET 10 %% (fixed seed)")
+    parser.add_argument("--matrix-pet", type=int, default=128, metavar="N", help="128; real: 400")
+    parser.add_argument("--slices", type=int, default=200, metavar="N", help="200; real: 326")
+    parser.add_argument(
+        "--noise",
+        choices=("none", "pet", "all"),
+        default="pet",
+        help="of the PET (default), or CT, too (15 HU), air included; always the same",
+    )
     options = parser.parse_args(argv)
+    if options.number < 1:
+        parser.error("--studies: at least one")
     if min(options.matrix_ct, options.matrix_pet) < 64 or options.slices < FEWEST_SLICES:
         parser.error(f"matrices need at least 64 pixels and scans {FEWEST_SLICES} slices")
     if options.out.is_file() or (options.out.is_dir() and any(options.out.iterdir())):
@@ -520,8 +785,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    complete = [study for study in DEMO_STUDIES if study.mask]
-    print(f"{len(DEMO_STUDIES)} studies, {len(complete)} with a mask -> {options.out}")
+    complete = [study for study in studies(options.number) if study.mask]
+    print(f"{options.number} studies, {len(complete)} with a mask -> {options.out}")
     return 0
 
 

@@ -24,6 +24,7 @@ REAL = Path(__file__).parents[2] / "shared" / "data"
 ANGLES = (0, 45, 90, 135)
 COMPLETE = [study for study in phantom.DEMO_STUDIES if study.mask]
 SUV_RANGE = 40
+GRID = ["--spacing", 4, 4, 4, "--shape", 100, 100]
 
 
 def main(script, *arguments):
@@ -34,11 +35,11 @@ def main(script, *arguments):
 def chain(tmp_path_factory):
     """Folder of the demo and all that the four scripts make of it."""
     folder = tmp_path_factory.mktemp("chain")
-    assert phantom.main([str(folder / "demo")]) == 0
+    assert phantom.main([str(folder / "demo"), "--slices", "150", "--noise", "none"]) == 0
     assert main(createproject, folder / "demo", "-o", folder / "demo.zip", "-q", "-j", 1) == 0
     shards = [folder / f"shard{part}_3d.h5" for part in (1, 2)]
     for part, shard in enumerate(shards, start=1):
-        options = ["--shard", f"{part}/2", "--measures", shard.with_suffix(".csv")]
+        options = [*GRID, "--shard", f"{part}/2", "--measures", shard.with_suffix(".csv")]
         assert main(preprocessing, folder / "demo.zip", "-o", shard, "-q", "-j", 1, *options) == 0
     assert main(mergeh5, *shards, "-o", folder / "all_3d.h5") == 0
     angles = ["--angles", 0, 180, 45]
@@ -98,7 +99,7 @@ def test_lesions_are_where_they_were_put_and_as_large(chain, study):
     assert len(found) == len(study.lesions)
     for lesion in study.lesions:
         volume_ml, place_mm = nearest(found, lesion.center_mm, lambda one: one[1])
-        # PET voxels are 7 x 7 x 3.27 mm.
+        # PET voxels are 3.5 x 3.5 x 6.7 mm, those of the grid 4 x 4 x 4 mm.
         assert np.linalg.norm(place_mm - lesion.center_mm) < 3
         assert volume_ml == pytest.approx(lesion.volume_ml, rel=0.12)
 
@@ -113,7 +114,7 @@ def test_isocontour_keeps_hot_lesions_whole(chain, study):
 def inner_voxels(shape, affine, lesion):
     """Voxels in the middle of a lesion, away from its edge, at which splines overshoot."""
     points_mm = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
-    reach = (points_mm - lesion.center_mm) / (0.6 * np.array(lesion.semi_axes_mm))
+    reach = (points_mm - lesion.center_mm) / (0.4 * np.array(lesion.semi_axes_mm))
     return (reach**2).sum(axis=-1) <= 1
 
 
@@ -124,7 +125,7 @@ def test_suv_and_hu_are_those_of_the_lesions(chain, study):
         affine = data.attrs["affine"]
     for lesion in study.lesions:
         inner = inner_voxels(pet.shape, affine, lesion)
-        assert inner.sum() > 100
+        assert inner.sum() > 10
         assert pet[inner].mean() * SUV_RANGE == pytest.approx(lesion.suv, rel=0.04)
         assert pet[inner].max() * SUV_RANGE == pytest.approx(lesion.suv, rel=0.35)
         assert ct[inner].mean() * 2000 - 1000 == pytest.approx(lesion.hu, abs=10)
@@ -145,12 +146,12 @@ def test_measures_are_those_of_the_lesions(chain, study):
             list(zip(lesions, place, strict=True)), lesion.center_mm, lambda one: one[1]
         )
         assert float(row["suv_max"]) == pytest.approx(lesion.suv, rel=1e-3)
-        assert float(row["mtv_ml"]) == pytest.approx(lesion.volume_ml, rel=0.12)
+        assert float(row["mtv_ml"]) == pytest.approx(lesion.volume_ml, rel=0.14)
     centers = np.array([lesion.center_mm for lesion in study.lesions])
     farthest = max(np.linalg.norm(a - b) for a in centers for b in centers)
     assert float(total["dmax_mm"]) == pytest.approx(farthest, abs=3)
     volume_ml = sum(lesion.volume_ml for lesion in study.lesions)
-    assert float(total["tmtv_ml"]) == pytest.approx(volume_ml, rel=0.06)
+    assert float(total["tmtv_ml"]) == pytest.approx(volume_ml, rel=0.09)
     assert float(total["suv_max"]) == pytest.approx(
         max(lesion.suv for lesion in study.lesions), rel=1e-3
     )
@@ -179,7 +180,7 @@ def test_projected_lesions_are_where_geometry_puts_them(chain, study, angle):
         _, nx, ny, _ = file["image"][hash_of(study)].shape
     with h5py.File(chain / "all_2d.h5") as file:
         pet, mask = file["image"][key][0].astype(float), file["mask"][key][0]
-        assert list(file["image"][key].attrs["spacing"]) == [2, 3]
+        assert list(file["image"][key].attrs["spacing"]) == [4, 4]
     for lesion in study.lesions:
         x, y, z = voxel(affine, lesion.center_mm)
         turn = np.radians(angle)
@@ -190,15 +191,15 @@ def test_projected_lesions_are_where_geometry_puts_them(chain, study, angle):
         assert mask[pixel] == 1
         assert pet[pixel] * SUV_RANGE > 0.94 * lesion.suv
         half_width = min(lesion.semi_axes_mm[:2]) / 2
-        reach = [round(column + sign * (half_width - 7) / 2) for sign in (-1, 1)]
+        reach = [round(column + sign * (half_width - 4) / 4) for sign in (-1, 1)]
         assert mask[reach[0] : reach[1] + 1, round(z)].all()
     assert lesion_pixels(study) * 0.6 < mask.sum() < lesion_pixels(study) * 1.3
 
 
 def lesion_pixels(study):
-    """Pixels of 2 x 3 mm that spheres of the lesions' volumes cover, none before another."""
+    """Pixels of 4 x 4 mm that spheres of the lesions' volumes cover, none before another."""
     areas = [np.pi * np.prod(lesion.semi_axes_mm) ** (2 / 3) for lesion in study.lesions]
-    return sum(areas) / 6
+    return sum(areas) / 16
 
 
 def test_list_of_slices_names_every_study(chain):

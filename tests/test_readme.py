@@ -33,7 +33,7 @@ def options_of(script):
 def raw_project(tmp_path_factory):
     """Two of the demo's studies: one complete, one without a mask."""
     folder = tmp_path_factory.mktemp("readme") / "raw"
-    ct, pet = phantom.ct_grid(64, 60), phantom.pet_grid(64, 60)
+    ct, pet = phantom.ct_grid(64, 100), phantom.pet_grid(64, 100)
     for study in (phantom.DEMO_STUDIES[3], phantom.DEMO_STUDIES[5]):
         phantom.write_study(folder, study, ct, pet)
     return folder

@@ -57,7 +57,7 @@ def main() -> None:
 def write_study(folder: Path) -> None:
     """Write one noisy study of realistic size."""
     grids = phantom.ct_grid(MATRIX_CT, SLICES), phantom.pet_grid(MATRIX_PET, SLICES)
-    phantom.write_study(folder, phantom.DEMO_STUDIES[0], *grids, np.random.default_rng(0))
+    phantom.write_study(folder, phantom.DEMO_STUDIES[0], *grids, "all")
 
 
 def quieten(folder: Path) -> None:

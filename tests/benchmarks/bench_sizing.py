@@ -17,7 +17,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from processes import ONE_THREAD, ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -25,6 +24,8 @@ sys.path.insert(0, str(ROOT))
 import standard_study
 
 from examples import phantom
+
+SCAN_MM = 326 * 3.27
 
 RUN = """
 import importlib, json, resource, sys, time
@@ -72,10 +73,10 @@ def write_raw(folder):
     """Write a DICOM study with an RTSTRUCT, of the standard size."""
     size = standard_study.STANDARD
     grids = (
-        phantom.ct_grid(size.ct_shape[0], size.ct_shape[2]),
-        phantom.pet_grid(size.pet_shape[0], size.pet_shape[2]),
+        phantom.ct_grid(size.ct_shape[0], size.ct_shape[2], SCAN_MM),
+        phantom.pet_grid(size.pet_shape[0], size.pet_shape[2], SCAN_MM),
     )
-    phantom.write_study(folder, phantom.DEMO_STUDIES[0], *grids, np.random.default_rng(0))
+    phantom.write_study(folder, phantom.DEMO_STUDIES[0], *grids, "all")
 
 
 def main():

@@ -9,7 +9,8 @@ import preprocessing
 import project_2d
 from examples import phantom
 
-LESION = phantom.Lesion((0.0, 10.0, 78.0), (45.0, 45.0, 15.0), 8.0)
+LESION = phantom.Lesion((0.0, 10.0, -60.0), (45.0, 45.0, 25.0), 12.0)
+SCAN_MM = 130.0  # the head
 STUDIES = {
     name: replace(phantom.DEMO_STUDIES[number], patient=name, study="1", lesions=(LESION,))
     for name, number in (("rtstruct", 0), ("seg", 2), ("nifti", 3))
@@ -23,7 +24,7 @@ ANGLES = ["--angles", "0", "180", "60"]
 def write_raw(folder: Path, **changes: Any) -> None:
     """Write ``<folder>/{rtstruct,seg,nifti}/1``, their descriptions changed as told."""
     for study in STUDIES.values():
-        grids = phantom.ct_grid(24, 14), phantom.pet_grid(24, 14)
+        grids = phantom.ct_grid(24, 14, SCAN_MM), phantom.pet_grid(24, 14, SCAN_MM)
         phantom.write_study(folder, replace(study, **changes), *grids)
 
 

@@ -88,8 +88,9 @@ def phantom_slices(modality, affine):
     """Build slices of the demo phantom in HU + 1024, or in 16 bits with a slope each."""
     quantity = {"CT": "hu", "PT": "suv"}[modality]
     study = phantom.DEMO_STUDIES[0]
-    grid = phantom.ct_grid(64, 60)
-    values = phantom.sample(grid, [*phantom.ANATOMY, *study.lesions], quantity)[:, :50, ::6]
+    grid = phantom.ct_grid(64, 100)
+    regions = [*phantom.anatomy(study), *study.lesions]
+    values = phantom.sample(grid, regions, quantity)[:, 10:60, ::10]
     if modality == "CT":
         stored = np.clip(values + 1024, 0, 4095).astype(np.uint16)
         return build_slices(stored, affine, intercept=-1024, bits_stored=12)
