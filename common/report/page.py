@@ -206,7 +206,23 @@ _REFERENCE_OF_RULE = {
     "13": "each slice's own mid-scan time",
     "15": "the enhanced object's reference time",
 }
-
+_WORDS_OF_RULE = {
+    "given as SUV": "The values came as SUV and are taken as they are.",
+    "6": "Rule 6: Bq/ml are divided by the dose that was left at the reference, per body weight.",
+    "7": "Rule 7: the scanner stored SUV, taken as it is, or brought to the type asked for.",
+    "8": "Rule 8: the scanner stored SUV per body surface, brought to the type asked for.",
+    "9": "Rule 9: the vendor's factor in the header makes SUV, or Bq/ml, of counts.",
+    "11": "Rule 11: decay was corrected to the injection, so that the dose counts as injected.",
+    "12a": "Rule 12a: decay was corrected to the time that the vendor's own element states, so "
+    "that what was left of the dose then counts.",
+    "12b": "Rule 12b: decay was corrected to the start of the series, so that what was left of the "
+    "dose then counts.",
+    "12c": "Rule 12c: the series was rewritten later, so that its start is found from the times of "
+    "its frames, and what was left of the dose then counts.",
+    "13": "Rule 13: decay was not corrected, so that for each slice what was left of the dose at "
+    "its own time counts.",
+    "15": "Rule 15: an enhanced PET, each of whose frames goes by these rules.",
+}
 
 Array = NDArray[Any]
 
@@ -259,6 +275,7 @@ def study_card(
         lesions=lesions,
         study=study,
         sentence=suv_sentence(provenance),
+        rules=rule_sentences(provenance),
         alternatives=alternatives_sentence(provenance),
         warnings=warnings,
         kinds="|".join(kinds_of(warnings)),
@@ -305,7 +322,11 @@ def write_page(stream: BinaryIO, title: str, mark: str, cards: Iterable[bytes]) 
     `mark` is a digest of what the page is made from, see `mark_of`.
     """
     page = _template("page").render(
-        title=title, mark=mark, mask_rgb=MASK_RGB, contour_rgb=CONTOUR_RGB
+        title=title,
+        mark=mark,
+        mask_rgb=MASK_RGB,
+        contour_rgb=CONTOUR_RGB,
+        rules=_WORDS_OF_RULE.values(),
     )
     head, tail = page.split("<!-- cards -->")
     stream.write(head.encode())
@@ -329,7 +350,7 @@ def _template(part: str) -> jinja2.Template:
 def suv_sentence(provenance: Mapping[str, Any]) -> str:
     """Say in one sentence how the SUV came about."""
     if not provenance:
-        return "How the SUV came about is not known: the zip has no studies.json."
+        return "How the SUV came about is not known: the zip had no studies.json."
     units = provenance.get("units")
     suv_type = provenance["suv_type"]
     parts = [f"SUV ({suv_type}, {SUV_UNITS.get(suv_type, 'unknown unit')})"]
@@ -356,6 +377,12 @@ def suv_sentence(provenance: Mapping[str, Any]) -> str:
     if provenance.get("reinterpretations"):
         sentence += " Reinterpreted: " + "; ".join(provenance["reinterpretations"]) + "."
     return sentence
+
+
+def rule_sentences(provenance: Mapping[str, Any]) -> str:
+    """Say what the rules mean that made the SUV, one sentence each."""
+    rules = str(provenance["rule"] or "6").split("+") if provenance else []
+    return " ".join(_WORDS_OF_RULE[rule] for rule in rules if rule in _WORDS_OF_RULE)
 
 
 def alternatives_sentence(provenance: Mapping[str, Any]) -> str:

@@ -80,29 +80,48 @@ def _as_rgb(grey: Array) -> Array:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def _write(picture: Image.Image, at: tuple[float, float], text: str, anchor: str) -> None:
+def _write(
+    picture: Image.Image,
+    at: tuple[float, float],
+    text: str,
+    anchor: str,
+    pixels: int = _FONT_PIXELS,
+) -> None:
     """Write black text with a white edge: to be read on any ground."""
     ImageDraw.Draw(picture).text(
         at,
         text,
         fill=(0, 0, 0),
-        font=ImageFont.load_default(size=_FONT_PIXELS),
+        font=ImageFont.load_default(size=pixels),
         anchor=anchor,
         stroke_width=2,
         stroke_fill=(255, 255, 255),
     )
 
 
-def _write_sides(picture: Image.Image, box: tuple[int, int, int, int], sides: str) -> None:
+def _write_sides(
+    picture: Image.Image,
+    box: tuple[int, int, int, int],
+    sides: str,
+    pixels: int = _FONT_PIXELS,
+) -> None:
     """Write what is on the left and on the right of a part (left, top, right, bottom)."""
     left, top, right, bottom = box
     middle = (top + bottom) / 2
-    _write(picture, (left + 3, middle), sides[0], "lm")
-    _write(picture, (right - 3, middle), sides[1], "rm")
+    _write(picture, (left + 3, middle), sides[0], "lm", pixels)
+    _write(picture, (right - 3, middle), sides[1], "rm", pixels)
 
 
-def _draw_bar(picture: Image.Image, left: int, top: int, height: int, *, overlay: bool) -> None:
-    """Draw an upright bar of colours with its SUVs on its right."""
+def _draw_bar(
+    picture: Image.Image,
+    left: int,
+    top: int,
+    height: int,
+    *,
+    overlay: bool,
+    pixels: int = _FONT_PIXELS,
+) -> None:
+    """Draw an upright bar of colours with its SUVs, letters of so many pixels, on its right."""
     suv = np.linspace(BLACK_AT_SUV, 0, height)[:, None].repeat(_BAR_PIXELS, axis=1)
     if overlay:
         air = np.full(suv.shape, CT_WINDOW_HU[0])
@@ -113,9 +132,11 @@ def _draw_bar(picture: Image.Image, left: int, top: int, height: int, *, overlay
     draw = ImageDraw.Draw(picture)
     draw.rectangle((left - 1, top - 1, left + _BAR_PIXELS, top + height), outline=(120, 120, 120))
     beside = left + _BAR_PIXELS + 4
-    for share, text in ((0.0, f"{BLACK_AT_SUV:g}"), (0.5, f"{BLACK_AT_SUV / 2:g}"), (1.0, "0")):
-        _write(picture, (beside, top + share * height), text, "lm")
-    _write(picture, (left - 2, top - _FONT_PIXELS), "SUV", "lm")
+    marks = (0.0, 0.5, 1.0) if height > 3 * pixels else (0.0, 1.0)
+    for share in marks:
+        suv_here = f"{BLACK_AT_SUV * (1 - share):g}"
+        _write(picture, (beside, top + share * height), suv_here, "lm", pixels)
+    _write(picture, (left - 2, top - pixels), "SUV", "lm", pixels)
 
 
 def _outlined(pixels: Array, mask: Array, contour: Array, width: int) -> None:
@@ -292,6 +313,9 @@ def full_turn(
 PICTURE_SCALE, OUTLINE_PIXELS = 2, 3
 """Pixels of a picture to one of the volume, and across an outline: WebP blurs narrow colours."""
 
+_LETTER_PIXELS, _BAR_MARGIN = 20, 60
+"""Height of letters, as pages show projections smaller than they are; room for the bar."""
+
 _SIDES = {
     "coronal": ("RL", "patient's left on the right"),
     "sagittal": ("AP", "front on the left"),
@@ -361,16 +385,18 @@ def projections(volumes: Volumes, marks: Mapping[int, Sequence[float]]) -> list[
         grey, mask, contour = (_turned(plane, size, mirrored) for plane in planes)
         pixels = _as_rgb(grey_of_suv(grey)).astype(np.uint8)
         _outlined(pixels, mask, contour, OUTLINE_PIXELS)
-        picture = Image.fromarray(pixels)
+        picture = Image.new("RGB", (width + _BAR_MARGIN, height), (255, 255, 255))
+        picture.paste(Image.fromarray(pixels), (0, 0))
         for number, voxel in marks.items():
             across_px = (voxel[across] + 0.5) * spacing[across] / mm_per_pixel
             down_px = size[1] - (voxel[2] + 0.5) * spacing[2] / mm_per_pixel
             at = size[0] - across_px if mirrored else across_px
-            _write(picture, (at + 8, down_px - 8), str(number), "lb")
+            _write(picture, (at + 8, down_px - 8), str(number), "lb", _LETTER_PIXELS)
         sides, words = _SIDES[name]
-        _write_sides(picture, (0, 0, *size), sides)
-        height = min(160, size[1] // 3)
-        _draw_bar(picture, size[0] - 34, size[1] - height - 12, height, overlay=False)
+        _write_sides(picture, (0, 0, *size), sides, _LETTER_PIXELS)
+        top = 2 * _LETTER_PIXELS
+        length = max(1, min(240, height - top - _LETTER_PIXELS))
+        _draw_bar(picture, width + 14, top, length, overlay=False, pixels=_LETTER_PIXELS)
         text = f"PET maximum-intensity projection, {name}, lesions outlined and numbered; {words}"
         views.append(_embedded(picture, f"PET {name}", text))
     return views
@@ -389,7 +415,7 @@ def _turned(plane: Array, size: tuple[int, int], mirrored: bool) -> Array:
 def _embedded(picture: Image.Image, caption: str, alt: str) -> dict[str, str]:
     buffer = io.BytesIO()
     # A quarter of a PNG's size: a thousand studies with three lesions each stay below 150 MB.
-    picture.save(buffer, "WEBP", quality=70, method=4)
+    picture.save(buffer, "WEBP", quality=70, method=6)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {
         "src": f"data:image/webp;base64,{data}",

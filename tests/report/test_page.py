@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import project_zips
@@ -19,6 +20,7 @@ from common.errors import Kind, Warning, warnings_from
 from common.geometry import Grid
 from common.report import page as page_module
 from common.report import pictures
+from common.suv.provenance import Rule
 
 SHAPE = (24, 20, 30)
 N_LESIONS = 3
@@ -105,6 +107,25 @@ def test_values_that_are_suv_already_have_no_alternatives():
     assert page_module.alternatives_sentence({**BQML, "units": "GML"}) == ""
 
 
+def test_each_rule_is_told_in_one_sentence_that_leads_to_the_docs():
+    assert set(page_module._WORDS_OF_RULE) == {*map(str, Rule), "6"}
+    for rule, sentence in page_module._WORDS_OF_RULE.items():
+        assert sentence.count(".") == 1
+        assert rule in sentence or rule == Rule.GIVEN
+    both = page_module.rule_sentences({"rule": "9+12a"})
+    assert [word[:-1] for word in both.split() if word.endswith(":")] == ["9", "12a"]
+    assert page_module.rule_sentences({}) == ""
+    card = a_card()
+    assert "Rule 12b: decay was corrected to the start of the series" in card
+    docs = Path(__file__).parents[2] / "docs"
+    links = set(re.findall(r'href="docs/(\S+?)#(\S+?)"', a_page([card])))
+    assert len(links) == 3
+    for page, anchor in links:
+        headings = re.findall(r"^#+ (.*)$", (docs / page).read_text(), flags=re.MULTILINE)
+        slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert anchor in slugs
+
+
 # --- markup ----------------------------------------------------------------------------------
 
 
@@ -153,9 +174,12 @@ def test_the_page_fetches_nothing():
     ],
 )
 def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, column, row):
+    height, width = (pictures.PICTURE_SCALE * n for n in shape)
     pixels = picture(a_card(), view)
+    assert pixels.shape[0] == height
+    # The bar of colours has a margin of its own.
+    pixels = pixels[:, :width]
     rows, columns = np.nonzero(np.ptp(pixels, axis=2) > 60)
-    assert pixels.shape[:2] == tuple(pictures.PICTURE_SCALE * n for n in shape)
     assert rows.mean() / pictures.PICTURE_SCALE == pytest.approx(row, abs=2)
     assert columns.mean() / pictures.PICTURE_SCALE == pytest.approx(column, abs=1)
 
@@ -439,6 +463,62 @@ def test_every_picture_of_every_lesion_is_printed(page):
     )
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert drawn == [True] * 9
+
+
+def with_lesions(n):
+    """A card of a study with lesions from head to foot."""
+    mask, image = np.zeros((40, 40, 120), np.uint8), np.zeros((2, 40, 40, 120), np.float16)
+    lesions = []
+    for number in range(n):
+        mask[20:24, 20:24, 10 * number : 10 * number + 4] = 1
+        place = {"label": number + 1, "mtv_ml": 9.0, "centroid_mm": (-43.0, 43.0, 30.0 * number)}
+        names = ("iso_mtv_ml", "suv_max", "suv_mean", "suv_peak", "tlg_g")
+        lesions.append({**place, **dict.fromkeys(names, 1.0)})
+    image[0][mask > 0] = 0.2
+    study = {"lesion_count": n, "tmtv_ml": 9.0 * n, "dmax_mm": 90.0, "dose_fraction": 0.4}
+    measures = {"lesions": lesions, "study": study}
+    masks = mask[None], mask[None]
+    return page_module.study_card(
+        f"{n:010x}", image, *masks, ATTRIBUTES, measures, BQML, [], page_module.MANY_LESIONS
+    )
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_the_pdf_holds_every_picture_with_and_without_scripts(browser, tmp_path, scripts):
+    path = tmp_path / "print.html"
+    path.write_text(a_page([with_lesions(n) for n in (3, 10)]))
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+    browser.get(path.as_uri())
+    options = {"printBackground": True, "preferCSSPageSize": True}
+    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", options)["data"])
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    # Two projections and the lesions of each.
+    assert len(re.findall(rb"/Subtype */Image", pdf)) == 2 * 2 + 3 + 10
+    sheets = len(re.findall(rb"/Type */Page\b", pdf))
+    assert 4 <= sheets <= 6
+
+
+def test_a_printed_card_of_few_lesions_fits_a_sheet_and_of_many_is_cut_between_pictures(
+    browser, tmp_path
+):
+    path = tmp_path / "print.html"
+    path.write_text(a_page([with_lesions(3), with_lesions(10)]))
+    browser.get(path.as_uri())
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    sheet = {"width": round(188 / 25.4 * 96), "height": 1000, "deviceScaleFactor": 1}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**sheet, "mobile": False})
+    few, many, figures = browser.execute_script(
+        "const how = e => [getComputedStyle(e).breakInside, e.offsetHeight * 25.4 / 96];"
+        "return [...[...document.querySelectorAll('article')].map(how),"
+        "[...document.querySelectorAll('figure, tr')].map(how)]"
+    )
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert few[0] == "avoid"
+    assert few[1] < 275
+    assert many[0] == "auto"
+    assert {how for how, _ in figures} == {"avoid"}
+    assert max(height for _, height in figures) < 120
 
 
 def test_no_picture_waits_for_a_script():
