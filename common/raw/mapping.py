@@ -171,7 +171,8 @@ def merged(
     annotated = set()
     for row in old:
         if row.key not in by_key:
-            kept.append(_gone(row) if row.key in asked and row.hash else row)
+            if not (row.key in asked and _stands_for_a_folder(row)):
+                kept.append(_gone(row) if row.key in asked and row.hash else row)
         elif row.key not in annotated:
             annotated.add(row.key)
             by_key[row.key] = replace(by_key[row.key], further=row.further, notes=row.notes)
@@ -180,6 +181,11 @@ def merged(
             kept.append(row)
     rows = [*kept, *by_key.values()]
     return sorted(rows, key=lambda row: (row.project, row.patient, row.study, row.status != "gone"))
+
+
+def _stands_for_a_folder(row: Row) -> bool:
+    """Tell whether a row is of a patient's folder that could not be listed, and of no study."""
+    return not (row.study or row.output or row.notes or any(row.further.values()))
 
 
 def _gone(row: Row) -> Row:

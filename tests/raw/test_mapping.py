@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import os
 import stat
 from dataclasses import replace
@@ -206,6 +207,14 @@ def test_a_study_that_is_gone_keeps_its_way_back():
     assert mapping.merged([ROW], [], "raw", []) == [ROW]
 
 
+def test_a_folder_that_could_not_be_listed_is_no_study_that_is_gone():
+    folder = replace(SKIPPED, study="", status="failed", found="")
+    assert mapping.merged([folder], [ROW], "raw", [folder.hash, ROW.hash]) == [ROW]
+    for kept in (replace(folder, notes=("a note",)), replace(folder, output="b2")):
+        assert len(mapping.merged([kept], [ROW], "raw", [kept.hash, ROW.hash])) == 2
+    assert mapping.merged([folder], [ROW], "raw", [ROW.hash]) == [ROW, folder]
+
+
 def test_a_row_cut_short_is_kept(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text(OLDER + "A,Doe,1,0123456789,wri\r\nA,Ro")
@@ -306,6 +315,8 @@ def test_no_untouched_row_is_lost_by_a_thousand_random_edits(tmp_path):
             for row in found
             for cell in [*row.get("more", []), *(v for k, v in row.items() if k != "more")]
         }
+        _, *edited = csv.reader(io.StringIO(text, newline=""))
+        assert all({cell, f"'{cell}"} & cells for line in edited for cell in line), text
         for row in noted:
             if any(row.hash in line for line in untouched):
                 assert (row.patient, row.hash, "written") in names
