@@ -290,6 +290,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             if store
             else functools.partial(in_own_process, read_fingerprints),
             write_beside=write_what_goes_beside,
+            beside_of=functools.partial(saved_images, options=options),
             name="preprocessing",
             store=store,
             has_form=lambda path: in_own_process(index.holds_links, path) == bool(store),
@@ -300,6 +301,12 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             force=options.force,
             allow_shrink=options.allow_shrink,
         )
+
+
+def saved_images(study_hash: str, options: argparse.Namespace) -> tuple[Path, ...]:
+    """Return where `--save-nifti` puts the images of a study."""
+    saved = SAVED_IMAGES if options.save_nifti else ()
+    return tuple(options.save_nifti / f"{study_hash}_{name}.nii.gz" for name in saved)
 
 
 def why_empty(path: Path) -> str:
@@ -332,8 +339,7 @@ def plan(
             options.compression,
             options.profile,
         )
-        saved = SAVED_IMAGES if options.save_nifti else ()
-        beside = tuple(options.save_nifti / f"{study_hash}_{name}.nii.gz" for name in saved)
+        beside = saved_images(study_hash, options)
         studies.append(Job(study_hash, digest, work, beside=beside, memory=memory_bytes(study)))
     return studies
 

@@ -207,6 +207,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             if store
             else functools.partial(in_own_process, merge.read_projected),
             write_beside=list_projections,
+            beside_of=functools.partial(pictures, options=options),
             name="project_2d",
             store=store,
             has_form=lambda path: in_own_process(index.holds_links, path) == bool(store),
@@ -250,10 +251,17 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
             parameters,
             options.compression,
         )
-        beside = [f / f"{key}.{kind}" for kind in ("gif", "png") if (f := getattr(options, kind))]
         memory = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])
-        studies.append(Job(key, fingerprint(made_from), work, beside=tuple(beside), memory=memory))
+        studies.append(
+            Job(key, fingerprint(made_from), work, beside=pictures(key, options), memory=memory)
+        )
     return studies
+
+
+def pictures(study_hash: str, options: argparse.Namespace) -> tuple[Path, ...]:
+    """Return where the film and the still of a study go."""
+    kinds = [kind for kind in ("gif", "png") if getattr(options, kind)]
+    return tuple(getattr(options, kind) / f"{study_hash}.{kind}" for kind in kinds)
 
 
 def refuse_several_spacings(path: Path, source: Source) -> None:

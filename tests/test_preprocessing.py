@@ -762,6 +762,21 @@ def test_rerun_computes_what_is_new_or_changed_and_drops_what_is_gone(tmp_path, 
     assert forced == "1 written, 0 unchanged, 0 skipped, 0 failed"
 
 
+def test_nifti_of_a_study_that_is_gone_or_fails_leaves_its_folder(tmp_path, capsys):
+    zip_path, folder = tmp_path / "p.zip", tmp_path / "nifti"
+    options = (tmp_path / "o.h5", *SMALL, "--save-nifti", folder)
+    write_zip(zip_path, {A: study_images(0), B: study_images(1), "c" * 10: study_images(2)})
+    assert run(zip_path, *options) == 0
+    (folder / f"{A}_notes.nii.gz").touch()
+    broken = {**study_images(1), "petsuv": image(np.full((4, 4, 4), np.nan), (4, 4, 4))}
+    write_zip(zip_path, {B: broken, "c" * 10: study_images(2)})
+    assert run(zip_path, *options) == 3
+    left = [f"{'c' * 10}_{name}.nii.gz" for name in ("ct", "mask", "mask_iso", "petsuv")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([f"{A}_notes.nii.gz", *left])
+    said = capsys.readouterr().err
+    assert f"{A}_ct.nii.gz" in said
+
+
 def test_missing_nifti_is_written_again(one_zip, tmp_path, capsys):
     arguments = [one_zip, tmp_path / "o.h5", *SMALL, "--save-nifti", tmp_path / "n"]
     run(*arguments)

@@ -50,6 +50,21 @@ def projected(volumes, tmp_path_factory):
     return output
 
 
+def test_film_and_still_of_a_study_that_is_gone_leave_their_folders(tmp_path, capsys):
+    source, films = tmp_path / "v.h5", tmp_path / "films"
+    options = (tmp_path / "p.h5", *FEW, "--gif", films, "--png", films)
+    make(source, {A: study_images(0), B: study_images(1)})
+    assert run(source, *options) == 0
+    (films / f"{A}.txt").touch()
+    make(source, {B: study_images(1)})
+    before = (films / f"{B}.gif").stat().st_mtime_ns
+    assert run(source, *options) == 0
+    assert sorted(path.name for path in films.iterdir()) == [f"{A}.txt", f"{B}.gif", f"{B}.png"]
+    assert (films / f"{B}.gif").stat().st_mtime_ns == before
+    said = capsys.readouterr().err
+    assert f"removed with them: {films / A}.gif, {films / A}.png" in said
+
+
 def by_scipy(volume, angle, order):
     turned = rotate(
         volume.astype(np.float32 if order else np.uint8),

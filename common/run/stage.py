@@ -81,6 +81,9 @@ class Stage:
         Folder where the parts stay, behind links; `assemble` then writes links to them.
     has_form : function
         Whether a present output is of the form that `assemble` writes: copies, or links.
+    beside_of : function
+        Which files a worker writes besides the output, of the study of a hash; those of studies
+        that leave the output go with them.
     """
 
     output: Path
@@ -96,6 +99,7 @@ class Stage:
     made_alike: Set[str] = frozenset()
     store: Path | None = None
     has_form: Callable[[Path], bool] = lambda path: True
+    beside_of: Callable[[str], Sequence[Path]] = lambda study_hash: ()
 
 
 @dataclass(frozen=True)
@@ -385,11 +389,16 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
             stage.write_beside(None if would_be_lost else output, outcomes)
     else:
         _report_dropped(lost, outcomes)
+
+        def write_beside(path: Path) -> None:
+            stage.write_beside(path, outcomes)
+            _remove_stale(stage, lost)
+
         outputs.replace_output(
             output,
             assemble,
             sources,
-            lambda path: stage.write_beside(path, outcomes),
+            write_beside,
             links=stage.store is not None,
         )
     if would_be_lost:
@@ -410,6 +419,15 @@ def _refuse_losses(output: Path, plan: _Plan, outcomes: Sequence[Outcome], lost:
         )
     refused = {each for each, cause in causes.items() if cause is Cause.CONTENT}
     refuse_to_shrink(output, plan.finished.keys(), lost - refused)
+
+
+def _remove_stale(stage: Stage, lost: Set[str]) -> None:
+    """Remove the pictures and images of studies that leave OUTPUT: they would look current."""
+    stale = [path for each in sorted(lost) for path in stage.beside_of(each) if path.is_file()]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    if stale:
+        logger.log(PROGRESS, "removed with them: %s", ", ".join(map(str, stale[:_MOST_NAMED])))
 
 
 def failures_file(output: Path) -> Path:
