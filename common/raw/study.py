@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common.components import voxels_above_zero
 from common.dicom.attributes import (
     items,
     joined_text,
@@ -737,5 +738,17 @@ def _names_series(mask: DicomFile, image: NiftiFile | Stack) -> bool:
 
 def _read_nifti_mask(source: NiftiFile | NiftiFiles) -> tuple[Image, tuple[Warning, ...]]:
     if isinstance(source, NiftiFile):
-        return check_labels(read_nifti_file(source.path, "mask")), ()
+        mask = check_labels(read_nifti_file(source.path, "mask"))
+        return mask, tuple(_several_labels(mask))
     return united([check_labels(read_nifti_file(file.path, "mask")) for file in source.files])
+
+
+def _several_labels(mask: Image) -> Iterator[Warning]:
+    """Say that a file holds several labels: what they mean, it does not tell."""
+    labels = np.unique(mask.data[tuple(voxels_above_zero(mask.data))]).tolist()
+    if len(labels) > 1:
+        yield Warning(
+            Kind.REGIONS,
+            f"labels {listed(labels)} ({len(labels)} labels) all count as tumour: check that none "
+            "is an organ; preprocessing.py --labels keep keeps them apart",
+        )

@@ -815,6 +815,19 @@ def test_what_was_taken_is_told_for_the_private_mapping(tmp_path):
     assert nifti == Taken("CT.nii.gz", "PET.nii.gz", "MASK.nii.gz", "")
 
 
+@pytest.mark.parametrize("value", [1, 4])
+def test_several_labels_of_a_file_are_told_for_no_name_says_what_they_are(tmp_path, value):
+    study = layouts.nifti_with_header(tmp_path)
+    labels = LABELS.copy()
+    labels[0, 0, 0] = value
+    layouts.write_nifti(study / "MASK.nii.gz", labels)
+    told = [each for each in texts(read(study).warnings) if "labels" in each]
+    assert told == [
+        "labels 1, 4 (2 labels) all count as tumour: check that none is an organ; "
+        "preprocessing.py --labels keep keeps them apart"
+    ] * (value == 4)
+
+
 @pytest.mark.parametrize("declared_mm", [None, 8.0])
 @pytest.mark.parametrize("role", ["pet", "ct"])
 def test_lesions_of_one_plane_are_not_as_thick_as_the_gap_between_them(tmp_path, role, declared_mm):
