@@ -1,6 +1,6 @@
 """Whether three images can be one study, and a mask is one of labels: what is refused. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,8 +81,12 @@ def _not_whole(values: Array, whole: Array, rounding: float) -> bool:
     return bool((off > np.where(whole == 0, rounding, WHOLE_LABEL)).any())
 
 
-def check_mask(mask: Image, pet: Grid, *, allow_empty: bool) -> tuple[Warning, ...]:
+def check_mask(
+    mask: Image, pet: Grid, *, allow_empty: bool, remarks: Sequence[Warning] = ()
+) -> tuple[Warning, ...]:
     """Refuse a mask without a label on the PET; warn of labels beside it.
+
+    `remarks` of how it was read may say why it is empty.
 
     Raises
     ------
@@ -93,9 +97,10 @@ def check_mask(mask: Image, pet: Grid, *, allow_empty: bool) -> tuple[Warning, .
     if not n_labelled:
         if allow_empty:
             return ()
+        why = f" ({'; '.join(map(str, remarks))})" if remarks else ""
         raise StudyError(
-            "the mask is empty: give a mask with labelled voxels, or --allow-empty-mask if the "
-            "study is negative"
+            f"the mask is empty{why}: give a mask with labelled voxels, or --allow-empty-mask if "
+            "the study is negative"
         )
     if not n_on_pet:
         raise StudyError(

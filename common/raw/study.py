@@ -460,7 +460,7 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
         *plan.warnings,
         *pet_warnings,
         *mask_warnings,
-        *check_mask(mask, pet.grid, allow_empty=conversion.allow_empty_mask),
+        *check_mask(mask, pet.grid, allow_empty=conversion.allow_empty_mask, remarks=mask_warnings),
         *_implausible(ct, pet, mask, weight_of(told)),
     )
     return StudyImages(ct, pet, mask, told, warnings, taken_from(roles, regions))

@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import io
+import json
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -41,7 +44,8 @@ from common.dicom.masks import (
 from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import DEFLATED_FRAMES, read_seg
 from common.errors import StudyError
-from common.geometry import Grid
+from common.geometry import Grid, Image, embedded
+from common.masks import completed
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SHAPE = (11, 9, 6)
@@ -777,6 +781,56 @@ def test_what_highdicom_reads_of_its_segmentation_is_read(tmp_path):
         theirs = np.asarray(volume.array)
         assert len(drawn) == np.count_nonzero(theirs)
         np.testing.assert_array_equal(read_seg(path).labels[tuple(drawn.T)], theirs[tuple(there.T)])
+
+
+def dcmqi(command, *arguments):
+    """Run a program of dcmqi; skip where it is not installed."""
+    program = Path(sys.executable).with_name(command)
+    if not program.exists():
+        pytest.skip("dcmqi is not installed: pip install dcmqi")
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+CODES = {
+    "SegmentedPropertyCategoryCodeSequence": ("49755003", "Morphologically Abnormal Structure"),
+    "SegmentedPropertyTypeCodeSequence": ("4147007", "Mass"),
+}
+
+
+def test_what_dcmqi_writes_is_read_as_it_reads_it_itself(tmp_path):
+    """Nodes of one plane each, and a segment that overlaps one of them."""
+    layouts.write_pet(tmp_path / "PET")
+    nodes = np.zeros((8, 8, layouts.N_SLICES), np.uint8)
+    nodes[2:4, 3, 1], nodes[6, 2:7, 4] = 1, 1
+    other = np.zeros_like(nodes)
+    other[5:8, 5:8, 3:5] = 1
+    for name, labels in (("a", nodes), ("b", other)):
+        layouts.write_nifti(tmp_path / f"{name}.nii.gz", labels)
+    codes = {
+        keyword: {"CodeValue": code, "CodingSchemeDesignator": "SCT", "CodeMeaning": meaning}
+        for keyword, (code, meaning) in CODES.items()
+    }
+    segment = {"labelID": 1, "SegmentLabel": "a", "SegmentAlgorithmType": "MANUAL", **codes}
+    meta = {"SeriesNumber": "300", "InstanceNumber": "1", "segmentAttributes": [[segment]] * 2}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    images = f"{tmp_path / 'a.nii.gz'},{tmp_path / 'b.nii.gz'}"
+    dcmqi("itkimage2segimage", "--inputImageList", images, "--inputDICOMDirectory",
+          tmp_path / "PET", "--inputMetadata", tmp_path / "meta.json", "--outputDICOM",
+          tmp_path / "seg.dcm", "--skip")  # fmt: skip
+    dcmqi("segimage2itkimage", "--inputDICOM", tmp_path / "seg.dcm", "--outputDirectory",
+          tmp_path, "--outputType", "nii")  # fmt: skip
+    for number, drawn in ((1, nodes), (2, other)):
+        file = nibabel.load(tmp_path / f"{number}.nii.gz")
+        theirs = completed(Image(np.asarray(file.dataobj), file.affine), LAYOUT_GRID)
+        np.testing.assert_array_equal(theirs.data > 0, drawn)
+    mask = read_seg(tmp_path / "seg.dcm", images=[LAYOUT_GRID], is_of_images=True)
+    whole = embedded(Image(mask.labels, mask.affine), Image(nodes, layouts.PET_AFFINE))
+    np.testing.assert_array_equal(whole.data, np.where(nodes, 1, 2 * other))
+    assert len(mask.warnings) == 2  # united, and overlapping
+
+
+LAYOUT_GRID = Grid((8, 8, layouts.N_SLICES), layouts.PET_AFFINE)
 
 
 def test_numbers_may_be_padded_and_already_parsed():

@@ -815,6 +815,21 @@ def test_what_was_taken_is_told_for_the_private_mapping(tmp_path):
     assert nifti == Taken("CT.nii.gz", "PET.nii.gz", "MASK.nii.gz", "")
 
 
+def test_an_empty_mask_is_refused_with_what_was_found_in_it(tmp_path):
+    """A contour smaller than a voxel: "empty" alone sent the reader to look for another file."""
+    study = layouts.subfolders(tmp_path)
+
+    def shrink(rtstruct):
+        for contour in rtstruct.ROIContourSequence[0].ContourSequence:
+            x, y, z = contour.ContourData[:3]
+            small = [(x - 1, y + 1), (x - 0.5, y + 1), (x - 0.5, y + 0.5)]
+            contour.ContourData = [value for each in small for value in (*each, z)]
+            contour.NumberOfContourPoints = 3
+
+    rtstruct_of(study, shrink)
+    assert "the mask is empty (region 1: 6 contour(s) enclose no voxel centre" in refusal(study)
+
+
 @pytest.mark.parametrize("value", [1, 4])
 def test_several_labels_of_a_file_are_told_for_no_name_says_what_they_are(tmp_path, value):
     study = layouts.nifti_with_header(tmp_path)
