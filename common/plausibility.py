@@ -23,11 +23,12 @@ COARSE_MM = 4.0
 
 
 def coarse(image: Image) -> Image:
-    """Return an image of every n-th voxel, about `COARSE_MM` apart: a view."""
+    """Return an image of every n-th voxel, about `COARSE_MM` apart."""
     steps = [max(1, round(COARSE_MM / mm)) for mm in image.grid.spacing_mm]
     affine = image.affine.copy()
     affine[:3, :3] *= steps
-    return Image(image.data[tuple(slice(None, None, step) for step in steps)], affine)
+    few = image.data[tuple(slice(None, None, step) for step in steps)]
+    return Image(few.copy(order="K"), affine)
 
 
 # --- CT --------------------------------------------------------------------------------------

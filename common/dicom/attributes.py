@@ -42,6 +42,19 @@ UNKNOWN_CODE = "UNKNOWN"
 _LARGEST_SHARED = 1 << 12
 """Bytes of a value, up to which headers that say the same share its conversion."""
 
+_PLAIN_VALUES = {
+    vr: re.compile(rb"%b(?:\\%b)*[ \0]?" % (part, part))
+    for vr, part in {
+        "UI": rb"[0-9.]+",
+        "CS": rb"[A-Z0-9_ ]*[A-Z0-9_]",
+        "DA": rb"\d{8}",
+        "TM": rb"\d{6}(?:\.\d{1,6})?",
+        "IS": rb"[+-]?\d{1,9}",
+        "DS": rb" ?[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d{1,2})?",
+    }.items()
+}
+"""What values of a VR look like that are ASCII, one or several, and nothing to be put right."""
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -166,7 +179,9 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
     StudyError
         Not a sequence.
     """
-    value = _value(header, _tag(keyword), tag_of(keyword))
+    value = _sequence_alike(header, _tag(keyword), tag_of(keyword))
+    if value is None:
+        value = _value(header, _tag(keyword), tag_of(keyword))
     if value is None:
         return []
     if not isinstance(value, DicomSequence):
@@ -215,7 +230,11 @@ def _tag(keyword: str) -> BaseTag:
     tag = tag_for_keyword(keyword)
     if tag is None:
         raise KeyError(keyword)
-    return BaseTag(tag)
+    return one_tag(tag)
+
+
+one_tag = functools.cache(BaseTag)
+"""Returns the one object that stands for a tag: a dictionary finds it without comparing."""
 
 
 def _private_tag(header: Dataset, private: PrivateTag) -> int:
@@ -226,6 +245,9 @@ def _private_tag(header: Dataset, private: PrivateTag) -> int:
 
 def _block_tag(header: Dataset, private: PrivateTag) -> int | None:
     """Tag of a private attribute in its creator's block, None where there is no such block."""
+    # To look for a creator takes long, and a dataset's own iterator reads every element.
+    if not any(tag >> 16 == private.group for tag in header.keys()):  # noqa: SIM118
+        return None
     try:
         return int(header.private_block(private.group, private.creator).get_tag(private.element))
     except Exception:  # no such block; or a creator that pydicom cannot convert
@@ -242,6 +264,22 @@ def _read(header: Dataset, tag: int, label: str, alike: tuple[Any, ...] | None) 
         return None if element is None else element.value
     except Exception as error:  # pydicom converts on access, with errors of many types
         raise malformed(label, "readable") from error
+
+
+def _sequence_alike(header: Dataset, tag: BaseTag, label: str) -> Any:
+    """Return a short sequence that is unread, one object for all headers that say the same."""
+    raw = header.get_item(tag, keep_deferred=True)
+    encodings = header.original_character_set
+    if (
+        not isinstance(raw, RawDataElement)
+        or not raw.value
+        or raw.VR != VR.SQ
+        or len(raw.value) > _LARGEST_SHARED
+        or not isinstance(encodings, list)
+    ):
+        return None
+    alike = tag, raw.VR, raw.value, raw.is_implicit_VR, raw.is_little_endian, *encodings
+    return _read(header, tag, label, alike)
 
 
 def _alike(header: Dataset, tag: int) -> tuple[Any, ...] | None:
@@ -286,11 +324,21 @@ def _texts(header: Dataset, tag: int, label: str) -> Sequence[str]:
 
 @functools.lru_cache(maxsize=4096)
 def _texts_alike(label: str, *alike: Any) -> tuple[str, ...]:
+    if (plain := _plain_texts(*alike[:3])) is not None:
+        return plain
     try:
         value = _converted(*alike).value
     except Exception as error:
         raise malformed(label, "readable") from error
     return _texts_of(value, label)
+
+
+def _plain_texts(tag: BaseTag, vr: str | None, value: bytes) -> tuple[str, ...] | None:
+    """Return what pydicom does, ten times as fast, of values as they should be; else None."""
+    pattern = _PLAIN_VALUES.get(vr or dictionary_VR(tag))
+    if pattern is None or not pattern.fullmatch(value):
+        return None
+    return tuple(part.strip(" \0") for part in value.decode("ascii").split("\\"))
 
 
 def _texts_of(value: Any, label: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common.components import components
 from common.geometry import voxel_ml
 
 WIDEST_SPACING_MM = 10.0
@@ -119,7 +120,7 @@ def stacked(
     )
     lesions = _lesions(planes, slice_mm)
     spacing_of = _spacings(lesions, slice_mm)
-    n_drawn = np.count_nonzero(inside)
+    n_drawn = np.count_nonzero(inside) if any(spacing_of) else 0
     filled: set[int] = set()
     for lesion, spacing in zip(lesions, spacing_of, strict=True):
         if spacing:
@@ -213,13 +214,15 @@ class _Labelled(NamedTuple):
 
 
 def _labelled(number: int, plane: FilledPlane) -> _Labelled:
-    from scipy import ndimage
-
     x0, y0, inside = plane.inside
-    labels, _ = ndimage.label(inside, np.ones((3, 3)))
+    found = components(np.ascontiguousarray(inside).reshape(1, *inside.shape))
+    labels = np.zeros(inside.shape, np.int32)
+    labels[tuple(found.voxels[1:])] = found.numbers
     parts = []
-    for label, (x, y) in enumerate(ndimage.find_objects(labels), start=1):
-        patch = Patch(x0 + x.start, y0 + y.start, labels[x, y] == label)
+    for label, (first, n_voxels) in enumerate(zip(found.starts, found.sizes, strict=True), start=1):
+        _, x, y = found.voxels[:, first : first + n_voxels]
+        box = np.s_[x.min() : x.max() + 1, y.min() : y.max() + 1]
+        patch = Patch(x0 + box[0].start, y0 + box[1].start, labels[box] == label)
         parts.append(_Part(number, plane.slice_index, patch))
     return _Labelled(Patch(x0, y0, labels), parts)
 

@@ -41,6 +41,7 @@ from common.dicom.attributes import (
     functional_groups,
     items,
     joined_text,
+    one_tag,
     required_numbers,
     tag_of,
     texts,
@@ -103,7 +104,9 @@ def scan_header(path: str, start: bytes) -> tuple[FileDataset, int] | None:
         return None
     file_meta = FileMetaDataset(meta)
     file_meta.set_original_encoding(False, True, default_encoding)
-    header = FileDataset(path, Dataset(elements), start[:128], file_meta, implicit, True)
+    # Without a path pydicom does not look for the file's time.
+    header = FileDataset("", Dataset(elements), start[:128], file_meta, implicit, True)
+    header.filename = path
     header.set_original_encoding(implicit, True, encoding)
     return header, pixel_offset
 
@@ -135,7 +138,7 @@ def _elements(
         if end > len(block) or first == 0xFFFE:
             raise _NotPlain
         value = block[value_at:end] if end > value_at else empty_value_for_VR(vr, raw=True)
-        tag = _tag(number)
+        tag = one_tag(number)
         elements[tag] = RawDataElement(tag, vr, end - value_at, value, value_at, implicit, True)
 
 
@@ -192,19 +195,16 @@ def _item_end(block: bytes, at: int, stop: int | None, implicit: bool, depth: in
     return at
 
 
-_tag = functools.cache(BaseTag)
-
-
 def _encoding(elements: Elements) -> str | list[str]:
     """Return the character sets, as pydicom names them."""
-    raw = elements.get(_tag(_CHARACTER_SET))
+    raw = elements.get(one_tag(_CHARACTER_SET))
     return default_encoding if raw is None else list(_python_encodings(raw.VR, raw.value))
 
 
 @functools.lru_cache(maxsize=64)
 def _python_encodings(vr: str | None, value: bytes | None) -> tuple[str, ...]:
     length = len(value or b"")
-    raw = RawDataElement(_tag(_CHARACTER_SET), vr, length, value, 0, vr is None, True)
+    raw = RawDataElement(one_tag(_CHARACTER_SET), vr, length, value, 0, vr is None, True)
     return tuple(convert_encodings(convert_raw_data_element(raw).value))
 
 

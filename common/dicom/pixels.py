@@ -69,7 +69,12 @@ def read_ct(stack: Stack) -> Image:
         Pixels that cannot be read.
     """
     data: NDArray[Any] = np.empty(_shape_of_slices(stack), np.int16, order="F")
-    for k, hu in _rescaled_planes(stack, np.ones(len(stack.slices))):
+    values = np.empty(data.shape[:2], order="F")
+    for k, stored, slope, intercept in _scaled_planes(stack, np.ones(len(stack.slices))):
+        if data.dtype == np.int16 and _stays_int16(stored, slope, intercept):
+            np.add(stored.astype(np.int16, copy=False), np.int16(intercept), out=data[:, :, k])
+            continue
+        hu = _rescale(stored, slope, intercept, values)
         with np.errstate(invalid="ignore"):
             data[:, :, k] = hu
         if data.dtype == np.int16 and not np.array_equal(data[:, :, k], hu):
@@ -103,8 +108,8 @@ def read_pet(stack: Stack, factors: NDArray[np.float64]) -> Image:
             "export the original series"
         )
     data = np.empty(_shape_of_slices(stack), np.float32, order="F")
-    for k, suv in _rescaled_planes(stack, factors):
-        data[:, :, k] = suv
+    for k, stored, slope, intercept in _scaled_planes(stack, factors):
+        _rescale(stored, slope, intercept, data[:, :, k])
     if stack.places is not None:
         data = _between_slices(data, stack.places)
     return Image(data, stack.affine)
@@ -124,11 +129,10 @@ def _between_slices(data: NDArray[Any], places: NDArray[np.float64]) -> NDArray[
     return planes
 
 
-def _rescaled_planes(
+def _scaled_planes(
     stack: Stack, factors: NDArray[np.float64]
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield the index of each slice and its values (columns, rows), in one array for all."""
-    values = np.empty(stack.shape[:2], order="F")
+) -> Iterator[tuple[int, Plane, float, float]]:
+    """Yield the index of each slice, its stored values (columns, rows), slope and intercept."""
     for k, item, stored in _stored_planes(stack):
         slope, intercept = item.slope * factors[k], item.intercept * factors[k]
         # Some scanners give a slope of 0 to empty slices, which does no harm.
@@ -139,9 +143,28 @@ def _rescaled_planes(
                 "export the series again",
                 item.file.name,
             )
-        np.multiply(stored, slope, out=values)
-        values += intercept
-        yield k, values
+        yield k, stored, slope, intercept
+
+
+def _stays_int16(stored: Plane, slope: float, intercept: float) -> bool:
+    """Tell whether values are 16 bits shifted by a whole number, and so are the results."""
+    limits = np.iinfo(np.int16)
+    if slope != 1 or stored.dtype.itemsize > 2 or not limits.min <= intercept <= limits.max:
+        return False
+    least, most = int(stored.min()) + intercept, int(stored.max()) + intercept
+    return float(intercept).is_integer() and limits.min <= least and most <= limits.max
+
+
+def _rescale(
+    stored: Plane, slope: float, intercept: float, out: NDArray[np.floating[Any]]
+) -> NDArray[np.floating[Any]]:
+    """Return stored values in their unit, computed in double precision, in `out`."""
+    if intercept:
+        values = np.multiply(stored, slope, dtype=np.float64)
+        np.add(values, intercept, out=out, casting="same_kind")
+    else:
+        np.multiply(stored, slope, out=out, dtype=np.float64, casting="same_kind")
+    return out
 
 
 # --- stored values ---------------------------------------------------------------------------

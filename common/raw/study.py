@@ -283,10 +283,10 @@ def find_drawn_on(roles: Roles, mask_on: str | None = None) -> DrawnOn | None:
         return None
     role_of = _roles_by_uid(roles)
     drawn_on: set[str] = set()
-    references = [
-        f(roles.mask.header) for f in (referenced_series, contoured_images, referenced_images)
-    ]
-    for uids in references:
+    references = []
+    for find_references in (referenced_series, contoured_images, referenced_images):
+        uids = find_references(roles.mask.header)
+        references.append(uids)
         named = {role_of[uid] for uid in uids if uid in role_of}
         if len(named) == 1:
             return DrawnOn(named.pop(), series_is_there=True)

@@ -48,6 +48,17 @@ def test_every_pixel_format_comes_back_in_every_transfer_syntax(tmp_path, pixels
     assert_image_is(image, stored * np.multiply(written, factors), affine_of(), np.float32)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("intercept", [-40000, -32768, -32767, -1024, -0.5, 0, 1, 32767])
+@pytest.mark.parametrize("slope", [1, 2])
+def test_ct_is_int16_where_values_fit_whatever_the_intercept(tmp_path, signed, intercept, slope):
+    stored = noise(SHAPE, 16, signed=signed)
+    hu = stored.astype(np.float64) * slope + intercept
+    fits = intercept != -0.5 and hu.min() >= -(2**15) and hu.max() < 2**15
+    write_slices(tmp_path, slices(stored, slopes=slope, intercept=intercept))
+    assert_image_is(read_image(tmp_path), hu, affine_of(), np.int16 if fits else np.float32)
+
+
 @pytest.mark.parametrize("implicit", [True, False])
 def test_files_without_preamble_are_read(tmp_path, implicit):
     stored = noise(SHAPE, 12, signed=True)

@@ -8,14 +8,17 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_builders import affine_of, build_slices, noise, write_file
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydicom import uid
-from pydicom.dataelem import RawDataElement
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
 from common.dicom.attributes import items, text, texts
 from common.dicom.files import read_dicom_file, scan_header
+from common.errors import StudyError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SYNTAXES = [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.RLELossless]
@@ -178,3 +181,53 @@ def test_an_empty_sequence_is_one_each_time_it_is_read(vr):
     for _ in range(2):
         header[tag] = RawDataElement(tag, vr, 0, b"", 0, False, True)
         assert items(header, "ContourSequence") == []
+
+
+OF_VR = {
+    "UI": "SOPInstanceUID",
+    "CS": "ImageType",
+    "DA": "SeriesDate",
+    "TM": "AcquisitionTime",
+    "IS": "ActualFrameDuration",
+    "DS": "ImagePositionPatient",
+}
+
+
+@given(
+    st.sampled_from(sorted(OF_VR)),
+    st.booleans(),
+    st.lists(st.text("0123456789.+-eE_ AZaz\0", max_size=9), min_size=1, max_size=3),
+)
+@example("DS", False, ["1.", " +1.50E-03 "])
+@example("DS", True, ["-0", "1e5", "007"])
+@example("IS", False, ["+12"])
+@example("UI", False, ["1.2.3\0"])
+@example("CS", True, ["ORIGINAL", " PRIMARY", "A_B "])
+@example("TM", False, ["101530.25 "])
+def test_values_are_pydicoms_texts(vr, implicit, parts):
+    keyword, value = OF_VR[vr], "\\".join(parts).encode()
+    raw = RawDataElement(
+        Tag(keyword), None if implicit else vr, len(value), value, 0, implicit, True
+    )
+    header = Dataset({raw.tag: raw})
+    header.set_original_encoding(implicit, True, ["iso8859"])
+    try:
+        expected = convert_raw_data_element(raw, encoding=["iso8859"]).value
+        several = isinstance(expected, pydicom.multival.MultiValue)
+        strings = [str(each) for each in (expected if several else [expected])]
+    except Exception:
+        with pytest.raises(StudyError, match="readable"):
+            texts(header, keyword)
+    else:
+        found = list(texts(header, keyword))
+        assert found == ([] if expected is None else [each.strip(" \0") for each in strings])
+
+
+def test_a_sequence_that_headers_say_alike_is_read_once(tmp_path):
+    headers = [
+        scan_header("name", written(tmp_path, rich_slice(), uid.ExplicitVRLittleEndian))[0]
+        for _ in range(2)
+    ]
+    tracers = [items(h, "RadiopharmaceuticalInformationSequence")[0] for h in headers]
+    assert tracers[0] is tracers[1]
+    assert text(tracers[0], "RadionuclideTotalDose") == "3.5E8"
