@@ -45,8 +45,17 @@ def mask(path):
     raw.write_nifti(path, raw.LABELS)
 
 
+def text(path, content=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
 def autopet(root):
-    for patient, study in (("PETCT_01", "a"), ("PETCT_01", "b"), ("PETCT_02", "c")):
+    for patient, study in (
+        ("PETCT_0011f3deaf", "03-23-2003-NA-PET-CT Ganzkoerper  primaer mit KM-10445"),
+        ("PETCT_0011f3deaf", "04-04-2003-NA-PET-CT Ganzkoerper  primaer mit KM-10446"),
+        ("PETCT_01140d52d8", "08-13-2005-NA-PET-CT Ganzkoerper  primaer mit KM-56839"),
+    ):
         folder = root / patient / study
         for name in ("CT", "CTres"):
             ct(folder / f"{name}.nii.gz")
@@ -64,37 +73,65 @@ def nnunet(root, cases, of_ct, of_pet):
 
 
 def autopet_3(root):
-    cases = ("fdg_0011f3deaf_03-23-2003", "fdg_0011f3deaf_04-23-2003", "psma_95b833d65be26f_2018")
+    cases = (
+        "fdg_0011f3deaf_03-23-2003-NA-PET-CT Ganzkoerper  primaer mit KM-10445",
+        "fdg_0011f3deaf_04-04-2003-NA-PET-CT Ganzkoerper  primaer mit KM-10446",
+        "psma_fad59ccacf4b88f2_2021-11-06",
+    )
     nnunet(root, cases, "_0000", "_0001")
-    (root / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT", "1": "PET"}}))
+    text(root / "dataset.json", json.dumps({"channel_names": {"0": "CT", "1": "PET"}}))
+    text(root / "splits_final.json", "[]")
     return 3, 2
 
 
 def hecktor_22(root):
     nnunet(root, ("CHUM-001", "MDA-002"), "__CT", "__PT")
+    text(root / "hecktor2022_clinical_info_training.csv")
     return 2, 2
+
+
+def hecktor(folder):
+    """Write what every edition has: a patient's images, named by the patient."""
+    ct(folder / f"{folder.name}__CT.nii.gz")
+    suv(folder / f"{folder.name}__PT.nii.gz")
+    return folder / f"{folder.name}.nii.gz"
 
 
 def hecktor_25(root):
     for patient in ("CHUM-001", "CHUP-002"):
-        folder = root / "Task 1" / patient
-        ct(folder / f"{patient}__CT.nii.gz")
-        suv(folder / f"{patient}__PT.nii.gz")
-        mask(folder / f"{patient}.nii.gz")
+        mask(hecktor(root / "Task 1" / patient))
+    text(root / "Task 1" / "HECKTOR_2025_Training_Task_1.csv")
+    # No masks: skipped.
+    folder = root / "Task 2" / "CHUM-001"
+    hecktor(folder)
+    for name in ("CTPlanning", "RTDOSE"):
+        ct(folder / f"CHUM-001__{name}.nii.gz")
+    text(root / "Task 2" / "HECKTOR_2025_Training_Task_2.csv")
+    return 2, 2
+
+
+def hecktor_26(root):
+    for patient in ("CHUM-001", "MDA-258"):
+        mask(hecktor(root / "hecktor2026_training" / patient))
+    ct(root / "hecktor2026_training" / "MDA-258" / "MDA-258__RTDOSE.nii.gz")
+    text(root / "hecktor2026_training" / "HECKTOR_2026_Training.csv")
     return 2, 2
 
 
 def tcia(root, write_mask):
     for patient in ("P-001", "P-002"):
-        study = root / patient / "01-01-2003-NA-PET-CT"
-        raw.write_ct(study / "2.000000-CT")
-        raw.write_pet(study / "3.000000-PET")
+        study = root / patient / "01-01-2003-NA-PET-CT-12345"
+        raw.write_ct(study / "2.000000-CT-12345")
+        raw.write_pet(study / "3.000000-PET-23456")
         write_mask(study)
+    text(root / "LICENSE")
     return 2, 2
 
 
 def lesions(root):
-    return tcia(root, lambda study: raw.write_seg(study / "4.000000-Segmentation" / "1-1.dcm"))
+    return tcia(
+        root, lambda study: raw.write_seg(study / "300.000000-Segmentation-67890" / "1-1.dcm")
+    )
 
 
 def deep_psma(root):
@@ -104,23 +141,38 @@ def deep_psma(root):
         suv(folder / "PET.nii.gz")
         mask(folder / "TTB.nii.gz")
         ct(folder / "totseg_24.nii.gz")
+        text(folder / "threshold.json", '{"suv_threshold": 3.0}')
+        text(folder / "rigid.tfm")
     return 2, 1
 
 
 def head_neck(root):
+    """Contours of the planning CT, brought onto CT and PET; the planning CT has no PET."""
+
     def write(study):
-        raw.write_rtstruct(study / "5.000000-RTstruct" / "1-1.dcm", name="GTV-1")
+        for image, uid in (("CT", raw.CT_UID), ("PET", raw.PET_UID)):
+            raw.write_rtstruct(
+                study / f"1.000000-RTstructCTsim-{image}PET-CT-4529{len(image)}" / "1-1.dcm",
+                drawn_on=uid,
+                name="GTV",
+                SeriesDescription=f"RTstruct_CTsim->{image}(PET-CT)",
+            )
+        raw.write_ct(study.with_name("01-01-2003-NA-TomoTherapy-00441") / "1-kVCT-62659")
 
     return tcia(root, write)
 
 
 def qin(root):
     def write(study):
-        for number, reader in enumerate(("User1", "User2"), start=1):
+        for number, reader in enumerate(
+            ("User1 Manual trial 1", "User1 Manual trial 2", "User1 SemiAuto trial 1",
+             "User2 Manual trial 1")
+        ):  # fmt: skip
+            description = f"tumor segmentation - {reader}"
             raw.write_seg(
-                study / f"{number}-SEG" / "1-1.dcm",
+                study / f"{1000 + number}.000000-{description}-1130{number}" / "1-1.dcm",
                 SeriesInstanceUID=f"1.2.{number}",
-                SeriesDescription=f"tumor segmentation - {reader} Manual trial 1",
+                SeriesDescription=description,
             )
 
     return tcia(root, write)
@@ -130,10 +182,13 @@ def bids(root):
     stem = "sub-01_ses-a"
     own = root / "sub-01" / "ses-a"
     ct(own / "ct" / f"{stem}_ct.nii.gz")
-    raw.write_nifti(own / "pet" / f"{stem}_pet.nii.gz", raw.BQ_PER_ML.astype(np.float32))
-    (own / "pet" / f"{stem}_pet.json").write_text(json.dumps(SIDECAR))
-    (root / "participants.tsv").write_text("participant_id\tweight\nsub-01\t70\n")
-    mask(root / "derivatives" / "reader" / "sub-01" / "ses-a" / f"{stem}_label-tumor_mask.nii.gz")
+    pet = own / "pet" / f"{stem}_trc-18FFDG_rec-acstat_pet.nii.gz"
+    raw.write_nifti(pet, raw.BQ_PER_ML.astype(np.float32))
+    text(own / "pet" / pet.name.replace(".nii.gz", ".json"), json.dumps(SIDECAR))
+    text(root / "dataset_description.json", '{"Name": "bids", "BIDSVersion": "1.8.0"}')
+    text(root / "participants.tsv", "participant_id\tweight\nsub-01\t70\n")
+    derived = root / "derivatives" / "reader" / "sub-01" / "ses-a" / "pet"
+    mask(derived / f"{stem}_trc-18FFDG_label-tumor_mask.nii.gz")
     return 1, 1
 
 
@@ -142,6 +197,7 @@ LAYOUTS = {
     "autoPETIII": autopet_3,
     "hecktor2022": hecktor_22,
     "HECKTOR2025": hecktor_25,
+    "HECKTOR2026": hecktor_26,
     "PSMA-PET-CT-Lesions": lesions,
     "deepPSMA": deep_psma,
     "Head-Neck-PET-CT": head_neck,
