@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -38,6 +38,9 @@ logger = logging.getLogger("tumorvolume")
 _MANY_STUDIES = 5
 """Undated folders below one patient's from which on each may be a patient's own."""
 
+_DATE = re.compile(r"\d{6}|\d{1,4}[-._ ]\d{1,2}[-._ ]\d{1,4}")
+_PATIENT_NUMBER = re.compile(r"(?<!\d)\d{3,5}(?!\d)")
+
 
 def find_studies(project: Path, patient: str | None = None) -> list[StudyFolder]:
     """Return the studies of a raw project in whatever layout, ordered by patient and study.
@@ -58,6 +61,11 @@ def find_studies(project: Path, patient: str | None = None) -> list[StudyFolder]
         if is_nnunet(project):
             return nnunet_cases(project, patient)
         if is_bids(project):
+            if patient is not None:
+                raise StageError(
+                    f"{project}: --patient is for layouts that do not tell the patient, but "
+                    "BIDS does (sub-...): leave it out"
+                )
             return bids_studies(project)
     except OSError as error:
         raise StageError(
@@ -65,13 +73,39 @@ def find_studies(project: Path, patient: str | None = None) -> list[StudyFolder]
             "permissions"
         ) from error
     studies = list_studies(project)
-    if patient is not None:
-        return sorted(
-            (_of_patient_in_name(each, patient) for each in studies),
-            key=lambda each: (each.patient, each.study),
+    _refuse_layout_below(project, studies)
+    if patient is None:
+        _warn_of_sites(studies)
+        return studies
+    found = sorted(
+        (_of_patient_in_name(each, patient) for each in studies),
+        key=lambda each: (each.patient, each.study),
+    )
+    _warn_of_one_patient(found)
+    return found
+
+
+def _refuse_layout_below(project: Path, studies: Sequence[StudyFolder]) -> None:
+    """Refuse the folder above one or several of another layout, whose parts look like studies."""
+    for layout, shown_by, is_part in (
+        ("nnU-Net's", "imagesTr", lambda name: name == "imagesTr"),
+        ("BIDS's", "sub-...", lambda name: name.startswith("sub-")),
+    ):
+        folders = {each.patient for each in studies if is_part(each.study)}
+        if folders:
+            raise StageError(
+                f"{project}: no study in it: {len(folders)} folder(s) in it are of {layout} layout "
+                f"({shown_by}): give such a folder itself"
+            )
+
+
+def _warn_of_one_patient(studies: Sequence[StudyFolder]) -> None:
+    patients = {each.patient for each in studies}
+    if len(patients) == 1 < len(studies):
+        logger.warning(
+            "--patient finds one and the same patient in all %d names: check the pattern",
+            len(studies),
         )
-    _warn_of_sites(studies)
-    return studies
 
 
 def _of_patient_in_name(folder: StudyFolder, pattern: str) -> StudyFolder:
@@ -84,18 +118,25 @@ def _of_patient_in_name(folder: StudyFolder, pattern: str) -> StudyFolder:
 
 def _warn_of_sites(studies: Sequence[StudyFolder]) -> None:
     """Say where what lies below a patient's folder looks like patients of a site."""
-    undated = Counter(
-        each.patient for each in studies if each.study and not re.search(r"\d{6}", each.study)
-    )
-    sites = [n for n in undated.values() if n >= _MANY_STUDIES]
+    below: dict[str, list[str]] = defaultdict(list)
+    for each in studies:
+        if each.study and not _DATE.search(each.study):
+            below[each.patient].append(each.study)
+    sites = [names for names in below.values() if _are_patients(names)]
     if sites:
         logger.warning(
             "%d folders lie below %d folder(s) at the place of a patient: they share the "
             "patient's part of their pseudonyms; if each is a patient, give --patient REGEX, which "
             "finds the patient in FOLDER/FOLDER",
-            sum(sites),
+            sum(map(len, sites)),
             len(sites),
         )
+
+
+def _are_patients(names: Sequence[str]) -> bool:
+    """Tell whether undated folders are many, or numbered as patients are (CHUM-001)."""
+    is_numbered = len(names) > 1 and all(map(_PATIENT_NUMBER.search, names))
+    return is_numbered or len(names) >= _MANY_STUDIES
 
 
 # --- nnU-Net ---------------------------------------------------------------------------------
@@ -139,10 +180,13 @@ def nnunet_cases(project: Path, patient: str | None) -> list[StudyFolder]:
         found = _LABEL.match(os.path.basename(name))
         if found and (case := text_of(found["case"])) in members:
             members[case].append(Member(name, "mask"))
-    return [
+    studies = [
         StudyFolder(patient_in(case, patient), case, str(project), tuple(members[case]))
         for case in sorted(members)
     ]
+    if patient is not None:
+        _warn_of_one_patient(studies)
+    return studies
 
 
 def _roles_of_channels(project: Path) -> dict[str, str]:

@@ -108,15 +108,16 @@ def list_studies(project: Path) -> list[StudyFolder]:
 def _found_instead(project: Path, patients: Sequence[StudyFolder]) -> str:
     """Say what lies where studies should be; no names."""
     directly = _kinds_of_files(project)
+    if directly and project.resolve().name in ("imagesTr", "labelsTr"):
+        return "it is a part of nnU-Net's layout: give the folder above it"
     if directly:
         return f"{directly} directly in it: move each examination to <patient>/<study>/"
-    if any(os.path.isdir(os.path.join(each.path, "imagesTr")) for each in patients):
-        return "a folder in it is of nnU-Net's layout (imagesTr): give that folder"
     in_patients = [kinds for each in patients if (kinds := _kinds_of_files(Path(each.path)))]
     if in_patients:
         return (
             f"{len(in_patients)} of its {len(patients)} folders hold files directly (the first "
-            f"{in_patients[0]}): put a study's folder in between"
+            f"{in_patients[0]}): put a study's folder in between, or give the folder above, if it "
+            "holds nothing else, with --patient REGEX"
         )
     return "it is empty" if not patients else f"its {len(patients)} folders hold no folder of files"
 

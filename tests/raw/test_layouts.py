@@ -81,17 +81,18 @@ def test_a_case_without_a_label_lacks_its_mask(tmp_path):
 # --- sites -----------------------------------------------------------------------------------
 
 
-def write_site(root):
-    for number in range(1, 7):
+def write_site(root, n_patients=6):
+    for number in range(1, n_patients + 1):
         (root / "Task 1" / f"CHUM-{number:03}").mkdir(parents=True)
 
 
-def test_folders_of_patients_below_a_site_are_told_of(tmp_path, caplog):
-    write_site(tmp_path)
+@pytest.mark.parametrize("n_patients", [2, 6])
+def test_folders_of_patients_below_a_site_are_told_of(tmp_path, caplog, n_patients):
+    write_site(tmp_path, n_patients)
     with caplog.at_level(logging.WARNING, "tumorvolume"):
         logging.getLogger("tumorvolume").propagate = True
         find_studies(tmp_path)
-    assert "6 folders lie below 1 folder(s) at the place of a patient" in caplog.text
+    assert f"{n_patients} folders lie below 1 folder(s) at the place of a patient" in caplog.text
     assert "--patient" in caplog.text
     assert "CHUM" not in caplog.text
 
@@ -99,6 +100,9 @@ def test_folders_of_patients_below_a_site_are_told_of(tmp_path, caplog):
 def test_dated_examinations_of_one_patient_are_no_patients(tmp_path, caplog):
     for year in range(2000, 2008):
         (tmp_path / "p" / f"{year}0103_PETCT").mkdir(parents=True)
+        (tmp_path / "PETCT_1" / f"03-23-{year}-NA-PET-CT mit KM-10445").mkdir(parents=True)
+    for study in ("ses-1", "ses-2", "FDG", "PSMA"):
+        (tmp_path / "train_0001" / study).mkdir(parents=True)
     with caplog.at_level(logging.WARNING, "tumorvolume"):
         find_studies(tmp_path)
     assert not caplog.text
@@ -109,6 +113,43 @@ def test_patients_below_a_site_are_found_by_their_names(tmp_path):
     found = find_studies(tmp_path, r"[A-Z]+-\d+")
     assert [each.patient for each in found] == [f"CHUM-{n:03}" for n in range(1, 7)]
     assert {each.study for each in found} == {f"Task 1/CHUM-{n:03}" for n in range(1, 7)}
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("Dataset001/imagesTr", r"1 folder\(s\) in it are of nnU-Net's layout \(imagesTr\)"),
+        ("ds000/sub-01", r"1 folder\(s\) in it are of BIDS's layout \(sub-\.\.\.\)"),
+    ],
+)
+def test_the_folder_above_another_layout_is_refused(tmp_path, folder, message):
+    """nnU-Net's imagesTr was taken as a study of a patient Dataset001."""
+    raw.write_nifti(tmp_path / folder / "a_0000.nii.gz", raw.HU)
+    with pytest.raises(StageError, match=f"{message}: give such a folder itself"):
+        find_studies(tmp_path)
+
+
+def test_a_part_of_nnunet_or_files_right_below_a_patient_are_told_of(tmp_path):
+    write_case(tmp_path, "a")
+    with pytest.raises(StageError, match="part of nnU-Net's layout: give the folder above it"):
+        find_studies(tmp_path / "imagesTr")
+    raw.write_nifti(tmp_path / "flat" / "CHUM-001" / "CHUM-001__CT.nii.gz", raw.HU)
+    with pytest.raises(StageError, match=r"or give the folder above, .* with --patient REGEX"):
+        find_studies(tmp_path / "flat")
+
+
+def test_a_pattern_that_finds_one_patient_everywhere_is_told_of(tmp_path, caplog):
+    write_site(tmp_path)
+    with caplog.at_level(logging.WARNING, "tumorvolume"):
+        logging.getLogger("tumorvolume").propagate = True
+        find_studies(tmp_path, "[A-Z]+(?=-)")
+    assert "one and the same patient in all 6 names" in caplog.text
+
+
+def test_a_pattern_has_no_place_in_bids(tmp_path):
+    write_bids(tmp_path)
+    with pytest.raises(StageError, match=r"BIDS does \(sub-\.\.\.\): leave it out"):
+        find_studies(tmp_path, r"\d+")
 
 
 def test_a_pattern_that_does_not_fit_every_study_is_refused_without_a_name():
