@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,12 @@ def find_studies(project: Path, patient: str | None = None) -> list[StudyFolder]
 
 def _refuse_layout_below(project: Path, studies: Sequence[StudyFolder]) -> None:
     """Refuse the folder above one or several of another layout, whose parts look like studies."""
-    for layout, shown_by, is_part in (
-        ("nnU-Net's", "imagesTr", lambda name: name == "imagesTr"),
-        ("BIDS's", "sub-...", lambda name: name.startswith("sub-")),
-    ):
-        folders = {each.patient for each in studies if is_part(each.study)}
+    for layout, part in (("nnU-Net's", "imagesTr"), ("BIDS's", "sub-*")):
+        folders = {each.patient for each in studies if fnmatchcase(each.study, part)}
         if folders:
             raise StageError(
                 f"{project}: no study in it: {len(folders)} folder(s) in it are of {layout} layout "
-                f"({shown_by}): give such a folder itself"
+                f"({part}): give such a folder itself"
             )
 
 

@@ -119,7 +119,7 @@ def test_patients_below_a_site_are_found_by_their_names(tmp_path):
     ("folder", "message"),
     [
         ("Dataset001/imagesTr", r"1 folder\(s\) in it are of nnU-Net's layout \(imagesTr\)"),
-        ("ds000/sub-01", r"1 folder\(s\) in it are of BIDS's layout \(sub-\.\.\.\)"),
+        ("ds000/sub-01", r"1 folder\(s\) in it are of BIDS's layout \(sub-\*\)"),
     ],
 )
 def test_the_folder_above_another_layout_is_refused(tmp_path, folder, message):
