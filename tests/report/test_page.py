@@ -437,6 +437,19 @@ def test_the_page_opens_with_all_cards_and_no_console_error(page):
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_to_complain_of(page, theme, width):
+    axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core is not installed")
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    page.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+    found = axe.Axe().run(page)
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
+    assert len(found["passes"]) > 30
+
+
 def test_nothing_can_be_fetched_even_if_text_became_markup(page):
     script = """
         const done = arguments[0], i = new Image();
