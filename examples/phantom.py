@@ -76,7 +76,7 @@ class Lesion:
     suv: float
     label: int = 1
     hu: float = 60.0
-    cylinder = False
+    cylinder = False  # of no instance
 
     @property
     def volume_ml(self) -> float:
@@ -352,8 +352,8 @@ DEMO_STUDIES = (
 SITES_MM = (
     *((85, 15, -380), (92, -18, -445), (-88, 10, -375), (-95, -28, -425)),  # lungs
     *((108, -2, -560), (45, -12, -600), (70, 45, -592)),  # liver
-    *((4, 28, -408), (-128, -8, -355), (126, -8, -352)),  # nodes of mediastinum and armpits,
-    *((20, -14, -700), (-48, -10, -760), (-78, 46, -865)),  # before the spine, pelvic, inguinal
+    *((4, 28, -408), (-128, -8, -355), (126, -8, -352)),  # nodes of mediastinum and armpits
+    *((20, -14, -700), (-48, -10, -760), (-78, 46, -865)),  # nodes before the spine, of the pelvis
 )
 """Where invented studies may have lesions, far enough apart; in a person of 1.75 m."""
 
@@ -451,12 +451,12 @@ def blurred(grid: Grid, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         sigma = RESOLUTION_MM / math.sqrt(8 * math.log(2)) / spacing_mm
         reach = math.ceil(3 * sigma)
         weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-        weights /= weights.sum()
+        weights = (weights / weights.sum()).astype(np.float32)
         width = [(reach, reach) if i == axis else (0, 0) for i in range(3)]
         padded = np.moveaxis(np.pad(volume, width, mode="edge"), axis, 0)
         length = volume.shape[axis]
         shifted = (weight * padded[i : i + length] for i, weight in enumerate(weights))
-        volume = np.moveaxis(sum(shifted), 0, axis).astype(np.float32)
+        volume = np.moveaxis(sum(shifted), 0, axis)
     return volume
 
 
