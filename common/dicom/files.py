@@ -358,9 +358,9 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
                 return DicomFile(path, name, *scanned)
             header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
             offset = stream.tell()
-            is_damaged = _is_cut_off(header, stream)
+            is_cut_off = _is_cut_off(header, stream)
         is_object = "Modality" in header
-        is_damaged |= not is_object and _is_of_series(header)
+        is_damaged = is_cut_off or (not is_object and _is_of_series(header))
     except StudyError:
         raise
     except Exception as error:  # pydicom raises nearly every type on damaged files
@@ -374,7 +374,7 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
     if is_damaged and _plays_no_role(start):
         return None
     if is_damaged and (is_marked or is_object):
-        raise _damaged(start, name)
+        raise _damaged(start, name, lacks_modality=not is_cut_off)
     return DicomFile(path, name, header, offset) if is_object else None
 
 
@@ -471,13 +471,16 @@ def _is_sound(sop_class: UID) -> bool:
     )
 
 
-def _damaged(start: bytes, name: str) -> StudyError:
+def _damaged(start: bytes, name: str, *, lacks_modality: bool = False) -> StudyError:
     """Return the error that names the role which the file's first bytes tell."""
     sop_class = re.search(re.escape(_OBJECT_OF_SERIES).encode() + rb"[\d.]+", start)
     role = _ROLE_OF_CLASS.get(sop_class[0].decode() if sop_class else "", "")
-    return StudyError(
-        f"a DICOM file{role} is damaged (its header cannot be read): export the study again", name
+    trouble = (
+        f"has no {tag_of('Modality')}, or is damaged before it"
+        if lacks_modality
+        else "is damaged (its header cannot be read)"
     )
+    return StudyError(f"a DICOM file{role} {trouble}: export the study again", name)
 
 
 # --- series ----------------------------------------------------------------------------------

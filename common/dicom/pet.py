@@ -470,7 +470,7 @@ def _slice(header: Dataset, manufacturer: str) -> PetSlice:
 
 
 def _corrections(header: Dataset) -> frozenset[str]:
-    return frozenset(each.upper() for each in texts(header, "CorrectedImage"))
+    return frozenset(each.upper() for each in texts(header, "CorrectedImage") if each)
 
 
 def _seconds(header: Dataset, keyword: str) -> float | None:

@@ -210,7 +210,12 @@ def _plane_reader(file: DicomFile) -> Iterator[PlaneReader]:
         yield partial(_uncompressed_plane, BytesIO(pixels), 0, len(pixels), layout)
         return
     with open(file.path, "rb") as stream:
-        stream.seek(file.pixel_offset)
+        if stream.seek(file.pixel_offset) >= os.fstat(stream.fileno()).st_size:
+            raise StudyError(
+                f"a slice has no pixels ({tag_of('PixelData')} is missing): export the series "
+                "again",
+                file.name,
+            )
         length = _element_length(stream, is_little_endian=layout.little_endian)
         # A file without preamble names no syntax, and is not compressed.
         if not syntax or syntax in _UNCOMPRESSED:

@@ -204,6 +204,11 @@ def _points_mm(contour: Dataset) -> Points:
     """Parse ContourData into (n, 3) RAS+, from its bytes: pydicom's numbers are 20x slower."""
     element = contour.get_item("ContourData")
     value = element.value if element is not None else None
+    if not value:
+        raise StudyError(
+            f"a contour has no points ({tag_of('ContourData')} is missing): export the RTSTRUCT "
+            "again"
+        )
     numbers = value.strip(b" \0").split(b"\\") if isinstance(value, bytes) else value
     try:
         lps_mm = np.array(numbers, dtype=np.float64).reshape(-1, 3)

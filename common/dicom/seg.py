@@ -346,6 +346,10 @@ def _positive(item: Dataset, keyword: str) -> float | None:
 
 
 def _numbers(item: Dataset, keyword: str, count: int) -> FloatArray:
+    if item.get(keyword) is None:
+        raise StudyError(
+            f"a value is missing in the SEG ({tag_of(keyword)}): export the mask again"
+        )
     try:
         numbers = np.atleast_1d(np.array(item.get(keyword), dtype=np.float64))
     except (TypeError, ValueError) as error:
@@ -488,7 +492,7 @@ def _frames(dataset: Dataset) -> Iterator[NDArray[Any]]:
     n_frames = int(number(dataset, "NumberOfFrames") or 1)
     # A file that names no syntax is not compressed.
     syntax = dataset.file_meta.setdefault("TransferSyntaxUID", ExplicitVRLittleEndian).value
-    if "PixelData" not in dataset:
+    if not dataset.get("PixelData"):
         raise StudyError(f"the SEG has no {tag_of('PixelData')}: export it again")
     if syntax == DEFLATED_FRAMES:
         frames = generate_frames(dataset.PixelData, number_of_frames=n_frames)
@@ -497,7 +501,7 @@ def _frames(dataset: Dataset) -> Iterator[NDArray[Any]]:
     if syntax.is_encapsulated:
         yield from _decoded(dataset, syntax, n_frames)
         return
-    n_bits = dataset.Rows * dataset.Columns * n_frames * dataset.BitsAllocated
+    n_bits = dataset.Rows * dataset.Columns * n_frames * whole_number(dataset, "BitsAllocated")
     n_bytes = -(-n_bits // 8)
     if len(dataset.PixelData) not in (n_bytes, n_bytes + n_bytes % 2):
         raise StudyError(

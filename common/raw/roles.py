@@ -287,6 +287,12 @@ def hints_of_roles(
             )
     if "pet" in missing or "header" in missing:
         yield from _other_modalities(files)
+    n_files = sum(not modality_of(file) for file in files.dicom)
+    if missing and n_files:
+        yield (
+            f"DICOM files ({n_files}) have an empty {tag_of('Modality')}: set it to CT, PT, SEG or "
+            "RTSTRUCT"
+        )
     if "header" in missing:
         yield "give one DICOM file of the PET, or --pet-units suv if its values are SUV"
     if n_nameless and missing and missing != ["header"]:

@@ -398,8 +398,8 @@ def _doubt_uptake(uptake_s: Array, half_life_s: float, remarks: Remarks) -> None
     if longest_s > MOST_HALF_LIVES * half_life_s and not is_half_life_of_pet(half_life_s):
         raise StudyError(
             f"the half-life can't be right ({_HALF_LIFE} is {half_life_s:g}, which no nuclide of "
-            f"PET has, and the uptake lasted {_minutes(longest_s)}; minutes?): correct it in the "
-            "header [s]"
+            f"PET has, and the uptake lasted {longest_s / 60:.0f} min; minutes?): correct it in "
+            "the header [s]"
         )
     if uptake_s.min() < 0:
         remarks.warnings.append(Warning(Kind.SUV, "injection is later than the decay reference"))
@@ -407,9 +407,9 @@ def _doubt_uptake(uptake_s: Array, half_life_s: float, remarks: Remarks) -> None
         remarks.warnings.append(
             Warning(
                 Kind.SUV,
-                f"the uptake lasted longer than two half-lives ({_minutes(longest_s)}): check the "
-                f"times of injection and scan ({_START_DATETIME}, {_START_TIME}, {_SERIES_CLOCK}, "
-                f"{_ACQUISITION_CLOCK})",
+                f"the uptake lasted longer than two half-lives ({longest_s / 60:.0f} min): check "
+                f"the times of injection and scan ({_START_DATETIME}, {_START_TIME}, "
+                f"{_SERIES_CLOCK}, {_ACQUISITION_CLOCK})",
             )
         )
 

@@ -227,6 +227,13 @@ def test_pixels_cut_short_are_refused(tmp_path, syntax):
     assert refusal(tmp_path) == DAMAGED_PIXELS
 
 
+def test_a_slice_without_pixels_is_refused(tmp_path):
+    datasets = slices()
+    del datasets[1].PixelData
+    write_slices(tmp_path, datasets)
+    assert "a slice has no pixels (PixelData (7FE0,0010) is missing)" in refusal(tmp_path)
+
+
 def test_a_transfer_syntax_without_decoder_is_refused(tmp_path):
     *_, last = write_slices(tmp_path, slices())
     header = pydicom.dcmread(last)

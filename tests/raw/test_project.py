@@ -449,6 +449,12 @@ def test_a_pet_by_another_modality_is_hinted_at(tmp_path, modality):
     ) in str(refusal(study))
 
 
+def test_an_empty_modality_is_hinted_at(tmp_path):
+    study = layouts.subfolders(tmp_path)
+    layouts.write_pet(study / "PET", Modality="")
+    assert "no PET; DICOM files (6) have an empty Modality (0008,0060)" in str(refusal(study))
+
+
 def test_the_case_of_a_pattern_counts(tmp_path):
     assert "no CT; --ct fits no candidate" in str(refusal(with_second_ct(tmp_path), ct="LUNG*"))
 

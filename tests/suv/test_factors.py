@@ -156,6 +156,15 @@ def test_refuses(header: dict[str, Any], what: str, tmp_path: Path) -> None:
     assert not re.search(r"Doe|4711|20250\d", message)
 
 
+@pytest.mark.parametrize("corrections", [None, "", []])
+def test_corrections_that_are_missing_are_said_to_be(corrections: Any, tmp_path: Path) -> None:
+    """An empty CorrectedImage was read as not corrected."""
+    headers = pet_headers(N_SLICES, CorrectedImage=corrections)
+    paths = write_pet_series(tmp_path, headers, phantom_suv(N_SLICES))
+    message = refusal(read_pet_series([pydicom.dcmread(path) for path in paths]))
+    assert "CorrectedImage (0028,0051) is missing" in message
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
