@@ -37,7 +37,7 @@ from common.hdf5.studies import (
     Content,
     content_of,
     read_all_attributes,
-    read_keys,
+    read_attributes,
     read_parameters,
     studies_of,
     study_of,
@@ -45,6 +45,7 @@ from common.hdf5.studies import (
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
 from common.key_lists import listed_keys
 from common.report.case_table import ATTRIBUTES, COLUMNS, case_rows
+from common.report.projection_list import list_beside, read_projects, write_list
 from common.run import cli, stage
 from common.run.console import PROGRESS
 from common.run.fan_out import Engine, run_studies
@@ -238,6 +239,8 @@ class MergePlan:
         What `--cases` tells of; else empty.
     exported : dict of key to StoredCase
         What `--export-nnunet` writes; else empty.
+    projects : dict by hash
+        Of projections; else empty.
     """
 
     parameters: Mapping[str, Any]
@@ -245,6 +248,7 @@ class MergePlan:
     samples: Sequence[splits.Sample]
     attributes: Mapping[str, Mapping[str, Any]]
     exported: Mapping[str, nnunet.StoredCase]
+    projects: Mapping[str, str]
 
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
@@ -268,6 +272,8 @@ def write_what_goes_beside(
     options: argparse.Namespace, plan: MergePlan, folds: Sequence[splits.Fold]
 ) -> dict[str, Outcome]:
     """Write what is asked for besides the merged file, and return the studies that failed."""
+    if content_of(plan.parameters) is not Content.VOLUMES:
+        write_list(options.output, plan.sources, plan.projects)
     if has_folds(options):
         write_splits(options, folds)
     if options.cases is not None:
@@ -298,7 +304,7 @@ def refuse_losses(options: argparse.Namespace, plan: MergePlan) -> None:
 
 def held_studies(path: Path) -> dict[str, str]:
     """Return the studies that a file holds, each without what it was made from."""
-    return dict.fromkeys(studies_of(read_keys(path), read_parameters(path)), "")
+    return dict.fromkeys(studies_of(merging.read_keys_of_any(path), read_parameters(path)), "")
 
 
 def version_of(path: Path) -> tuple[int, int, int]:
@@ -322,7 +328,15 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     """Read what the inputs hold."""
     parameters = merging.merged_parameters(options.inputs, options.allow_mixed)
     is_wanted = wanted_keys(options, parameters) if options.keys is not None else None
-    chosen = merging.chosen_sources(options.inputs, options.on_duplicate, is_wanted)
+    stacked = content_of(parameters) is Content.STACK
+    if stacked and (options.link or needs_folds(options)):
+        raise StageError(
+            "--link, --splits and --leave-out take no stacks: leave them out, or give plain 2D "
+            "files, or 3D ones"
+        )
+    chosen = merging.chosen_sources(
+        options.inputs, options.on_duplicate, is_wanted, stacked=stacked
+    )
     sources = {
         key: path
         for key, path in chosen.items()
@@ -343,7 +357,41 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         samples=merging.read_samples(sources, parameters) if parted else [],
         attributes=merging.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
         exported=nnunet.stored_cases(sources) if options.export_nnunet else {},
+        projects={} if is_3d else read_listed_projects(options, sources, stacked=stacked),
     )
+
+
+def read_listed_projects(
+    options: argparse.Namespace, sources: Mapping[str, Path], *, stacked: bool
+) -> dict[str, str]:
+    """Return the project of each study of 2D files; of stacks the lists beside them tell.
+
+    Raises
+    ------
+    StageError
+        The list of the merged file would take the place of another file.
+    """
+    listed = list_beside(options.output)
+    if listed in (options.output, options.keys, options.log_file):
+        raise StageError(f"{listed}: the list of the projections goes there: choose another name")
+    projects: dict[str, str] = {}
+    for path, keys in merging.keys_by_file(sources).items():
+        if stacked:
+            found = read_projects(path)
+        else:
+            # All projections of a study tell the same.
+            first = {key.rpartition("_")[0]: key for key in reversed(keys)}
+            of_keys = read_attributes(path, list(first.values()), "project")
+            found = {study: str(of_keys.get(key, "")) for study, key in first.items()}
+        studies = {key.rpartition("_")[0] for key in keys}
+        if not studies <= found.keys():
+            logger.warning(
+                "%s does not list all of its studies: their projects stay empty in %s",
+                list_beside(path).name,
+                listed.name,
+            )
+        projects |= {study: found.get(study, "") for study in studies}
+    return projects
 
 
 def wanted_keys(
@@ -368,7 +416,7 @@ def wanted_keys(
         # A hash in a list stands for all projections of its study.
         return key in listed or study_of(key, parameters) in listed
 
-    present = {key for source in options.inputs for key in read_keys(source)}
+    present = {key for source in options.inputs for key in merging.read_keys_of_any(source)}
     studies = set(studies_of(present, parameters))
     unknown = sorted(listed - present - studies)
     taken = set(studies_of(filter(is_wanted, present), parameters))
@@ -415,7 +463,7 @@ def write_merged(
     assemble = (
         functools.partial(index.assemble_links, **made_by, output=options.output)
         if options.link
-        else functools.partial(merging.assemble, **made_by)
+        else functools.partial(merging.assemble_merged, **made_by)
     )
     failed: dict[str, Outcome] = {}
 

@@ -41,8 +41,9 @@ from common.hdf5.studies import (
 )
 from common.projection import mask_mips, padded, projection_angles, training_mips
 from common.quality_warnings import turned_axis
+from common.report.projection_list import list_beside, write_list
 from common.run import cli, stage
-from common.run.output import exclusive, make_folder, write_table, writing_part
+from common.run.output import exclusive, make_folder, writing_part
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Written
 from common.version import SOFTWARE
@@ -157,7 +158,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         options.all_angles = projection_angles(*options.angles)
     except ValueError as error:
         parser.error(f"--angles: {error}")
-    cli.check_side_output(parser, csv_path(options.output), options, [options.input])
+    cli.check_side_output(parser, list_beside(options.output), options, [options.input])
     for folder in (options.gif, options.png):
         if folder is not None:
             cli.check_folder(parser, folder, options)
@@ -166,11 +167,6 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--store keeps files of studies, --stack makes one dataset: leave out one")
     if options.compression == "blosc" and not has_blosc():
         parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
-
-
-def csv_path(output: Path) -> Path:
-    """Return the path of the list beside the output."""
-    return output.with_suffix(".csv")
 
 
 # --- the stage -------------------------------------------------------------------------------
@@ -194,7 +190,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
 
         def list_projections(path: Path | None, outcomes: Sequence[Outcome]) -> None:
             if path is not None:
-                write_list(options, source, outcomes)
+                list_held(options, source, outcomes)
 
         projecting = stage.Stage(
             output=options.output,
@@ -277,16 +273,11 @@ def refuse_several_spacings(path: Path, source: Source) -> None:
         )
 
 
-def write_list(options: argparse.Namespace, source: Source, outcomes: Sequence[Outcome]) -> None:
-    """Write the CSV that lists the projections in the order of their keys."""
+def list_held(options: argparse.Namespace, source: Source, outcomes: Sequence[Outcome]) -> None:
+    """Write the CSV that lists the projections of the output in the order of their keys."""
     held = [outcome.hash for outcome in outcomes if outcome.status in ("written", "unchanged")]
-    keys = sorted(projection_key(study, angle) for study in held for angle in options.all_angles)
-    rows = []
-    for number, key in enumerate(keys):
-        study_hash, _, angle = key.rpartition("_")
-        rows.append((number, study_hash, angle, source.projects.get(study_hash, ""), key))
-    heading = ("number", "hash", "angle", "project", "dataset")
-    write_table(csv_path(options.output), heading, rows)
+    keys = (projection_key(study, angle) for study in held for angle in options.all_angles)
+    write_list(options.output, keys, source.projects)
 
 
 # --- one study -------------------------------------------------------------------------------

@@ -867,9 +867,3 @@ def test_damaged_input_leaves_the_old_output(inputs, output, capsys):
     assert run(inputs["one"], inputs["two"], "-o", output) == 1
     assert "two.h5: not an HDF5 file, or truncated" in capsys.readouterr().err
     assert output.read_bytes() == before
-
-
-def test_stacked_files_are_refused_with_a_hint(inputs, output, capsys):
-    stacked = project(inputs["one"], "--stack")
-    assert run(stacked, stacked, "-o", output) == 1
-    assert "not stacked" in capsys.readouterr().err

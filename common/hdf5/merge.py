@@ -4,19 +4,17 @@ Chunks, filters and attributes go over as they are. The bytes of a result depend
 and parameters alone, not on how the studies are spread over files.
 """
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import StageError, blaming
-from common.hashing import array_digest, as_hash_lengths, fingerprint
+from common.hashing import array_digest, as_hash_lengths
 from common.hdf5.index import holds_links
+from common.hdf5.stacks import assemble_stack, common_length, holds_rows, read_rows, same_row
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
@@ -26,6 +24,7 @@ from common.hdf5.studies import (
     attribute,
     content_of,
     dataset_in,
+    digest_of,
     ending_loops,
     keeping_open,
     new_file,
@@ -97,6 +96,23 @@ def assemble_projections(
     (assemble_stack if stacked else assemble)(path, of_keys, parameters, software)
 
 
+def assemble_merged(
+    path: Path, sources: Mapping[str, Path], parameters: Mapping[str, Any], software: str
+) -> None:
+    """Write the file of the keys in `sources`, files of one kind: 3D, 2D, or stacks.
+
+    Raises
+    ------
+    StageError
+        A source that can't be read; stacks that do not fit together.
+    """
+    if content_of(parameters) is Content.STACK:
+        length = common_length(sorted(set(sources.values())))
+        assemble_stack(path, sources, parameters, software, length)
+    else:
+        assemble(path, sources, parameters, software)
+
+
 # --- what is to be merged --------------------------------------------------------------------
 
 
@@ -106,8 +122,11 @@ def merged_parameters(inputs: Sequence[Path], allow_mixed: bool) -> dict[str, An
     merged = dict(first)
     for path in inputs[1:]:
         other = read_parameters(path)
-        if (content_of(first) is Content.VOLUMES) != (content_of(other) is Content.VOLUMES):
-            raise StageError(f"{path}: {inputs[0]} is 3D and it 2D, or vice versa: give one kind")
+        if (content := content_of(other)) is not content_of(first):
+            raise StageError(
+                f"{path}: is {content.value}, and {inputs[0]} is {content_of(first).value}: "
+                "give one kind"
+            )
         differing = sorted(k for k in {*first, *other} if first.get(k) != other.get(k))
         refused = [k for k in differing if not _may_differ(k, first.get(k), other.get(k))]
         if refused and not allow_mixed:
@@ -153,15 +172,20 @@ def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
 
 
 def chosen_sources(
-    inputs: Sequence[Path], on_duplicate: str, is_wanted: Callable[[str], bool] | None = None
+    inputs: Sequence[Path],
+    on_duplicate: str,
+    is_wanted: Callable[[str], bool] | None = None,
+    *,
+    stacked: bool = False,
 ) -> dict[str, Path]:
     """Return which file each key is taken from, of those that are wanted; None: of all."""
     sources: dict[str, Path] = {}
+    is_same = same_row if stacked else same_content
     for path in inputs:
-        for key in read_shapes(path):
+        for key in read_rows(path) if stacked else read_shapes(path):
             if is_wanted is not None and not is_wanted(key):
                 continue
-            if key not in sources or same_content(key, sources[key], path):
+            if key not in sources or is_same(key, sources[key], path):
                 sources.setdefault(key, path)
             elif on_duplicate == "error":
                 raise StageError(
@@ -179,15 +203,24 @@ def holds(
     path: Path, parameters: Mapping[str, Any], sources: Mapping[str, Path], linked: bool
 ) -> bool:
     """Whether a file has just these parameters and keys, in content as their sources have them."""
+    if read_parameters(path) != parameters:
+        return False
+    if content_of(parameters) is Content.STACK:
+        return holds_rows(path, sources, common_length(sorted(set(sources.values()))))
     return (
-        read_parameters(path) == parameters
-        and read_keys(path) == sorted(sources)
+        read_keys(path) == sorted(sources)
         and holds_links(path) == linked
         and read_digests(dict.fromkeys(sources, path)) == read_digests(sources)
     )
 
 
 # --- what files hold -------------------------------------------------------------------------
+
+
+def read_keys_of_any(path: Path) -> list[str]:
+    """Return the keys of a file of studies, stacked or not, in order."""
+    stacked = content_of(read_parameters(path)) is Content.STACK
+    return read_rows(path) if stacked else read_keys(path)
 
 
 def same_content(key: str, one: Path, other: Path) -> bool:
@@ -218,7 +251,7 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
             for key in keys:
                 datasets = [dataset_in(file, group, key) for group in GROUPS]
                 made_from = str(attribute(datasets[0], "fingerprint"))
-                digests[key] = [made_from, *map(_digest, datasets)]
+                digests[key] = [made_from, *map(digest_of, datasets)]
     return digests
 
 
@@ -256,7 +289,7 @@ def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> 
                         key,
                         study,
                         project=str(attribute(image, "project") or ""),
-                        digest=_digest(image),
+                        digest=digest_of(image),
                         patient_characters=lengths[0] if lengths is not None else None,
                     )
                 )
@@ -269,10 +302,6 @@ def keys_by_file(sources: Mapping[str, Path]) -> dict[Path, list[str]]:
     for key, path in sources.items():
         found.setdefault(path, []).append(key)
     return found
-
-
-def _digest(dataset: h5py.Dataset) -> str:
-    return attribute(dataset, "sha256") or array_digest(dataset[()])
 
 
 def read_projected(path: Path) -> dict[str, str]:
@@ -289,109 +318,3 @@ def read_projected(path: Path) -> dict[str, str]:
             if study not in found:
                 found[study] = attribute(dataset_in(file, "image", key), "fingerprint") or ""
     return found
-
-
-# --- stacks ----------------------------------------------------------------------------------
-
-
-def assemble_stack(
-    path: Path, sources: Mapping[str, Path], parameters: Mapping[str, Any], software: str
-) -> None:
-    """Write a stacked 2D file of the keys in `sources` by raw copy.
-
-    The sources are plain 2D files of projections of one size, or stacked files.
-    """
-    projections_of = functools.lru_cache(maxsize=8)(_Projections)
-    keys = sorted(sources)
-    with keeping_open(), new_file(path, parameters, software) as (target, raise_failure):
-        stacks = {}
-        fingerprints: dict[str, str] = {}
-        digests = np.empty((len(keys), 32), np.uint8)
-        for row, key in enumerate(keys):
-            raise_failure()
-            with blaming(sources[key]):
-                try:
-                    projections = projections_of(sources[key])
-                    for group in GROUPS:
-                        dataset, at = projections.find(group, key)
-                        if row == 0:
-                            stacks[group] = _create_stack(target, group, dataset, len(keys))
-                        _copy_chunks(dataset, at, stacks[group], row)
-                    fingerprints[key.rpartition("_")[0]] = projections.fingerprint(key)
-                    digests[row] = projections.digest(key)
-                except DAMAGE as error:
-                    raise StageError(
-                        f"{sources[key]}: projection {key} cannot be copied: make that file again"
-                    ) from error
-        names = target.create_dataset(
-            "key", data=keys, dtype=h5py.string_dtype(), track_times=False
-        )
-        names.attrs["fingerprints"] = json.dumps(fingerprints, sort_keys=True)
-        names.attrs["sha256"] = digests
-        names.attrs[ATTRIBUTES_DIGEST] = stack_digest(keys, names.attrs["fingerprints"], digests)
-
-
-def row_digest(digests: Sequence[str]) -> NDArray[np.uint8]:
-    """Return the digest of a stack's row from those of its image, mask and mask_iso."""
-    return np.frombuffer(bytes.fromhex(fingerprint(list(digests))), np.uint8)
-
-
-def stack_digest(keys: Sequence[str], fingerprints: str, digests: NDArray[np.uint8]) -> str:
-    """Return the digest of all that the dataset ``key`` tells of a stack."""
-    return fingerprint([list(keys), fingerprints, digests.tobytes().hex()])
-
-
-def _create_stack(target: h5py.File, name: str, like: h5py.Dataset, n_rows: int) -> h5py.Dataset:
-    """Create an empty stack of datasets such as `like`, with its filters."""
-    n_channels, n_x, n_z = like.shape[-3:]
-    properties = like.id.get_create_plist()
-    properties.set_chunk((1, 1, n_x, n_z))
-    space = h5py.h5s.create_simple((n_rows, n_channels, n_x, n_z))
-    stack = h5py.h5d.create(target.id, name.encode(), like.id.get_type(), space, properties)
-    spacing = like.attrs["spacing"]
-    dataset = h5py.Dataset(stack)
-    dataset.attrs["spacing"] = spacing
-    return dataset
-
-
-def _copy_chunks(source: h5py.Dataset, at: tuple[int, ...], stack: h5py.Dataset, row: int) -> None:
-    for channel in range(source.shape[-3]):
-        corner = (*at, channel, 0, 0)
-        # A plane of zeros has no chunk.
-        if source.id.get_chunk_info_by_coord(corner).size:
-            mask, chunk = source.id.read_direct_chunk(corner)
-            stack.id.write_direct_chunk((row, channel, 0, 0), chunk, mask)
-
-
-class _Projections:
-    """Where a 2D file, plain or stacked, holds the projection of a key."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = opened(path)
-        self._rows: dict[str, int] = {}
-        self._fingerprints: dict[str, str] = {}
-        self._digests: NDArray[np.uint8] | None = None
-        if "key" in self._file:
-            with ending_loops():
-                names = self._file["key"].asstr()[()]
-            self._rows = {key: row for row, key in enumerate(names)}
-            self._digests = self._file["key"].attrs["sha256"]
-            self._fingerprints = json.loads(attribute(self._file["key"], "fingerprints"))
-
-    def find(self, group: str, key: str) -> tuple[h5py.Dataset, tuple[int, ...]]:
-        """Return the dataset and the leading indices of the projection in it."""
-        if self._rows:
-            return self._file[group], (self._rows[key],)
-        return dataset_in(self._file, group, key), ()
-
-    def digest(self, key: str) -> NDArray[np.uint8]:
-        """Return the digest of the projection's values, as it was kept with them."""
-        if self._digests is not None:
-            return np.asarray(self._digests[self._rows[key]], np.uint8)
-        return row_digest([_digest(dataset_in(self._file, group, key)) for group in GROUPS])
-
-    def fingerprint(self, key: str) -> str:
-        """Return the fingerprint of the study that the projection is of."""
-        if self._rows:
-            return self._fingerprints[key.rpartition("_")[0]]
-        return attribute(dataset_in(self._file, "image", key), "fingerprint") or ""

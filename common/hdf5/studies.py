@@ -60,7 +60,7 @@ DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError
 _MOST_HOPS = 8
 """Files that a link may lead through, index after index."""
 
-_LONGEST_ANGLE = 20
+LONGEST_ANGLE = 20
 """Characters that the key of a projection has after the study's."""
 
 
@@ -118,7 +118,7 @@ def open_studies(path: Path) -> Iterator[h5py.File]:
         keys = set(file["image"])
         if not keys == set(file["mask"]) == set(file["mask_iso"]):
             raise StageError(f"{path}: its groups hold different studies: make it again")
-        if not all(can_name_study(key, LONGEST_NAME + _LONGEST_ANGLE) for key in keys):
+        if not all(can_name_study(key, LONGEST_NAME + LONGEST_ANGLE) for key in keys):
             raise StageError(
                 f"{path}: holds a study whose name is hidden, a formula, not printable or too "
                 "long: make it again"
@@ -254,7 +254,7 @@ def read_all_attributes(path: Path) -> None:
 
 
 def read_keys(path: Path) -> list[str]:
-    """Return the keys of a file of studies in order."""
+    """Return the keys of a file of studies, not stacked, in order."""
     with open_studies(path) as file:
         return sorted(file["image"])
 
@@ -387,6 +387,11 @@ def dataset_in(file: h5py.File, group: str, key: str) -> h5py.Dataset:
     )
 
 
+def digest_of(dataset: h5py.Dataset) -> str:
+    """Return the digest of a dataset's values, as it is kept with them or else is computed."""
+    return attribute(dataset, "sha256") or array_digest(dataset[()])
+
+
 # --- attributes ------------------------------------------------------------------------------
 
 
@@ -503,6 +508,17 @@ def write_chunked(group: h5py.Group, name: str, array: NDArray[Any], compression
         if values.view(f"u{array.itemsize}").any():
             write(dataset, block, values)
     return dataset
+
+
+def write_row(stack: h5py.Dataset, row: int, array: NDArray[Any]) -> None:
+    """Write an array (C, X, Z) as a row of a stack that has none yet, as `write_chunked` does."""
+    write = _write_gzipped if stack.compression == "gzip" else _write_block
+    for channel, plane in enumerate(array):
+        values = np.ascontiguousarray(plane)[None, None]
+        if values.view(f"u{array.itemsize}").any():
+            corner = (row, channel, 0, 0)
+            block = tuple(slice(at, at + n) for at, n in zip(corner, values.shape, strict=True))
+            write(stack, block, values)
 
 
 def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.errors import StageError
 from common.geometry import orientation_of
 from common.hashing import array_digest
-from common.hdf5.merge import row_digest, stack_digest
+from common.hdf5.stacks import KEYS, row_digest, stack_digest
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
@@ -31,8 +31,6 @@ from common.hdf5.studies import (
 _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
 """Options that datasets repeat."""
 
-_STACK = "key"
-
 _IMAGE_TYPES = ("float16", "float32")
 
 
@@ -47,7 +45,7 @@ def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
         The file as a whole is damaged, or of another make.
     """
     parameters = read_parameters(path)
-    return [_STACK] if content_of(parameters) is Content.STACK else read_keys(path), parameters
+    return [KEYS] if content_of(parameters) is Content.STACK else read_keys(path), parameters
 
 
 def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
@@ -177,8 +175,8 @@ def _slice_faults(
 
 def _stack_faults(file: h5py.File, parameters: Mapping[str, Any]) -> list[str]:
     with ending_loops():
-        names = [name.decode() for name in file[_STACK][()]]
-    about = all_attributes(file[_STACK])
+        names = [name.decode() for name in file[KEYS][()]]
+    about = all_attributes(file[KEYS])
     digests = np.array(about.get("sha256"), np.uint8)
     kept = stack_digest(names, about.get("fingerprints", ""), digests)
     if about.get(ATTRIBUTES_DIGEST) != kept or digests.shape != (len(names), 32):
