@@ -1,6 +1,6 @@
 """Whether three images can be one study, and a mask is one of labels: what is refused. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,36 @@ def check_overlap(ct: Grid, pet: Grid) -> None:
     ------
     StudyError
     """
-    if _are_apart(ct, pet) or _are_apart(pet, ct):
+    if _are_apart(ct, pet):
         raise StudyError(
             "the PET and the CT do not overlap in space: check that they are of one examination"
         )
 
 
+def check_mask_overlaps(masks: Sequence[Grid], pet: Grid) -> None:
+    """Refuse masks of which none overlaps the PET in space, whatever they hold.
+
+    Raises
+    ------
+    StudyError
+    """
+    if masks and all(_are_apart(mask, pet) for mask in masks):
+        raise _mask_apart()
+
+
+def _mask_apart() -> StudyError:
+    return StudyError(
+        "the mask's labelled voxels and the PET do not overlap in space: check that they are of "
+        "one examination"
+    )
+
+
 def _are_apart(one: Grid, other: Grid) -> bool:
+    """Tell whether the boxes of two grids have no point in common, but for odd corners."""
+    return _lies_beside(one, other) or _lies_beside(other, one)
+
+
+def _lies_beside(one: Grid, other: Grid) -> bool:
     """Tell whether one grid's box lies beside that of another along an axis of the first."""
     there = moved(voxel_map(one, other), corners(other.shape, margin=0.5))
     upper = np.array(one.shape) - 0.5
@@ -103,10 +126,7 @@ def check_mask(
             "the study is negative"
         )
     if not n_on_pet:
-        raise StudyError(
-            "the mask's labelled voxels and the PET do not overlap in space: check that they are "
-            "of one examination"
-        )
+        raise _mask_apart()
     if n_on_pet == n_labelled:
         return ()
     beside_ml = (n_labelled - n_on_pet) * mask.grid.voxel_ml

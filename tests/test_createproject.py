@@ -822,9 +822,14 @@ def test_a_dry_run_foresees_what_only_geometry_tells(run, tmp_path):
     for name, volume in (("PET", layouts.SUV), ("MASK", layouts.LABELS)):
         study = layouts.nifti_with_header(raw).rename(raw / "Doe" / name)
         layouts.write_nifti(study / f"{name}.nii.gz", np.stack([volume] * 3, axis=-1))
+    aside = layouts.nifti_with_header(raw).rename(raw / "Doe" / "aside")
+    affine = layouts.PET_AFFINE.copy()
+    affine[0, 3] += 500
+    layouts.write_nifti(aside / "MASK.nii.gz", layouts.LABELS, affine)
     status, printed, _ = run("--dry-run")
     assert status == 3
-    assert "dry run of 3 studies: 0 would be written, 0 skipped, 3 failed" in printed
+    assert "dry run of 4 studies: 0 would be written, 0 skipped, 4 failed" in printed
+    assert "the mask's labelled voxels and the PET do not overlap in space" in printed
     assert "the PET and the CT do not overlap in space" in printed
     assert "the PET holds 3 volumes (4D NIfTI)" in printed
     assert "the mask holds 3 volumes (4D NIfTI)" in printed

@@ -44,7 +44,7 @@ from common.dicom.series import Stack, refuse_moving, stack_slices
 from common.dicom.uneven import lies_on_slices, read_mask_of_uneven
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
 from common.geometry import Grid, Image, embedded, inverse
-from common.image_checks import check_labels, check_mask, check_overlap
+from common.image_checks import check_labels, check_mask, check_mask_overlaps, check_overlap
 from common.lesions import dose_fraction
 from common.masks import completed, united
 from common.nifti import read_nifti_file, read_nifti_header
@@ -572,9 +572,11 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
             "each slice of the even grid takes the nearest"
         )
         warnings.append(Warning(Kind.MASK, text))
-    check_overlap(_grid_of(ct, "CT"), _grid_of(pet, "PET"))
-    for file in _nifti_masks(roles.mask):
-        _grid_of(file, "mask")
+    pet_grid = _grid_of(pet, "PET")
+    check_overlap(_grid_of(ct, "CT"), pet_grid)
+    mask_grids = [_grid_of(file, "mask") for file in _nifti_masks(roles.mask)]
+    if not conversion.allow_empty_mask:
+        check_mask_overlaps(mask_grids, pet_grid)
     on_uneven = uneven[1] if uneven is not None else None
     return Plan(ct, pet, roles.mask, drawn_on, on_uneven, header, suv, tuple(warnings))
 
