@@ -1,6 +1,6 @@
 """Whether three images can be one study, and a mask is one of labels: what is refused. Pure."""
 
-from collections.abc import Iterator, Sequence, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
