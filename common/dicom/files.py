@@ -275,6 +275,7 @@ _CLASS_IN_META = re.compile(rb"\x02\x00\x02\x00UI(..)", re.DOTALL)
 """MediaStorageSOPClassUID up to its value."""
 
 _PREAMBLE, _MOST_OF_META = 132, 1024
+_MODALITY = 0x00080060
 _BLOCK, _FIRST_READ = 2**20, 2**15
 _META_VRS = (b"UL", b"OB", b"UI")
 _FIRST_VRS = (b"UL", b"OB", b"CS", b"UI", b"SH", b"DA", b"LO")
@@ -374,7 +375,9 @@ def read_dicom_file(path: str, name: str) -> DicomFile | None:
     if is_damaged and _plays_no_role(start):
         return None
     if is_damaged and (is_marked or is_object):
-        raise _damaged(start, name, lacks_modality=not is_cut_off)
+        # Elements are in order: what follows the Modality shows that the file did not end before.
+        is_whole = not is_cut_off and max(header.keys(), default=0) > _MODALITY
+        raise _damaged(start, name, lacks_modality=is_whole)
     return DicomFile(path, name, header, offset) if is_object else None
 
 
@@ -476,7 +479,7 @@ def _damaged(start: bytes, name: str, *, lacks_modality: bool = False) -> StudyE
     sop_class = re.search(re.escape(_OBJECT_OF_SERIES).encode() + rb"[\d.]+", start)
     role = _ROLE_OF_CLASS.get(sop_class[0].decode() if sop_class else "", "")
     trouble = (
-        f"has no {tag_of('Modality')}, or is damaged before it"
+        f"has no {tag_of('Modality')}"
         if lacks_modality
         else "is damaged (its header cannot be read)"
     )

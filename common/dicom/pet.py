@@ -256,17 +256,17 @@ def _slice_of_frame(groups: Sequence[Dataset]) -> PetSlice:
     zone = utc_offset(header)
     for rescaling in _group(groups, "PixelValueTransformationSequence"):
         require_no_intercept(rescaling)
-    slope = _real_world_slope(groups)
-    if _decay_corrected(header) == "YES":
-        reference = date_time(header, "DecayCorrectionDateTime", zone)
-        return PetSlice(decay_reference=reference, real_world_slope=slope)
     content = (_group(groups, "FrameContentSequence") or [Dataset()])[0]
     duration_ms = number(content, "FrameAcquisitionDuration")
     return PetSlice(
         acquisition=date_time(content, "FrameAcquisitionDateTime", zone),
         frame_duration_s=None if duration_ms is None else duration_ms / 1000,
-        decay_reference=date_time(content, "FrameReferenceDateTime", zone),
-        real_world_slope=slope,
+        decay_reference=(
+            date_time(header, "DecayCorrectionDateTime", zone)
+            if _decay_corrected(header) == "YES"
+            else date_time(content, "FrameReferenceDateTime", zone)
+        ),
+        real_world_slope=_real_world_slope(groups),
     )
 
 

@@ -293,7 +293,9 @@ def decay_reference(
         The header does not determine the moment.
     """
     if series.enhanced:
-        return Rule.ENHANCED, _enhanced_reference_s(series, times, half_life_s)
+        reference_s = _enhanced_reference_s(series, times, half_life_s)
+        _compare_with_acquisition(series, times, reference_s, half_life_s, remarks)
+        return Rule.ENHANCED, reference_s
     if series.decay_correction == "NONE":
         return Rule.FRAME_AVERAGE, _frame_average_s(times, half_life_s)
     if np.isfinite(times.stated_reference_s).all():
@@ -499,6 +501,24 @@ def _compare_stated(
                 Kind.DECAY_REFERENCE,
                 f"decay reference disagrees: the vendor's {STATED_REFERENCE[series.manufacturer]} "
                 f"is {_minutes(apart_s)} from that by {' and '.join(others)}; the former is used",
+            )
+        )
+
+
+def _compare_with_acquisition(
+    series: PetSeries, times: Timeline, reference_s: Array, half_life_s: float, remarks: Remarks
+) -> None:
+    """Warn where decay is corrected to a moment after the scan began, or long before."""
+    if series.decay_correction == "NONE" or np.isnan(times.acquisition_s).all():
+        return
+    late_s = float(reference_s[0] - np.nanmin(times.acquisition_s))
+    if not -max(LONGEST_SCAN_S, 2 * half_life_s) <= late_s <= DISAGREEMENT_S:
+        remarks.warnings.append(
+            Warning(
+                Kind.DECAY_REFERENCE,
+                "decay reference disagrees: DecayCorrectionDateTime (0018,9701), in BIDS "
+                f"ImageDecayCorrectionTime, is {_minutes(abs(late_s))} "
+                f"{'after' if late_s > 0 else 'before'} the first frame; it is used",
             )
         )
 

@@ -234,10 +234,7 @@ def test_a_derived_coronal_enhanced_object_is_no_candidate(tmp_path):
 DAMAGED_HEADER = (
     "a DICOM file of the CT is damaged (its header cannot be read): export the study again"
 )
-NO_MODALITY = (
-    "a DICOM file of the CT has no Modality (0008,0060), or is damaged before it: export the study "
-    "again"
-)
+NO_MODALITY = "a DICOM file of the CT has no Modality (0008,0060): export the study again"
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES)
@@ -392,7 +389,7 @@ def test_headers_cut_short_are_refused_even_before_their_modality(tmp_path):
     modality = content.index(b"\x08\x00\x60\x00CS")
     for end in (200, modality, modality + 9, content.index(b"1.2.3.4.1.1") + 5):
         path.write_bytes(content[:end])
-        assert refusal(tmp_path) == (NO_MODALITY if end == modality else DAMAGED_HEADER)
+        assert refusal(tmp_path) == DAMAGED_HEADER
 
 
 def test_a_modality_that_is_missing_is_said_to_be(tmp_path):

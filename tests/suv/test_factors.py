@@ -29,6 +29,7 @@ from pet_headers import (
     da,
     ds,
     dt,
+    enhanced_pet_header,
     frame_reference_time_s,
     mean_activity_per_suv,
     moment,
@@ -873,6 +874,26 @@ def test_a_dummied_decay_reference_of_a_long_half_life_is_not_used() -> None:
     provenance = suv_factors(stating("GE", datetime(1900, 1, 1, 11), **header)).provenance
     assert provenance.rule == "12b"
     assert provenance.minutes_to_reference == pytest.approx([REFERENCE_S / 60] * 2)
+
+
+@pytest.mark.parametrize(
+    ("reference", "warned"),
+    [
+        (dt(moment(REFERENCE_S)), False),
+        (dt(moment(0)), False),
+        (dt(moment(REFERENCE_S + 7200)), True),
+        ("19000101000000", True),
+    ],
+)
+def test_the_decay_reference_of_an_enhanced_object_is_held_against_its_frames(
+    reference: str, warned: bool
+) -> None:
+    """Two hours off gave SUV x 2.13 silently."""
+    header = enhanced_pet_header(2, DecayCorrectionDateTime=reference)
+    for frame in header.PerFrameFunctionalGroupsSequence:
+        frame.FrameContentSequence[0].FrameAcquisitionDateTime = dt(moment(REFERENCE_S))
+    warnings = suv_factors(read_pet_series([header])).provenance.warnings
+    assert any("decay reference disagrees" in each for each in warnings) is warned
 
 
 def test_a_dummied_decay_reference_is_refused_by_strict() -> None:
