@@ -297,6 +297,9 @@ def _unreadable(error: OSError) -> StudyError:
 
 _BQ_PER = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9}
 
+_NO_CORRECTION = re.compile(r"\s*($|(no|none|not|n/a|false|without|uncorrected)\b)", re.IGNORECASE)
+"""Values of AttenuationCorrection by which there was none."""
+
 _DAY_OF_SCAN = datetime(2000, 1, 1)
 """PET-BIDS has clock times and seconds, no dates."""
 
@@ -327,22 +330,23 @@ def read_sidecar(path: str) -> PetSeries:
         raise StudyError(
             "the JSON sidecar of the PET cannot be read: correct it, or give a DICOM header"
         ) from error
-    zero = _time_zero(fields)
     units = str(fields.get("Units", "")).replace(" ", "").lower()
     corrected = fields.get("ImageDecayCorrected")
     if corrected not in (True, False):
         raise _lacking("ImageDecayCorrected", "true or false")
-    attenuation = str(fields.get("AttenuationCorrection") or "").strip().lower()
-    corrections = {"DECY"} if corrected else set()
-    if attenuation and attenuation not in ("none", "no", "n/a", "false", "not corrected"):
-        corrections.add("ATTN")
+    if _NO_CORRECTION.match(str(fields.get("AttenuationCorrection") or "")):
+        raise StudyError(
+            "the PET is not corrected for attenuation, or its JSON sidecar does not say so "
+            "(AttenuationCorrection): give the corrected PET, or correct the sidecar"
+        )
+    weight_kg = _weight_kg(fields, Path(path))
     shared: dict[str, Any] = {
-        "corrected_image": frozenset(corrections),
-        "weight_kg": _weight_kg(fields, Path(path)),
+        "corrected_image": frozenset({"ATTN", "DECY"} if corrected else {"ATTN"}),
+        "decay_correction": "START" if corrected else "NONE",
+        "weight_kg": weight_kg,
     }
     if units in ("g/ml", "suv", "suvbw"):
-        one = PetSlice()
-        return PetSeries((one,), "GML", "NONE", suv_type="BW", **shared)
+        return PetSeries((PetSlice(),), "GML", suv_type="BW", **shared)
     activity, _, volume = units.partition("/")
     if activity not in _BQ_PER or volume not in ("ml", "cc", "cm3"):
         raise _lacking("Units", "Bq/mL")
@@ -354,6 +358,14 @@ def read_sidecar(path: str) -> PetSeries:
     if injected not in _BQ_PER:
         raise _lacking("InjectedRadioactivityUnits", "MBq")
     dose_bq = _number(fields, "InjectedRadioactivity") * _BQ_PER[injected]
+    if dose_bq <= 0:
+        raise _lacking("InjectedRadioactivity", "a number above 0")
+    if not weight_kg:
+        raise StudyError(
+            "no body weight: give it as weight [kg] in participants.tsv, or as PatientWeight in "
+            "the JSON sidecar of the PET"
+        )
+    zero = _time_zero(fields)
     injection = zero + timedelta(seconds=_number(fields, "InjectionStart"))
     start_s, duration_s = _first_frame(fields)
     if corrected:
@@ -369,7 +381,6 @@ def read_sidecar(path: str) -> PetSeries:
     return PetSeries(
         (frame,),
         "BQML",
-        "START" if corrected else "NONE",
         dose_bq=dose_bq,
         half_life_s=half_life_s,
         injection=injection,

@@ -202,6 +202,15 @@ def test_values_without_decay_correction_refer_to_the_middle_of_the_frame(tmp_pa
     np.testing.assert_allclose(images.pet.data, raw.SUV * expected, rtol=1e-6)
 
 
+def test_values_that_are_suv_need_no_times_and_no_dose(tmp_path):
+    """They were warned of, as if corrected for decay and not."""
+    sidecar = {"Units": "SUV", "ImageDecayCorrected": True, "AttenuationCorrection": "CT-based"}
+    write_bids(tmp_path, sidecar=sidecar | {"InjectedRadioactivity": None})
+    images = read(find_studies(tmp_path)[0])
+    np.testing.assert_allclose(images.pet.data, raw.SUV, rtol=1e-6)
+    assert not any("Decay" in each.text for each in images.warnings)
+
+
 def test_the_weight_may_stand_in_the_table_of_participants(tmp_path):
     sidecar = {name: value for name, value in SIDECAR.items() if name != "PatientWeight"}
     write_bids(tmp_path, sidecar=sidecar)
@@ -236,7 +245,11 @@ def test_a_field_that_suv_needs_and_the_sidecar_lacks_is_named(tmp_path, name, v
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"AttenuationCorrection": "none"}, "attenuation"),
+        ({"AttenuationCorrection": "none"}, "not corrected for attenuation"),
+        ({"AttenuationCorrection": "No attenuation correction"}, "not corrected for attenuation"),
+        ({"AttenuationCorrection": None}, "not corrected for attenuation"),
+        ({"PatientWeight": None}, "no body weight: give it as weight"),
+        ({"InjectedRadioactivity": 0}, "no usable InjectedRadioactivity"),
         ({"FrameTimesStart": [0, 60], "FrameDuration": [60, 60]}, "2 frames"),
     ],
 )
