@@ -1,10 +1,7 @@
-"""One attribute of a DICOM header as a plain value, or None where it is absent or empty.
+"""One attribute of a DICOM header as a plain value: text, number, sequence, date or time.
 
-Knows pydicom. Messages quote no value, as a misplaced one may be a name.
-
-Dates, times of day and moments of a DICOM header as `datetime` has them.
-
-Knows pydicom. Messages quote no value, as a misplaced one may be a name.
+Knows pydicom. None stands for what is absent or empty. Messages quote no value, as a misplaced one
+may be a name.
 """
 
 import functools

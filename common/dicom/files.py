@@ -1,11 +1,8 @@
-"""Headers of single DICOM images, in a fraction of the time that pydicom takes for any file.
+"""DICOM files: what each is, and which of them are the slices of a CT or PET series.
 
-Knows pydicom. What is not plain - another encoding, no pixels, a long header, damage - is left
-to pydicom. Sequences stay bytes until they are asked for.
-
-DICOM files: what each is, and which of them are the slices of a CT or PET series.
-
-Knows pydicom. Headers are read once; pixels stay in the files until `dicom_pixels` fetches them.
+Knows pydicom. Headers are read once; pixels stay in the files until `pixels` fetches them. Plain
+headers of single images are scanned here, in a fraction of the time that pydicom takes for any
+file; what is not plain - another encoding, no pixels, a long header, damage - is left to pydicom.
 """
 
 import functools

@@ -1,14 +1,7 @@
-"""What all headers of a PET series say alike: patient, tracer, units and start of the series.
+"""PET headers: the attributes that decide the SUV, read into plain values for `common.suv`.
 
-Knows pydicom.
-
-Headers of Enhanced PET objects: what their functional groups say of each frame.
-
-Knows pydicom.
-
-PET headers: the attributes that decide the SUV, read into plain values for `common.suv`.
-
-Knows pydicom.
+Knows pydicom. First what all headers of a series say alike (patient, tracer, units, start), then
+what the functional groups of Enhanced PET say of each frame, then the series as a whole.
 """
 
 import re

@@ -1,10 +1,6 @@
-"""The slices of a CT or PET file, each with its place in space and the scale of its values.
+"""A CT or PET series as a stack of slices: their order, their grid, and what forbids both.
 
-Knows pydicom. Coordinates are DICOM's: LPS.
-
-A CT or PET series as a stack of slices: their order, their grid, and what forbids both.
-
-Knows pydicom. DICOM's LPS coordinates end here: affines are RAS+.
+Knows pydicom. Slices have DICOM's LPS coordinates, which end here: affines are RAS+.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,4 @@
-"""The raw project, ``RAW_PROJECT/<patient>/<study>/``: its studies and their files.
-
-What the images of a raw study take in memory, by the headers of a few of its files.
-"""
+"""The raw project, ``RAW_PROJECT/<patient>/<study>/``: its studies, their files and their size."""
 
 import errno
 import os

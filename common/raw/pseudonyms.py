@@ -1,7 +1,4 @@
-"""The pseudonyms of a raw project's studies: one each, or the run stops.
-
-The file of the secret key that makes pseudonyms unguessable: made, read, refused.
-"""
+"""The pseudonyms of a raw project's studies, one each or the run stops, and their secret key."""
 
 import argparse
 import os

@@ -1,14 +1,8 @@
-"""What may play a role in a study: its files and series, by kind, by name, by the user's patterns.
+"""The role that each file of a study plays: CT, PET, mask, or header of the PET.
 
-Of a NIfTI file the words in its path below the study tell the role; of DICOM the Modality does.
-
-The files of a study by kind: NIfTI, DICOM, and what is left out.
-
-What to say of the files of a study that fit no role, or of several that fit one.
-
-The role that each file of a study plays: CT, PET, mask, or header of the PET.
-
-Where several fit, a pattern of the user decides; none is picked silently.
+Of DICOM files the Modality tells the role, of NIfTI files the words in their path below the study.
+Where several files fit, a pattern of the user decides; none is picked silently, and messages say
+what fits and what is missing.
 """
 
 import fnmatch

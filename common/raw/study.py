@@ -1,10 +1,7 @@
-"""Where the slices of PET headers lie in a NIfTI PET, and so which factor to SUV is whose.
-
-Whether the files and images of a study belong together: one patient, one space, one place.
-
-One raw study as three checked images: CT [HU], PET [SUV] and mask, each on its own grid.
+"""One raw study as three checked images: CT [HU], PET [SUV] and mask, each on its own grid.
 
 Brings the formats together: DICOM and NIfTI go in, `Image`s with their SUV provenance come out.
+On the way it is checked that files and images belong together: one patient, one space, one place.
 """
 
 import dataclasses

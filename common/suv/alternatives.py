@@ -9,7 +9,7 @@ autopet
 qiba
     The vendor-neutral pseudo-code of the QIBA FDG-PET/CT profile (2016), appendix G.
 frame_based
-    The decay reference reckoned back from each frame, as `common.decay` does in rule 12c only.
+    The decay reference reckoned back from each frame, as `common.suv.decay` does in rule 12c only.
 """
 
 from collections.abc import Callable

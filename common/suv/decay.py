@@ -1,10 +1,7 @@
-"""The moments of a PET series as seconds on one clock.
+"""Radioactive decay: the moment PET values refer to, and how long after injection that is.
 
-Pure. Only differences and times of day mean anything: the origin is an arbitrary midnight.
-
-Radioactive decay: the moment PET values refer to, and how long after injection that is.
-
-Pure. The rules, as they are named in the provenance of a study:
+Pure. Moments are seconds on one clock, whose origin is an arbitrary midnight: only differences and
+times of day mean anything. The rules, as they are named in the provenance of a study:
 
     12a  START: the decay reference the vendor states, on every slice (GE, Siemens), unless it was
          dummied by an anonymiser

@@ -1,8 +1,6 @@
-"""What there is to say about a conversion, gathered on the way.
+"""What the headers of one PET series say, as plain values, and the doubts about them.
 
-What the headers of one PET series say, as plain values: the input of the SUV rules.
-
-Pure. Values are as the header has them: checked and reinterpreted only by `common.suv`.
+Pure. Values are as the header has them: checked and reinterpreted only by the rules of this room.
 """
 
 from dataclasses import dataclass, field
