@@ -49,7 +49,7 @@ from common.run.atomic import behind_links, locked
 from common.run.fan_out import run_studies
 from common.run.output import exclusive, writing_part
 from common.run.worker import Job, Outcome, Status, Written, refused
-from common.suv.factors import SUV_UNITS
+from common.suv.body import SUV_UNITS
 from common.version import SOFTWARE
 
 if TYPE_CHECKING:

@@ -2,8 +2,7 @@
 
 A case of nnU-Net is ``imagesTr/CASE_0000.nii.gz`` and so on with ``labelsTr/CASE.nii.gz``; the flat
 form of HECKTOR writes ``CASE__CT.nii.gz``. A study of BIDS is ``sub-X[/ses-Y]/`` with its masks
-below ``derivatives/``; the sidecar of its PET, by PET-BIDS, gives the SUV where no DICOM header is
-there.
+below ``derivatives/``; see `sidecar` for its SUV.
 """
 
 import json
@@ -11,16 +10,12 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from common.errors import StageError, StudyError, UnreachableStudy
+from common.errors import StageError
 from common.raw.project import (
     Member,
     StudyFolder,
@@ -30,9 +25,6 @@ from common.raw.project import (
     listed_files,
     text_of,
 )
-from common.suv.decay import average_rate_time_s
-from common.suv.inputs import PetSeries, PetSlice
-from common.suv.nuclides import HALF_LIFE_S, nuclide_in
 
 logger = logging.getLogger("tumorvolume")
 
@@ -231,7 +223,8 @@ def patient_in(name: str, pattern: str | None) -> str:
 
 # --- BIDS ------------------------------------------------------------------------------------
 
-_PARTICIPANTS = "participants.tsv"
+PARTICIPANTS = "participants.tsv"
+"""The table that may tell the body weight of BIDS subjects."""
 
 
 def is_bids(project: Path) -> bool:
@@ -251,8 +244,8 @@ def bids_studies(project: Path) -> list[StudyFolder]:
             own = "/".join(filter(None, (subject, session)))
             names = listed_files(project, own)
             names += [name for name in derived if _is_of(name, subject, session)]
-            if is_file(project / _PARTICIPANTS):
-                names.append(_PARTICIPANTS)
+            if is_file(project / PARTICIPANTS):
+                names.append(PARTICIPANTS)
             members = tuple(Member(name, "") for name in names)
             study = text_of(session or subject)
             studies.append(StudyFolder(text_of(subject), study, str(project), members))
@@ -263,195 +256,3 @@ def _is_of(name: str, subject: str, session: str) -> bool:
     """Tell whether a derived file is of a subject and session, by its folders or its own name."""
     words = set(name.split("/")) | set(re.split(r"[_/]", os.path.basename(name)))
     return subject in words and (not session or session in words)
-
-
-# --- the sidecar of a PET --------------------------------------------------------------------
-
-
-def sidecar_of(pet_path: str) -> str | None:
-    """Return the path of the PET-BIDS sidecar beside a NIfTI PET; None where there is none.
-
-    Raises
-    ------
-    UnreachableStudy
-        Whether there is one can't be told.
-    """
-    path = re.sub(_NIFTI, ".json", pet_path, flags=re.IGNORECASE)
-    try:
-        with open(path, encoding="utf-8") as stream:
-            fields = json.load(stream)
-    except (FileNotFoundError, IsADirectoryError, ValueError):
-        return None
-    except OSError as error:
-        raise _unreadable(error) from error
-    # Other programs write sidecars of other fields.
-    is_bids_pet = isinstance(fields, dict) and "InjectedRadioactivity" in fields
-    return path if is_bids_pet else None
-
-
-def _unreadable(error: OSError) -> StudyError:
-    return UnreachableStudy(
-        f"a file beside the PET cannot be read ({error.strerror}): check it and its permissions"
-    )
-
-
-_BQ_PER = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9}
-
-_NO_CORRECTION = re.compile(r"\s*($|(no|none|not|n/a|false|without|uncorrected)\b)", re.IGNORECASE)
-"""Values of AttenuationCorrection by which there was none."""
-
-_DAY_OF_SCAN = datetime(2000, 1, 1)
-"""PET-BIDS has clock times and seconds, no dates."""
-
-_WEIGHTS = ("weight", "weight_kg", "body_weight", "bodyweight", "patientweight", "subjectweight")
-
-
-def read_sidecar(path: str) -> PetSeries:
-    """Return what a PET-BIDS sidecar says of the SUV of its PET.
-
-    Parameters
-    ----------
-    path : str
-        The JSON file beside the PET. The body weight may stand in ``participants.tsv`` above it.
-
-    Raises
-    ------
-    StudyError
-        It can't be read, or lacks what SUV needs; the message names the field.
-    """
-    try:
-        with open(path, encoding="utf-8") as stream:
-            fields = json.load(stream)
-        if not isinstance(fields, dict):
-            raise ValueError
-    except OSError as error:
-        raise _unreadable(error) from error
-    except ValueError as error:
-        raise StudyError(
-            "the JSON sidecar of the PET cannot be read: correct it, or give a DICOM header"
-        ) from error
-    units = str(fields.get("Units", "")).replace(" ", "").lower()
-    corrected = fields.get("ImageDecayCorrected")
-    if corrected not in (True, False):
-        raise _lacking("ImageDecayCorrected", "true or false")
-    if _NO_CORRECTION.match(str(fields.get("AttenuationCorrection") or "")):
-        raise StudyError(
-            "the PET is not corrected for attenuation, or its JSON sidecar does not say so "
-            "(AttenuationCorrection): give the corrected PET, or correct the sidecar"
-        )
-    weight_kg = _weight_kg(fields, Path(path))
-    shared: dict[str, Any] = {
-        "corrected_image": frozenset({"ATTN", "DECY"} if corrected else {"ATTN"}),
-        "decay_correction": "START" if corrected else "NONE",
-        "weight_kg": weight_kg,
-    }
-    if units in ("g/ml", "suv", "suvbw"):
-        return PetSeries((PetSlice(),), "GML", suv_type="BW", **shared)
-    activity, _, volume = units.partition("/")
-    if activity not in _BQ_PER or volume not in ("ml", "cc", "cm3"):
-        raise _lacking("Units", "Bq/mL")
-    nuclide = nuclide_in(str(fields.get("TracerRadionuclide", "")))
-    if nuclide is None:
-        raise _lacking("TracerRadionuclide", "one of " + ", ".join(HALF_LIFE_S))
-    half_life_s = HALF_LIFE_S[nuclide]
-    injected = str(fields.get("InjectedRadioactivityUnits", "")).strip().lower()
-    if injected not in _BQ_PER:
-        raise _lacking("InjectedRadioactivityUnits", "MBq")
-    dose_bq = _number(fields, "InjectedRadioactivity") * _BQ_PER[injected]
-    if dose_bq <= 0:
-        raise _lacking("InjectedRadioactivity", "a number above 0")
-    if not weight_kg:
-        raise StudyError(
-            "no body weight: give it as weight [kg] in participants.tsv, or as PatientWeight in "
-            "the JSON sidecar of the PET"
-        )
-    zero = _time_zero(fields)
-    injection = zero + timedelta(seconds=_number(fields, "InjectionStart"))
-    start_s, duration_s = _first_frame(fields)
-    if corrected:
-        reference_s = _number(fields, "ImageDecayCorrectionTime")
-    else:
-        reference_s = start_s + float(average_rate_time_s(np.array(duration_s), half_life_s))
-    frame = PetSlice(
-        acquisition=zero + timedelta(seconds=start_s),
-        frame_duration_s=duration_s,
-        decay_reference=zero + timedelta(seconds=reference_s),
-        real_world_slope=_BQ_PER[activity],
-    )
-    return PetSeries(
-        (frame,),
-        "BQML",
-        dose_bq=dose_bq,
-        half_life_s=half_life_s,
-        injection=injection,
-        series_start=zero + timedelta(seconds=start_s),
-        # Its reference time is standard, as an enhanced object's.
-        enhanced=True,
-        **shared,
-    )
-
-
-def _time_zero(fields: Mapping[str, Any]) -> datetime:
-    try:
-        clock = datetime.strptime(str(fields["TimeZero"])[:8], "%H:%M:%S")
-    except (KeyError, ValueError) as error:
-        raise _lacking("TimeZero", "a clock time such as 09:30:00") from error
-    return _DAY_OF_SCAN + (clock - datetime(1900, 1, 1))
-
-
-def _first_frame(fields: Mapping[str, Any]) -> tuple[float, float]:
-    """Return start and duration [s] of the one frame, from TimeZero."""
-    starts, durations = (fields.get(name) or [] for name in ("FrameTimesStart", "FrameDuration"))
-    starts, durations = (
-        [each] if isinstance(each, int | float) else each for each in (starts, durations)
-    )
-    if not starts:
-        raise _lacking("FrameTimesStart", "the frame's start [s]")
-    if len(starts) > 1:
-        raise StudyError(
-            f"the PET has {len(starts)} frames (FrameTimesStart): dynamic series are not read: "
-            "give one static frame"
-        )
-    first_s = _number({"FrameTimesStart": starts[0]}, "FrameTimesStart")
-    if not durations:
-        raise _lacking("FrameDuration", "the frame's length [s]")
-    return first_s, _number({"FrameDuration": durations[0]}, "FrameDuration")
-
-
-def _number(fields: Mapping[str, Any], name: str) -> float:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _lacking(name, "a number")
-    return float(value)
-
-
-def _weight_kg(fields: Mapping[str, Any], path: Path) -> float | None:
-    for name, value in fields.items():
-        if name.lower() in _WEIGHTS and isinstance(value, int | float):
-            return float(value)
-    subject = next((part for part in path.parts if part.startswith("sub-")), None)
-    if subject is None:
-        return None
-    project = Path(*path.parts[: path.parts.index(subject)])
-    try:
-        with open(project / _PARTICIPANTS, encoding="utf-8-sig") as stream:
-            heading, *rows = (line.rstrip("\r\n").split("\t") for line in stream)
-    except (FileNotFoundError, ValueError):
-        return None
-    except OSError as error:
-        raise _unreadable(error) from error
-    column = next((i for i, name in enumerate(heading) if name.strip().lower() in _WEIGHTS), None)
-    for row in rows:
-        if column is not None and row[0] == subject and len(row) > column:
-            try:
-                return float(row[column])
-            except ValueError:
-                return None
-    return None
-
-
-def _lacking(name: str, expected: str) -> StudyError:
-    return StudyError(
-        f"the JSON sidecar of the PET has no usable {name} (PET-BIDS; expected: {expected}): add "
-        "it, or give a DICOM header of the PET"
-    )

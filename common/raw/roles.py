@@ -17,8 +17,8 @@ from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, 
 from common.dicom.pet import attenuation_corrected
 from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
-from common.raw.layouts import sidecar_of
 from common.raw.project import StudyFolder, files_of
+from common.raw.sidecar import sidecar_of
 from common.raw.words import CT_WORDS, MASK_WORDS, PET_WORDS, ROLE_NAMES, roles_by_words, words
 
 # --- candidates ------------------------------------------------------------------------------

@@ -53,7 +53,6 @@ from common.plausibility import (
     summary_of,
     weight_of,
 )
-from common.raw.layouts import read_sidecar
 from common.raw.roles import (
     Candidate,
     NiftiFile,
@@ -61,6 +60,7 @@ from common.raw.roles import (
     Roles,
     modality_of,
 )
+from common.raw.sidecar import read_sidecar
 from common.raw.words import ROLE_NAMES, words
 from common.suv.factors import SuvConversion, already_suv, spread_factors, suv_factors
 from common.suv.inputs import PetSeries

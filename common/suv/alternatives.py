@@ -18,15 +18,9 @@ from datetime import datetime, time
 import numpy as np
 
 from common.errors import StudyError
-from common.suv.decay import (
-    Array,
-    Timeline,
-    average_rate_time_s,
-    back_from_frames_s,
-    timeline,
-    uptake_s,
-)
+from common.suv.decay import average_rate_time_s, back_from_frames_s, uptake_s
 from common.suv.inputs import PetSeries, Remarks
+from common.suv.timeline import Array, Timeline, timeline
 
 ALTERNATIVES = ("autopet", "qiba", "frame_based")
 

@@ -1,7 +1,6 @@
 """Radioactive decay: the moment PET values refer to, and how long after injection that is.
 
-Pure. Moments are seconds on one clock, whose origin is an arbitrary midnight: only differences and
-times of day mean anything. The rules, as they are named in the provenance of a study:
+Pure. The rules, as they are named in the provenance of a study:
 
     12a  START: the decay reference the vendor states, on every slice (GE, Siemens), unless it was
          dummied by an anonymiser
@@ -18,193 +17,26 @@ Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, 
 pseudo-code; conformance statements of the vendors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import datetime, time, timedelta
+from dataclasses import replace
+from datetime import time
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import Kind, StudyError, Warning
 from common.suv.inputs import PetSeries, Remarks
 from common.suv.nuclides import is_half_life_of_pet
 from common.suv.provenance import Rule
-
-# --- timeline --------------------------------------------------------------------------------
-
-Array = NDArray[np.float64]
-
-DAY_S = 86_400.0
-
-SMALLEST_OFFSET_S = 900.0
-"""Step of UTC offsets [s]; clock times closer than that can't be of two zones."""
-
-_MIDNIGHT = datetime(2000, 1, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Timeline:
-    """Moments of a series [s] in the time zone of the injection; NaN where the header has none.
-
-    Attributes
-    ----------
-    acquisition_s, stated_reference_s : (n,) arrays
-        Acquisition and stated decay reference of each slice.
-    frame_reference_time_s, frame_duration_s : (n,) arrays
-        FrameReferenceTime and ActualFrameDuration of each slice: spans, not moments.
-    series_start_s : float
-        Start of the series.
-    injection_s : float
-        RadiopharmaceuticalStartDateTime; NaN also where no moment of the scan has a date.
-    injection_clock_s : float
-        RadiopharmaceuticalStartTime, from midnight; where no moment of the scan has a date, the
-        time of day of RadiopharmaceuticalStartDateTime, if that is there.
-    is_dated : bool
-        Some moment of the scan has a date.
-
-    """
-
-    acquisition_s: Array
-    stated_reference_s: Array
-    frame_reference_time_s: Array
-    frame_duration_s: Array
-    series_start_s: float
-    injection_s: float
-    injection_clock_s: float
-    is_dated: bool
-
-
-def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
-    """Put the moments of `series` on one clock.
-
-    Moments without UTC offset are taken at the offset of those that have one. Where none has, any
-    will do, as only differences count.
-
-    Raises
-    ------
-    StudyError
-        Some moments have no offset, and the others disagree about it; or the injection's clock
-        time, which has none, is not that of its date-time, which has one.
-    """
-    default = _offset_of_the_others(series, remarks)
-    injected = series.injection or series.injection_clock
-    zone = default if injected is None else _offset(injected, default)
-
-    def seconds(moment: datetime | time | None) -> float:
-        if moment is None:
-            return float("nan")
-        if isinstance(moment, time):
-            return _clock_s(moment, default, zone)
-        since = moment.replace(tzinfo=None) - _MIDNIGHT - _offset(moment, default) + zone
-        return since / timedelta(seconds=1)
-
-    acquisitions = [each.acquisition for each in series.slices]
-    scan = [series.series_start, *acquisitions]
-    scan_s = np.array([seconds(each) for each in scan])
-    stated_s = np.array([seconds(each.decay_reference) for each in series.slices])
-    undated = np.array([isinstance(each, time) for each in scan])
-    dated_s = scan_s[~undated & np.isfinite(scan_s)]
-    stated_dates_s = stated_s[np.isfinite(stated_s)]
-    if undated.any():
-        _remark_missing_dates(undated, remarks)
-        near_s = float([*dated_s, *scan_s[undated]][0])
-        if not dated_s.size and stated_dates_s.size:
-            near_s = float(_nearest_day_s(near_s, stated_dates_s[0]))
-        scan_s[undated] = _nearest_day_s(scan_s[undated], near_s)
-    injection_s, injection_clock_s = seconds(series.injection), seconds(series.injection_clock)
-    is_dated = bool(dated_s.size or stated_dates_s.size or not undated.any())
-    if not is_dated and np.isfinite(injection_s):
-        injection_s, injection_clock_s = float("nan"), injection_s % DAY_S
-    return Timeline(
-        acquisition_s=scan_s[1:],
-        stated_reference_s=stated_s,
-        frame_reference_time_s=_numbers(each.frame_reference_time_s for each in series.slices),
-        frame_duration_s=_numbers(each.frame_duration_s for each in series.slices),
-        series_start_s=float(scan_s[0]),
-        injection_s=injection_s,
-        injection_clock_s=injection_clock_s,
-        is_dated=is_dated,
-    )
-
-
-def _nearest_day_s(clock_s: Array | float, moment_s: float) -> Array:
-    """Put times of day [s] on the day on which they are nearest to a moment."""
-    return np.asarray(moment_s + (clock_s - moment_s + DAY_S / 2) % DAY_S - DAY_S / 2)
-
-
-def _remark_missing_dates(undated: NDArray[np.bool_], remarks: Remarks) -> None:
-    """Say which dates are missing: of the series, the first of `undated`, or of slices."""
-    missing = [
-        name
-        for name, is_missing in ((_SERIES_DATE, undated[0]), (_ACQUISITION_DATE, undated[1:].any()))
-        if is_missing
-    ]
-    remarks.reinterpretations.append(
-        f"no date ({' and '.join(missing)} missing): times count by the clock alone"
-    )
-
-
-def on_the_clock(span_s: Array | float) -> Array:
-    """Round spans [s] to DICOM's microseconds, as they are compared with a limit."""
-    return np.asarray(np.round(span_s, 6))
-
-
-def _offset_of_the_others(series: PetSeries, remarks: Remarks) -> timedelta:
-    """UTC offset of the moments that have none."""
-    moments = [series.injection, series.injection_clock, series.series_start]
-    moments += [each.acquisition for each in series.slices]
-    moments += [each.decay_reference for each in series.slices]
-    offsets = {each.utcoffset() for each in moments if each is not None}
-    stated = sorted(each for each in offsets if each is not None)
-    if None not in offsets or not stated:
-        return timedelta()
-    if len(stated) > 1:
-        raise StudyError(
-            "date-times with different UTC offsets beside times with none "
-            "(TimezoneOffsetFromUTC (0008,0201) is missing): add it to the header"
-        )
-    if _injection_is_in_two_zones(series):
-        raise StudyError(
-            "RadiopharmaceuticalStartDateTime (0018,1078) and RadiopharmaceuticalStartTime "
-            "(0018,1072) are in different time zones, and that of the scan is unknown "
-            "(TimezoneOffsetFromUTC (0008,0201) is missing): add it to the header"
-        )
-    remarks.reinterpretations.append(
-        "times without UTC offset (TimezoneOffsetFromUTC (0008,0201) is missing) "
-        "are taken at the offset of the header's date-times"
-    )
-    return stated[0]
-
-
-def _injection_is_in_two_zones(series: PetSeries) -> bool:
-    """Tell whether the clock time, without offset, is not that of the date-time, with one."""
-    stated, clock = series.injection, series.injection_clock
-    if stated is None or clock is None or stated.tzinfo is None or clock.tzinfo is not None:
-        return False
-    later_s = (_of_day(stated.time()) - _of_day(clock)) / timedelta(seconds=1) % DAY_S
-    return min(later_s, DAY_S - later_s) >= SMALLEST_OFFSET_S
-
-
-def _offset(moment: datetime | time, default: timedelta) -> timedelta:
-    offset = moment.utcoffset()
-    return default if offset is None else offset
-
-
-def _clock_s(clock: time, default: timedelta, zone: timedelta) -> float:
-    since_midnight = _of_day(clock) - _offset(clock, default) + zone
-    return since_midnight / timedelta(seconds=1) % DAY_S
-
-
-def _of_day(clock: time) -> timedelta:
-    return datetime.combine(_MIDNIGHT, clock.replace(tzinfo=None)) - _MIDNIGHT
-
-
-def _numbers(values: Iterable[float | None]) -> Array:
-    return np.array([np.nan if each is None else each for each in values], dtype=np.float64)
-
-
-# --- decay -----------------------------------------------------------------------------------
+from common.suv.timeline import (
+    ACQUISITION_DATE,
+    DAY_S,
+    SERIES_DATE,
+    Array,
+    Timeline,
+    nearest_day_s,
+    on_the_clock,
+)
 
 HOUR_S = 3_600.0
 
@@ -232,12 +64,10 @@ MOST_HALF_LIVES = 10.0
 STATED_REFERENCE = {"GE": "decay reference (0009,100D)", "SIEMENS": "decay reference (0071,1022)"}
 """Where vendors state the moment that values refer to."""
 
-_SERIES_DATE = "SeriesDate (0008,0021)"
 _SERIES_CLOCK = "SeriesTime (0008,0031)"
-_ACQUISITION_DATE = "AcquisitionDate (0008,0022)"
 _ACQUISITION_CLOCK = "AcquisitionTime (0008,0032)"
-_SERIES_TIME = f"{_SERIES_DATE}, {_SERIES_CLOCK}"
-_ACQUISITION_TIME = f"{_ACQUISITION_DATE}, {_ACQUISITION_CLOCK}"
+_SERIES_TIME = f"{SERIES_DATE}, {_SERIES_CLOCK}"
+_ACQUISITION_TIME = f"{ACQUISITION_DATE}, {_ACQUISITION_CLOCK}"
 _FRAME_REFERENCE_TIME = "FrameReferenceTime (0054,1300)"
 _FRAME_DURATION = "ActualFrameDuration (0018,1242)"
 _START_DATETIME = "RadiopharmaceuticalStartDateTime (0018,1078)"
@@ -523,7 +353,7 @@ def _compare_with_acquisition(
 def _compare_among_frames(reference_s: Array, remarks: Remarks) -> None:
     """Warn where frames that START refers to one moment give several."""
     # By the clock: an AcquisitionDate that missed midnight does no harm.
-    apart_s = float(np.ptp(_nearest_day_s(reference_s, float(reference_s[0]))))
+    apart_s = float(np.ptp(nearest_day_s(reference_s, float(reference_s[0]))))
     if apart_s > DISAGREEMENT_S:
         remarks.warnings.append(
             Warning(
@@ -603,7 +433,7 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
         if not times.is_dated:
             raise StudyError(
                 "the day of the scan is unknown, and with this half-life the uptake may exceed a "
-                f"day ({_SERIES_DATE} and {_ACQUISITION_DATE} missing): add them to the header"
+                f"day ({SERIES_DATE} and {ACQUISITION_DATE} missing): add them to the header"
             )
         dated = not np.isnan(times.injection_s)
         trouble = "does not fit the date of the scan" if dated else "is missing"

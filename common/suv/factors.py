@@ -25,10 +25,11 @@ import numpy as np
 from common.errors import Kind, StudyError, Warning
 from common.suv.alternatives import ALTERNATIVES, alternative_factors
 from common.suv.body import SUV_UNITS, body_quantity
-from common.suv.decay import Array, decay_reference, timeline, uptake_s
-from common.suv.inputs import PetSeries, PetSlice, Remarks, refuse_reinterpretations
+from common.suv.decay import decay_reference, uptake_s
+from common.suv.inputs import PetSeries, Remarks, refuse_reinterpretations
 from common.suv.nuclides import SAME_NUCLIDE, is_half_life_of_pet
 from common.suv.provenance import Provenance, Rule, rounded, value_range
+from common.suv.timeline import Array, timeline
 
 # --- pet units -------------------------------------------------------------------------------
 
@@ -228,16 +229,6 @@ def _conversion(
 
 
 # --- suv -------------------------------------------------------------------------------------
-
-__all__ = [
-    "SUV_UNITS",
-    "PetSeries",
-    "PetSlice",
-    "SuvConversion",
-    "already_suv",
-    "spread_factors",
-    "suv_factors",
-]
 
 LEAST_WEIGHT_IN_GRAMS = 1000.0
 """PatientWeight from which on it must be in grams."""

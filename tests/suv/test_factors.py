@@ -61,7 +61,8 @@ from common.dicom.pet import read_pet_series
 from common.errors import StudyError
 from common.suv.body import body_quantity
 from common.suv.decay import average_rate_time_s
-from common.suv.factors import PetSeries, PetSlice, already_suv, spread_factors, suv_factors
+from common.suv.factors import already_suv, spread_factors, suv_factors
+from common.suv.inputs import PetSeries, PetSlice
 from common.suv.provenance import Rule, coarse
 
 DRO = Path(__file__).parents[3] / "shared" / "data" / "suv_dro"
