@@ -273,6 +273,7 @@ def study_card(
         views=projections(volumes, marks),
         slices={number: lesion_picture(volumes, number, marks[number]) for number in shown},
         lesions=lesions,
+        by_label=by_label,
         study=study,
         sentence=suv_sentence(provenance),
         rules=rule_sentences(provenance),

@@ -313,8 +313,9 @@ def full_turn(
 PICTURE_SCALE, OUTLINE_PIXELS = 2, 3
 """Pixels of a picture to one of the volume, and across an outline: WebP blurs narrow colours."""
 
-_LETTER_PIXELS, _BAR_MARGIN = 20, 60
-"""Height of letters, as pages show projections smaller than they are; room for the bar."""
+_LETTER_PIXELS, _BAR_MARGIN, _LEAST_CANVAS = 20, 60, 150
+"""Height of letters, as pages show projections smaller than they are; room for the bar, beside
+and from top to bottom."""
 
 _SIDES = {
     "coronal": ("RL", "patient's left on the right"),
@@ -385,17 +386,19 @@ def projections(volumes: Volumes, marks: Mapping[int, Sequence[float]]) -> list[
         grey, mask, contour = (_turned(plane, size, mirrored) for plane in planes)
         pixels = _as_rgb(grey_of_suv(grey)).astype(np.uint8)
         _outlined(pixels, mask, contour, OUTLINE_PIXELS)
-        picture = Image.new("RGB", (width + _BAR_MARGIN, height), (255, 255, 255))
+        canvas = (width + _BAR_MARGIN, max(height, _LEAST_CANVAS))
+        picture = Image.new("RGB", canvas, (255, 255, 255))
         picture.paste(Image.fromarray(pixels), (0, 0))
         for number, voxel in marks.items():
             across_px = (voxel[across] + 0.5) * spacing[across] / mm_per_pixel
             down_px = size[1] - (voxel[2] + 0.5) * spacing[2] / mm_per_pixel
             at = size[0] - across_px if mirrored else across_px
-            _write(picture, (at + 8, down_px - 8), str(number), "lb", _LETTER_PIXELS)
+            beside = at + 8, max(down_px - 8, _LETTER_PIXELS + 4)
+            _write(picture, beside, str(number), "lb", _LETTER_PIXELS)
         sides, words = _SIDES[name]
         _write_sides(picture, (0, 0, *size), sides, _LETTER_PIXELS)
         top = 2 * _LETTER_PIXELS
-        length = max(1, min(240, height - top - _LETTER_PIXELS))
+        length = min(240, canvas[1] - top - _LETTER_PIXELS)
         _draw_bar(picture, width + 14, top, length, overlay=False, pixels=_LETTER_PIXELS)
         text = f"PET maximum-intensity projection, {name}, lesions outlined and numbered; {words}"
         views.append(_embedded(picture, f"PET {name}", text))

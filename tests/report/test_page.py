@@ -176,9 +176,8 @@ def test_the_page_fetches_nothing():
 def test_the_lesion_is_outlined_where_a_radiologist_expects_it(view, shape, column, row):
     height, width = (pictures.PICTURE_SCALE * n for n in shape)
     pixels = picture(a_card(), view)
-    assert pixels.shape[0] == height
     # The bar of colours has a margin of its own.
-    pixels = pixels[:, :width]
+    pixels = pixels[:height, :width]
     rows, columns = np.nonzero(np.ptp(pixels, axis=2) > 60)
     assert rows.mean() / pictures.PICTURE_SCALE == pytest.approx(row, abs=2)
     assert columns.mean() / pictures.PICTURE_SCALE == pytest.approx(column, abs=1)
@@ -424,7 +423,7 @@ def shown(page):
 
 def choose(page, name, value):
     page.execute_script(
-        "const s = document.getElementById(arguments[0]); s.value = arguments[1];"
+        "const s = document.getElementById('-' + arguments[0]); s.value = arguments[1];"
         "s.dispatchEvent(new Event('input'));",
         name,
         value,
@@ -582,7 +581,7 @@ def test_what_is_saved_is_the_accepted_keys_and_all_ratings(page):
         const done = arguments[0], texts = [];
         URL.createObjectURL = blob => { blob.text().then(t => { texts.push(t);
             if (texts.length === 2) done(texts); }); return "#"; };
-        document.getElementById("keys").click(); document.getElementById("ratings").click();""")
+        document.getElementById("-keys").click(); document.getElementById("-ratings").click();""")
     page.execute_script("localStorage.clear()")
     keys, ratings = sorted(saved, key=len)
     assert keys == "aaaaaaa001\n"
@@ -592,12 +591,31 @@ def test_what_is_saved_is_the_accepted_keys_and_all_ratings(page):
     }
 
 
+def test_studies_called_what_objects_or_controls_are_called_are_rated_as_any(browser, tmp_path):
+    names = ["__proto__", "constructor", "find", "ratings", "a <b>x'\"|&"]
+    path = tmp_path / "names.html"
+    path.write_text(a_page([a_card(name) for name in names]))
+    browser.get(path.as_uri())
+    assert shown(browser) == names
+    for rate in browser.find_elements("css selector", "input[value=accept]"):
+        rate.click()
+    browser.refresh()
+    kept = browser.find_elements("css selector", "input[value=accept]:checked")
+    assert len(kept) == len(names)
+    assert browser.execute_script("return Object.keys(ratings).length") == len(names)
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('article')].map(a => a.offsetWidth)"
+    )
+    assert len(set(widths)) == 1
+    browser.execute_script("localStorage.clear()")
+
+
 def test_distributions_name_the_study_that_is_far_out(browser, tmp_path):
     cards = [a_card(f"aaaaaaa{n:03d}", suv_max=8 + n / 10) for n in range(9)]
     path = tmp_path / "far.html"
     path.write_text(a_page([*cards, a_card("fffffffff9", suv_max=39.0)]))
     browser.get(path.as_uri())
-    panel = browser.find_element("css selector", "#overview section")
+    panel = browser.find_element("css selector", "#-overview section")
     assert "far out: fffffffff9 (39)" in panel.text
     browser.find_element("css selector", "input[aria-label='SUVmax from']").send_keys("20")
     assert shown(browser) == ["fffffffff9"]
@@ -706,5 +724,5 @@ def test_the_theme_button_changes_the_background(page):
         return page.execute_script("return getComputedStyle(document.body).backgroundColor")
 
     before = background()
-    page.find_element("id", "theme").click()
+    page.find_element("id", "-theme").click()
     assert background() != before
