@@ -6,41 +6,24 @@ On the way it is checked that files and images belong together: one patient, one
 
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.components import voxels_above_zero
-from common.dicom.attributes import (
-    items,
-    joined_text,
-    required_number,
-    required_numbers,
-    tag_of,
-    to_ras,
-)
+from common.dicom.attributes import items, joined_text, tag_of
 from common.dicom.files import DicomFile, Series
-from common.dicom.masks import (
-    contoured_images,
-    listed,
-    matching,
-    referenced_images,
-    referenced_series,
-    region_frames,
-    series_of_frames,
-)
+from common.dicom.masks import listed, referenced_series
 from common.dicom.pet import read_pet_series
 from common.dicom.pixels import read_ct, read_pet
-from common.dicom.rtstruct import read_rtstruct, region_names
+from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
 from common.dicom.uneven import lies_on_slices, read_mask_of_uneven
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
-from common.geometry import Grid, Image, embedded, inverse
+from common.geometry import Grid, Image, embedded
 from common.image_checks import check_labels, check_mask, check_mask_overlaps, check_overlap
 from common.lesions import dose_fraction
 from common.masks import completed, united
@@ -53,312 +36,14 @@ from common.plausibility import (
     summary_of,
     weight_of,
 )
-from common.raw.roles import (
-    Candidate,
-    NiftiFile,
-    NiftiFiles,
-    Roles,
-    modality_of,
-)
+from common.raw.consistency import DrawnOn, check_frames, check_identity, find_drawn_on
+from common.raw.header_planes import check_planes_of, factors_on, planes_of_headers
+from common.raw.roles import Candidate, NiftiFile, NiftiFiles, Roles
 from common.raw.sidecar import read_sidecar
-from common.raw.words import ROLE_NAMES, words
-from common.suv.factors import SuvConversion, already_suv, spread_factors, suv_factors
+from common.raw.words import ROLE_NAMES
+from common.suv.factors import SuvConversion, already_suv, suv_factors
 from common.suv.inputs import PetSeries
 from common.suv.provenance import minimal
-
-# --- header planes ---------------------------------------------------------------------------
-
-FloatArray = NDArray[np.float64]
-
-ON_GRID_VOXELS = 0.1
-"""Distance of a header's slice from a slice of the NIfTI PET that still counts as the same."""
-
-SAME_FACTOR = 1e-9
-"""Relative difference up to which two factors to SUV are one."""
-
-
-class Planes(NamedTuple):
-    """Where the slices of n headers lie [LPS], as DICOM has it."""
-
-    position_mm: FloatArray  # (n, 3)
-    orientation: FloatArray  # (n, 6)
-    spacing_mm: FloatArray  # (n, 2), from row to row, from column to column
-    matrix: FloatArray  # (n, 2), columns and rows
-
-    def first_and_last_pixel_in(self, image: Image) -> FloatArray:
-        """Voxel indices of both in an image, (2, n, 3)."""
-        columns_mm, rows_mm = ((self.matrix - 1) * self.spacing_mm[:, ::-1]).T[..., np.newaxis]
-        diagonal_mm = columns_mm * self.orientation[:, :3] + rows_mm * self.orientation[:, 3:]
-        ends_mm = to_ras(np.stack([self.position_mm, self.position_mm + diagonal_mm]))
-        to_voxel = inverse(image.affine)
-        return np.asarray(ends_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3])
-
-
-def planes_of_headers(header: Series | Stack) -> Planes | None:
-    """Return where slices lie, if all headers tell."""
-    if isinstance(header, Stack):
-        planes = [
-            (each.position_mm, each.orientation, each.pixel_spacing_mm, each.matrix)
-            for each in header.slices
-        ]
-        return Planes(*map(np.array, zip(*planes, strict=True)))
-    headers = [file.header for file in header.files]
-    counts = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
-    if not all(joined_text(each, keyword) for each in headers for keyword in counts):
-        return None
-    position_mm, orientation, spacing_mm = (
-        np.array([required_numbers(each, keyword, count) for each in headers])
-        for keyword, count in counts.items()
-    )
-    matrix = [[required_number(each, k) for k in ("Columns", "Rows")] for each in headers]
-    return Planes(position_mm, orientation, spacing_mm, np.array(matrix))
-
-
-def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[Warning, ...]:
-    """Refuse headers whose slices are none of a NIfTI PET: they belong to another series.
-
-    Where the user trusts them, that is returned as a warning.
-    """
-    ends = planes.first_and_last_pixel_in(image)
-    voxels = first, last = np.rint(ends)
-    on_voxels = np.abs(ends[0] - first).max() <= ON_GRID_VOXELS
-    end = np.array(image.data.shape) - 1
-    inside = np.array_equal(voxels, np.clip(voxels, 0, end))
-    extents = np.sort(np.abs(last - first))
-    of_matrix = np.sort(np.insert(planes.matrix - 1, 0, 0, axis=1))
-    of_slice = [np.sort(np.where(np.arange(3) == axis, 0, end)) for axis in range(3)]
-    whole_slices = (extents == of_matrix).all() and any((extents == s).all() for s in of_slice)
-    if on_voxels and inside and whole_slices:
-        return ()
-    trouble = (
-        f"the header belongs to another series than the PET ({tag_of('Rows')}, "
-        f"{tag_of('Columns')}, {tag_of('PixelSpacing')}, {tag_of('ImagePositionPatient')} or "
-        f"{tag_of('ImageOrientationPatient')} does not fit)"
-    )
-    if trusted:
-        return (Warning(Kind.TRUSTED, f"{trouble}: trusted"),)
-    raise StudyError(
-        f"{trouble}: give a header of this PET, or --trust-geometry if the PET was cropped or "
-        "resampled"
-    )
-
-
-def factors_on(image: Image, suv: SuvConversion, planes: Planes | None) -> FloatArray:
-    """Return factors that broadcast over a NIfTI PET, each on the slice of its header."""
-    factors = suv.factors
-    if planes is not None:
-        first, _ = planes.first_and_last_pixel_in(image)
-        axis = int(np.ptp(first, axis=0).argmax())
-        n_slices = image.data.shape[axis]
-        indices = np.rint(first[:, axis]).astype(int)
-        if sorted(indices) == list(range(n_slices)):
-            shape = np.where(np.arange(3) == axis, n_slices, 1)
-            return factors[np.argsort(indices)].reshape(shape)
-    if np.ptp(factors) <= SAME_FACTOR * factors.max():
-        one = dataclasses.replace(suv, factors=factors[:1])
-        return spread_factors(one, image.data.shape[2])[:1].reshape(1, 1, 1)
-    raise StudyError(
-        "the factor to SUV differs by slice, but the headers do not cover the slices of the PET: "
-        "give the header of every slice, or the DICOM series itself"
-    )
-
-
-# --- belonging -------------------------------------------------------------------------------
-
-_OTHER_PATIENT = "give each patient a study folder, or --trust-geometry if it is one patient"
-_REMEDIES = {
-    "PatientID": _OTHER_PATIENT,
-    "PatientBirthDate": _OTHER_PATIENT,
-    "PatientName": _OTHER_PATIENT,
-    "FrameOfReferenceUID": "register them, or give --trust-geometry if they lie in one space",
-    "SeriesInstanceUID": "give a header of this PET, or none, as the series has its own",
-}
-"""What to do where an attribute differs that has to be the same."""
-
-
-def check_identity(roles: Roles, *, trusted: bool) -> list[Warning]:
-    """Refuse DICOM files of several patients, frames of reference or PET series.
-
-    Where the user trusts them, what differs is returned as warnings. So are names that differ
-    between files whose PatientID agrees: names have many spellings.
-    """
-    files = {
-        ROLE_NAMES[role]: found
-        for role in ROLE_NAMES
-        if (found := _dicom_files(getattr(roles, role)))
-    }
-    stated = {
-        keyword: {name: _values(each, keyword) for name, each in files.items()}
-        for keyword in ("PatientID", "PatientBirthDate", "FrameOfReferenceUID")
-    }
-    if isinstance(roles.pet, Series):
-        stated["SeriesInstanceUID"] = {
-            name: _values(files[name], "SeriesInstanceUID")
-            for name in (ROLE_NAMES["pet"], ROLE_NAMES["header"])
-            if name in files
-        }
-    is_known = all(stated["PatientID"].values())
-    stated["PatientName"] = {name: _values(each, "PatientName") for name, each in files.items()}
-    warnings = []
-    for keyword, by_name in stated.items():
-        for who in _who_differ(by_name):
-            trouble = f"{who} do not belong together ({tag_of(keyword)} differs)"
-            if trusted:
-                warnings.append(Warning(Kind.TRUSTED, f"{trouble}: trusted"))
-            elif keyword == "PatientName" and is_known:
-                warnings.append(
-                    Warning(
-                        Kind.TRUSTED,
-                        f"{who} differ in {tag_of(keyword)}, but not in {tag_of('PatientID')}",
-                    )
-                )
-            else:
-                raise StudyError(f"{trouble}: {_REMEDIES[keyword]}")
-    return warnings
-
-
-def _dicom_files(source: Candidate | None) -> Sequence[DicomFile]:
-    if isinstance(source, Series):
-        return source.files
-    return [source] if isinstance(source, DicomFile) else []
-
-
-def _values(files: Sequence[DicomFile], keyword: str) -> frozenset[str]:
-    """Return what headers say, leaving out those that say nothing."""
-    if keyword == "FrameOfReferenceUID":
-        # The regions of an RTSTRUCT name their own: see `check_frames`.
-        images = (each for each in files if modality_of(each) != "RTSTRUCT")
-        found = {joined_text(each.header, keyword) for each in images}
-    elif keyword == "PatientName":
-        found = {_bare_name(joined_text(each.header, keyword)) for each in files}
-    else:
-        found = {joined_text(each.header, keyword) for each in files}
-    return frozenset(found - {""})
-
-
-def _bare_name(name: str) -> str:
-    """Return the words of family and given name, which scanners and readers write differently."""
-    alphabetic, _, _ = name.partition("=")
-    family_and_given = " ".join((alphabetic or name).split("^")[:2])
-    return " ".join(sorted(words(unicodedata.normalize("NFC", family_and_given))))
-
-
-def _who_differ(by_name: Mapping[str, frozenset[str]]) -> Iterator[str]:
-    """Yield the roles whose files differ among themselves, or who else differs from whom."""
-    mixed = [name for name, values in by_name.items() if len(values) > 1]
-    yield from (f"the files of the {name}" for name in mixed)
-    by_value: dict[str, list[str]] = {}
-    for name, values in by_name.items():
-        for value in values if name not in mixed else ():
-            by_value.setdefault(value, []).append(name)
-    if len(by_value) > 1:
-        yield " versus ".join(" and ".join(names) for names in by_value.values())
-
-
-class DrawnOn(NamedTuple):
-    """The image on which an RTSTRUCT was drawn."""
-
-    role: str
-    """ "ct" or "pet"."""
-    series_is_there: bool
-    """Whether the RTSTRUCT names that very series, or `--mask-on` says so."""
-    by_option: bool = False
-    """Whether `--mask-on` alone says so."""
-
-
-def find_drawn_on(roles: Roles, mask_on: str | None = None) -> DrawnOn | None:
-    """Return the image that an RTSTRUCT was drawn on; `mask_on` where the RTSTRUCT can't tell.
-
-    None where the mask is no RTSTRUCT.
-
-    Raises
-    ------
-    StudyError
-        It was drawn on another series, or on both, and `mask_on` does not say on which.
-    """
-    if not isinstance(roles.mask, DicomFile) or modality_of(roles.mask) != "RTSTRUCT":
-        return None
-    role_of = _roles_by_uid(roles)
-    drawn_on: set[str] = set()
-    references = []
-    for find_references in (referenced_series, contoured_images, referenced_images):
-        uids = find_references(roles.mask.header)
-        references.append(uids)
-        named = {role_of[uid] for uid in uids if uid in role_of}
-        if len(named) == 1:
-            return DrawnOn(named.pop(), series_is_there=True)
-        drawn_on |= named
-    if mask_on is not None:
-        return DrawnOn(mask_on, series_is_there=bool(drawn_on), by_option=True)
-    keyword = tag_of("RTReferencedSeriesSequence")
-    remedy = "say by --mask-on ct or --mask-on pet on which, or convert the mask to NIfTI"
-    if not any(references):
-        raise StudyError(
-            f"the RTSTRUCT does not say which series it was drawn on ({keyword}): {remedy}"
-        )
-    if drawn_on:
-        raise StudyError(
-            f"the RTSTRUCT was drawn on both the CT and the PET of the study ({keyword}): {remedy}"
-        )
-    raise StudyError(
-        "the RTSTRUCT was drawn on a series that is neither the CT nor the PET of the study "
-        f"({keyword}): add that series or choose it with --ct or --pet; if only its UIDs were "
-        f"changed, {remedy}"
-    )
-
-
-def _roles_by_uid(roles: Roles) -> dict[str, str]:
-    """Return "ct" or "pet" by the UIDs of the series and of its images."""
-    return {
-        joined_text(file.header, keyword): role
-        for role, source in (("ct", roles.ct), ("pet", roles.pet), ("pet", roles.header))
-        if isinstance(source, Series)
-        for file in source.files
-        for keyword in ("SeriesInstanceUID", "SOPInstanceUID")
-    }
-
-
-def check_frames(
-    roles: Roles, drawn_on: DrawnOn, roi: re.Pattern[str] | None, *, trusted: bool
-) -> tuple[Warning, ...]:
-    """Hold the frames of reference of an RTSTRUCT's regions against that of their image.
-
-    Where the very series is there that the RTSTRUCT names, the regions lie in it, whatever frame
-    they name; unless it is the frame of yet another series that the RTSTRUCT names, too.
-    """
-    assert isinstance(roles.mask, DicomFile)
-    header = roles.mask.header
-    sources = [roles.ct] if drawn_on.role == "ct" else [roles.pet, roles.header]
-    images = [image for source in sources for image in _dicom_files(source)]
-    here = {joined_text(image.header, "FrameOfReferenceUID") for image in images} - {""}
-    frames = region_frames(header)
-    chosen = matching(region_names(header), roi, "ROIName")
-    others = [n for n in chosen if here and n in frames and frames[n] not in here]
-    if not others:
-        return ()
-    role_of = _roles_by_uid(roles)
-    elsewhere = {
-        frame
-        for frame, series in series_of_frames(header).items()
-        if series and not any(uid in role_of for uid in series)
-    }
-    abroad = [n for n in others if drawn_on.series_is_there and frames[n] in elsewhere]
-    trouble = (
-        f"region {listed(abroad or others)} of the RTSTRUCT names another frame of reference "
-        f"({tag_of('ReferencedFrameOfReferenceUID')}) than the {ROLE_NAMES[drawn_on.role]} has"
-    )
-    if trusted:
-        return (Warning(Kind.TRUSTED, f"{trouble}: trusted"),)
-    if drawn_on.series_is_there and not abroad:
-        text = f"{trouble}: read all the same, as the series that it was drawn on is there"
-        return (Warning(Kind.TRUSTED, text),)
-    raise StudyError(
-        f"{trouble}: leave it out with --roi, or give --trust-geometry if all lie in one space"
-    )
-
-
-# --- study -----------------------------------------------------------------------------------
-
 
 PLAUSIBLE_LARGEST_SUV = (0.1, 1000.0)
 """What the largest SUV of a PET lies between, unless its values have another unit than believed."""
