@@ -169,14 +169,22 @@ def sound_provenance(value: Any) -> Mapping[str, Any]:
     """Return how the SUV came about; empty where a file does not tell it in a known form."""
     provenance = coarse(json_object(value))
     texts = [provenance.get(name) for name in ("suv_type", "rule")]
-    factors = provenance.get("factor_range") or [0.0]
-    minutes = provenance.get("minutes_to_reference") or []
-    lists = isinstance(factors, list) and isinstance(minutes, list)
-    if not lists or not all(isinstance(text, str) for text in texts):
+    factors, minutes, said = (
+        provenance.get(name) or []
+        for name in ("factor_range", "minutes_to_reference", "reinterpretations")
+    )
+    alternatives = provenance.get("alternatives") or {}
+    known_types = (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(each, list) for each in (factors, minutes, said))
+        and isinstance(alternatives, dict)
+    )
+    if not known_types:
         return {}
-    weight_kg = provenance.get("weight_kg")
-    numbers = [*factors, *minutes, *([] if weight_kg is None else [weight_kg])]
-    return provenance if all(map(is_number, numbers)) else {}
+    told = [provenance.get("weight_kg"), *alternatives.values()]
+    numbers = [*factors, *minutes, *(value for value in told if value is not None)]
+    known_types = all(map(is_number, numbers)) and all(isinstance(text, str) for text in said)
+    return provenance if known_types else {}
 
 
 # --- the markup ------------------------------------------------------------------------------
@@ -374,7 +382,9 @@ def suv_sentence(provenance: Mapping[str, Any]) -> str:
             parts.append(f"factor {_span(provenance['factor_range'], '.6g')}")
     if provenance.get("weight_kg"):
         parts.append(f"body weight {provenance['weight_kg']:g} kg")
-    sentence = ", ".join(parts) + f" (rule {provenance['rule'] or '6'})."
+    # What was given as SUV went by no rule of a number.
+    rule = "" if units is None else f" (rule {provenance['rule'] or '6'})"
+    sentence = ", ".join(parts) + rule + "."
     if provenance.get("reinterpretations"):
         sentence += " Reinterpreted: " + "; ".join(provenance["reinterpretations"]) + "."
     return sentence
@@ -388,7 +398,7 @@ def rule_sentences(provenance: Mapping[str, Any]) -> str:
 
 def alternatives_sentence(provenance: Mapping[str, Any]) -> str:
     """Say how other rules in use would have scaled the same images; empty where none applies."""
-    middle = float(np.mean(provenance.get("factor_range", [0.0])))
+    middle = float(np.mean(provenance.get("factor_range") or [0.0]))
     found = {
         name: factor
         for name in _ALTERNATIVE_NAMES

@@ -218,6 +218,66 @@ def test_a_lesion_is_cut_through_its_hottest_voxel_and_the_place_is_told_in_mm()
     assert found["caption"] == "Lesion 7: axial, z = 78 mm; coronal, y = 8 mm; sagittal, x = -38 mm"
 
 
+def two_places(labels):
+    """Volumes with a label at (18, 5, 25) and one at (4, 5, 5), hottest at their first voxels."""
+    mask, image = np.zeros(SHAPE, np.uint8), np.zeros((2, *SHAPE), np.float16)
+    for label, (i, j, k) in zip(labels, ((17, 4, 24), (3, 4, 4)), strict=True):
+        block = slice(i, i + 3), slice(j, j + 3), slice(k, k + 3)
+        mask[block], image[0][block], image[0][i, j, k] = label, 0.1, 0.2
+    return pictures.volumes_of(image, mask, mask, ATTRIBUTES)
+
+
+NEAR, FAR = (-36.0, 10.0, 75.0), (-8.0, 10.0, 15.0)
+
+
+def row(label, place_mm):
+    return {"label": label, "mtv_ml": 0.3, "centroid_mm": place_mm}
+
+
+def test_a_lesion_that_vanished_by_resampling_is_not_shown_as_another_one():
+    rows = [row(1, NEAR), row(2, FAR), row(3, (-36.0, 10.0, 5.0))]
+    found = pictures.hottest_voxels(two_places((1, 1)), rows, by_label=False)
+    assert found == {1: (17, 4, 24), 2: (3, 4, 4)}
+
+
+def test_with_labels_kept_a_row_is_shown_where_its_label_is_hottest():
+    middle = (-22.0, 10.0, 45.0)
+    found = pictures.hottest_voxels(
+        two_places((2, 7)), [row(2, NEAR), row(7, FAR), row(9, NEAR)], by_label=True
+    )
+    assert found == {2: (17, 4, 24), 7: (3, 4, 4)}
+    [voxel] = pictures.hottest_voxels(two_places((1, 1)), [row(1, middle)], by_label=True).values()
+    assert voxel in ((17, 4, 24), (3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "[]", "{", "{" * 5000, '{"study": {}}', 5, None, '{"study": {"lesion_count": "x"}}'],
+)
+def test_measures_and_provenance_of_another_make_are_left_out(value):
+    assert page_module.sound_measures(value) == {}
+    assert page_module.sound_provenance(value) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rule": 7},
+        {"suv_type": None},
+        {"factor_range": "large"},
+        {"weight_kg": "heavy"},
+        {"minutes_to_reference": ["a"]},
+        {"reinterpretations": 5},
+        {"alternatives": ["a"]},
+        {"alternatives": {"autopet": "a"}},
+    ],
+)
+def test_provenance_of_odd_types_is_told_as_unknown(change):
+    record = page_module.sound_provenance(json.dumps({**BQML, **change}))
+    assert record == {}
+    assert "not known" in page_module.suv_sentence(record)
+
+
 def test_a_lesion_lies_in_the_middle_of_each_panel_whatever_the_orientation_of_the_file():
     side, heading, gap = pictures.PANEL_PIXELS, 18, 4
     for flip in ((1, 1, 1), (-1, 1, 1), (1, -1, -1)):
