@@ -230,8 +230,8 @@ _NO_SLICE = re.compile(
 _NO_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")
 """Values of RescaleType of maps that were computed from a CT."""
 
-_HU = ("HU", "HU_MOD")
-"""Values of RescaleType of an Enhanced CT, which has to say what it holds."""
+_HU = "HU"
+"""RescaleType of an Enhanced CT, which has to say what it holds; modified HU are a map's."""
 
 _HU_UNITS = ("[hnsf'U]", "hnsf'U", "HU")
 """Codes of the Hounsfield unit in MeasurementUnitsCodeSequence (UCUM, with its older form)."""
@@ -527,7 +527,7 @@ def _is_frame_in_hu(header: pydicom.Dataset, frame: pydicom.Dataset) -> bool:
     rescaling = functional_group(header, frame, "PixelValueTransformationSequence")
     rescale_type = joined_text(rescaling, "RescaleType").upper() if rescaling is not None else ""
     mappings = functional_groups(header, frame, "RealWorldValueMappingSequence")
-    return (not rescale_type or rescale_type in _HU) and _is_unit_hu(mappings)
+    return rescale_type in ("", _HU) and _is_unit_hu(mappings)
 
 
 def _is_unit_hu(mappings: Iterable[pydicom.Dataset]) -> bool:

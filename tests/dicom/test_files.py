@@ -176,7 +176,8 @@ def of_units(*codes):
     ("rescale_type", "units", "is_ct"),
     [
         ("HU", (), True),
-        ("hu_mod", (), True),
+        ("hu", (), True),
+        ("HU_MOD", (), False),
         ("", (), True),
         ("HU", ("[hnsf'U]",), True),
         ("", ("mg/ml", "[hnsf'U]"), True),
