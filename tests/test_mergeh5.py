@@ -766,6 +766,14 @@ def test_a_hash_takes_all_projections_of_its_study_and_a_key_one(inputs, output,
         assert sorted(file["image"]) == [f"{A}_000", f"{A}_060", f"{A}_120", f"{C}_060"]
 
 
+def test_a_hash_takes_its_rows_of_a_stack(inputs, output, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"{B}\n")
+    assert run(project(inputs["one"], "--stack"), "-o", output, "--keys", keys) == 0
+    with h5py.File(output) as file:
+        assert list(file["key"].asstr()) == [f"{B}_000", f"{B}_060", f"{B}_120"]
+
+
 def test_listed_studies_that_no_file_holds_are_named(inputs, output, tmp_path, capsys):
     keys = tmp_path / "keys.txt"
     keys.write_text(f"{A}\n{C}\n{D}\n")
