@@ -138,7 +138,8 @@ def _count_labelled(mask: Image, pet: Grid) -> tuple[int, int]:
     to_pet = voxel_map(pet, mask.grid)
     n_labelled = n_on_pet = 0
     for k in np.flatnonzero(mask.data.any(axis=(0, 1))):
-        i, j = np.nonzero(mask.data[:, :, k])
+        # As the voxels lie in memory.
+        j, i = np.nonzero(mask.data[:, :, k].T)
         there = moved(to_pet, np.stack([i, j, np.full_like(i, k)]))
         n_labelled += len(i)
         n_on_pet += int(within(there, pet.shape).all(axis=0).sum())

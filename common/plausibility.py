@@ -23,12 +23,11 @@ COARSE_MM = 4.0
 
 
 def coarse(image: Image) -> Image:
-    """Return an image of every n-th voxel, about `COARSE_MM` apart."""
+    """Return an image of every n-th voxel, about `COARSE_MM` apart: a view."""
     steps = [max(1, round(COARSE_MM / mm)) for mm in image.grid.spacing_mm]
     affine = image.affine.copy()
     affine[:3, :3] *= steps
-    few = image.data[tuple(slice(None, None, step) for step in steps)]
-    return Image(few.copy(order="K"), affine)
+    return Image(image.data[tuple(slice(None, None, step) for step in steps)], affine)
 
 
 # --- CT --------------------------------------------------------------------------------------
@@ -104,14 +103,24 @@ MOST_NEGATIVE = 0.1
 
 
 def _negative_uptake(suv: Array, tissue: NDArray[np.bool_]) -> Iterator[Warning]:
-    below = float((suv < -NOISE_SUV).mean())
-    in_tissue = float((suv[tissue] < 0).mean()) if tissue.any() else 0.0
-    lost = -float(suv[suv < 0].sum(dtype=np.float64))
-    uptake = float(suv[suv > 0].sum(dtype=np.float64))
+    n_below = n_negative = n_in_tissue = 0
+    lost = uptake = 0.0
+    # A slice at a time: whole masks and copies take much memory, and time.
+    for k in range(suv.shape[2]):
+        values = suv[:, :, k].copy(order="K")
+        negative = values < 0
+        n_below += int(np.count_nonzero(values < -NOISE_SUV))
+        n_negative += int(np.count_nonzero(negative))
+        n_in_tissue += int(np.count_nonzero(negative & tissue[:, :, k]))
+        lost -= float(np.minimum(values, 0).sum(dtype=np.float64))
+        uptake += float(np.maximum(values, 0).sum(dtype=np.float64))
+    below = n_below / suv.size
+    n_tissue = np.count_nonzero(tissue)
+    in_tissue = n_in_tissue / n_tissue if n_tissue else 0.0
     if max(below, in_tissue) > MOST_NEGATIVE or lost > MOST_NEGATIVE * uptake:
         yield Warning(
             Kind.IMPLAUSIBLE,
-            f"the PET has negative values ({(suv < 0).mean():.0%} of its voxels, "
+            f"the PET has negative values ({n_negative / suv.size:.0%} of its voxels, "
             f"{in_tissue:.0%} of those in the body, down to SUV {suv.min():.3g}): check the sign "
             "and the padding of "
             "its values (PixelRepresentation (0028,0103), RescaleIntercept (0028,1052))",

@@ -472,6 +472,8 @@ _GZIP_LEVEL = 1
 
 _ZLIB_HEADER = b"\x78\x01"
 _LONGEST_STORED = 0xFFFF
+_SAMPLED = 64
+"""Bytes in a row of a sample: what deflate finds repeated lies near by."""
 
 Block = tuple[slice, ...]
 
@@ -585,7 +587,12 @@ def _zlib_stream(bytes_apart: NDArray[np.uint8]) -> bytes:
 
 
 def _is_halved(of_one_kind: NDArray[np.uint8]) -> bool:
-    return 2 * len(deflate.deflate_compress(of_one_kind, _GZIP_LEVEL)) < of_one_kind.size
+    """Tell whether gzip halves bytes, by a quarter of them, taken throughout."""
+    n_rows = of_one_kind.size // _SAMPLED
+    sample = of_one_kind
+    if n_rows >= 64:
+        sample = of_one_kind[: n_rows * _SAMPLED].reshape(n_rows, _SAMPLED)[::4].copy()
+    return 2 * len(deflate.deflate_compress(sample, _GZIP_LEVEL)) < sample.size
 
 
 def _stored(content: bytes) -> bytes:

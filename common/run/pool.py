@@ -198,6 +198,13 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, never)
 
 
+def give_back_memory() -> None:
+    """Give what is free back to the kernel, where what comes next fits in none of its pieces."""
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 # --- studies over the pool -------------------------------------------------------------------
 
 _POLL_S = 0.05
