@@ -207,7 +207,7 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
             "the slices lie more than half a day apart, or on both sides of the injection "
             f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
         )
-    _doubt_uptake(on_the_clock(found_s), half_life_s, remarks)
+    _check_uptake(on_the_clock(found_s), half_life_s, remarks)
     waited_s = found_s + times.acquisition_s - reference_s
     if np.isfinite(waited_s).all() and np.abs([found_s, waited_s]).max() < SHORTEST_WAIT_S:
         remarks.warnings.append(
@@ -221,7 +221,7 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     return found_s
 
 
-def _doubt_uptake(uptake_s: Array, half_life_s: float, remarks: Remarks) -> None:
+def _check_uptake(uptake_s: Array, half_life_s: float, remarks: Remarks) -> None:
     """Warn of uptakes that are odd for a scan; refuse those that can't be."""
     longest_s = float(uptake_s.max())
     if longest_s > MOST_HALF_LIVES * half_life_s and not is_half_life_of_pet(half_life_s):
