@@ -236,6 +236,19 @@ def test_nnunet_finds_the_dataset_sound(exported, tmp_path):
     assert full["spacing"] == [3.0, 2.0, 2.0]
 
 
+def test_the_commands_on_the_page_export_what_nnunet_plans(made, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/training.md").read_text()
+    export, plan, *_ = page.split("## nnU-Net\n")[1].split("```sh\n")[1].splitlines()
+    other = make(tmp_path / "breast_3d.h5", {"eeeeeee005": study_images(5)})
+    shutil.copy(made, tmp_path / "lung_3d.h5")
+    assert other.exists()
+    monkeypatch.chdir(tmp_path)
+    assert mergeh5.main([word.replace("nnUNet_raw", "raw") for word in export.split()[2:]]) == 0
+    name, _, number, *options = plan.split()
+    assert (name, options) == ("nnUNetv2_plan_and_preprocess", ["--verify_dataset_integrity"])
+    check_by_nnunet(tmp_path, int(number))
+
+
 def check_by_nnunet(folder, number):
     """Have nnU-Net check a dataset in folder/raw, and return its plans."""
     here = Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")

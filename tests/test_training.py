@@ -1,4 +1,4 @@
-"""Training on the file: patches as they are stored, workers that open it, a Dice above 0.9."""
+"""Training on the file: patches as they are stored, whole volumes by windows, Dice, refusals."""
 
 import re
 import subprocess
@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
+from project_zips import study_images, write_zip
 
-import createproject
 import preprocessing
-from examples import phantom
+from examples import to_patient
 
 torch = pytest.importorskip("torch", reason="PyTorch is optional")
 
@@ -32,12 +33,13 @@ def file(tmp_path_factory):
             mask = np.zeros((1, *SHAPE), np.uint8)
             mask[0, 20:24, 10:14, 12:16] = 1
             image = (random.random((2, *SHAPE)) / 20).astype(np.float16)
-            image[0][mask[0] > 0] = image[0, 5:8, 28:31, 20:23] = 0.2
+            image[0][mask[0] > 0] = image[0, 5:9, 28:32, 20:24] = 0.2
             out[f"image/{key}"], out[f"mask/{key}"] = image, mask
             out[f"mask_iso/{key}"] = mask * (np.arange(SHAPE[2]) < 14).astype(np.uint8)
             out[f"image/{key}"].attrs["suv_range"] = (0.0, 40.0)
             out[f"image/{key}"].attrs["ct_range"] = (-1000.0, 1000.0)
             out[f"image/{key}"].attrs["affine"] = np.diag([-2.0, 2.0, 3.0, 1.0])
+            out[f"image/{key}"].attrs["hash_lengths"] = (7, 3)
     return path
 
 
@@ -49,7 +51,7 @@ def test_a_patch_is_a_flipped_part_of_its_study_image_and_mask_alike(file):
         ]
     places = [np.lib.stride_tricks.sliding_window_view(s, (3, 16, 16, 16))[0] for s in studies]
     for image, mask in (train.LesionPatches(file, KEYS, patch=16)[i] for i in range(6)):
-        patch = torch.cat([image, mask]).numpy()
+        patch = torch.cat([image, mask[None]]).numpy()
         flips = [np.flip(patch, axes) for n in range(8) for axes in [flip_axes(n)]]
         corner = np.stack([flip[1, 0, 0, 0] for flip in flips])
         assert any(
@@ -110,16 +112,275 @@ def test_volumes_smaller_than_a_patch_are_padded(file):
     assert mask.sum() == 64
 
 
-def test_the_network_learns_the_demo_to_a_dice_above_0_9(tmp_path, capsys):
-    assert phantom.main([str(tmp_path / "raw")]) == 0
-    archive, volumes = tmp_path / "demo.zip", tmp_path / "demo_3d.h5"
-    assert createproject.main([str(tmp_path / "raw"), "-o", str(archive), "-q"]) == 0
-    assert preprocessing.main([str(archive), "-o", str(volumes), "-q"]) == 0
-    capsys.readouterr()
-    assert train.main([str(volumes)]) == 0
-    scores = re.findall(r"Dice (\d\.\d+)", capsys.readouterr().out)
-    assert len(scores) == 6
-    assert float(scores[-1]) > 0.9
+# --- patches as plain h5py reads them --------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", ["gzip", "lzf", "none"])
+def test_patches_read_by_chunk_are_those_of_plain_h5py(compression, tmp_path):
+    archive = write_zip(tmp_path / "p.zip", {KEYS[0]: study_images()})
+    volumes = tmp_path / "p.h5"
+    command = [archive, "-o", volumes, "-q", "-j", 1, "--shape", 50, 45, "--spacing", 1, 1, 1]
+    assert preprocessing.main([str(a) for a in (*command, "--compression", compression)]) == 0
+    random = np.random.default_rng(0)
+    with train.opened(volumes) as stored:
+        for group in ("image", "mask"):
+            dataset = stored[group][KEYS[0]]
+            shape = np.array(dataset.shape[1:])
+            assert (shape > dataset.chunks[1:]).any()
+            for _ in range(20):
+                corner = random.integers(shape)
+                size = random.integers(1, shape - corner + 1)
+                box = (slice(None), *map(slice, corner, corner + size))
+                np.testing.assert_array_equal(train.read_patch(dataset, corner, size), dataset[box])
+
+
+def test_patches_of_files_of_another_make_are_read_too(tmp_path):
+    values = np.random.default_rng(0).random((2, 20, 21, 22)).astype(np.float32)
+    kinds = {
+        "contiguous": {},
+        "plain gzip": {"chunks": (1, 7, 8, 9), "compression": "gzip"},
+        "shuffled": {"chunks": (2, 7, 8, 9), "compression": "gzip", "shuffle": True},
+        "summed": {"compression": "gzip", "shuffle": True, "fletcher32": True},
+    }
+    with h5py.File(tmp_path / "x.h5", "w") as out:
+        for name, options in kinds.items():
+            dataset = out.create_dataset(name, data=values, **options)
+            patch = train.read_patch(dataset, (3, 0, 11), (10, 21, 11))
+            np.testing.assert_array_equal(patch, values[:, 3:13, :, 11:])
+
+
+def test_the_page_has_the_reader_as_it_is():
+    page, code = ((ROOT / name).read_text() for name in ("docs/training.md", "examples/train.py"))
+    [snippet] = re.findall(r"```python\n(import itertools\n.*?)```", page, re.DOTALL)
+    exec(compile(snippet, "page", "exec"), {})
+    reader = re.search(r"^def read_patch.*?return patch\n", code, re.DOTALL | re.MULTILINE)[0]
+    assert reader in page
+
+
+# --- whole volumes ---------------------------------------------------------------------------
+
+
+class Brightest(torch.nn.Module):
+    """Class 1 where the PET is above half of its scale, 2 where the CT is: voxel by voxel."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = torch.nn.Conv3d(2, 3, 1)
+
+    def forward(self, x):
+        return torch.cat([torch.full_like(x[:, :1], 0.5), x], 1)
+
+
+@pytest.mark.parametrize("shape", [(37, 50, 16), (16, 16, 16), (5, 60, 33), (48, 17, 29)], ids=str)
+def test_windows_cover_a_volume_of_any_size(shape):
+    image = np.random.default_rng(1).random((2, *shape)).astype(np.float32)
+    found = train.predict(Brightest(), image, 16, "cpu")
+    expected = np.concatenate([np.full((1, *shape), 0.5), image]).argmax(0)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_windows_overlap_by_a_quarter_at_least():
+    for n in range(16, 80):
+        starts = [at[0] for at in train.corners((n, 16, 16), 16)]
+        assert (starts[0], starts[-1]) == (0, n - 16)
+        assert max(np.diff(starts), default=0) <= 12
+
+
+def test_pale_windows_are_background():
+    image = np.full((2, 16, 16, 16), 0.9 * train.PALE_SUV / train.SUV_SCALE, np.float32)
+    image[1] = 0.9
+    assert not train.predict(Brightest(), image, 16, "cpu").any()
+    image[0, 3, 3, 3] *= 1.2
+    assert train.predict(Brightest(), image, 16, "cpu").all()
+
+
+def test_dice_is_the_mean_of_the_classes_that_occur():
+    true, found = np.array([0, 1, 1, 0, 0, 0]), np.array([0, 1, 0, 0, 2, 0])
+    assert train.dice_of(found, true, 4) == pytest.approx((2 / 3 + 0) / 2)
+    assert train.dice_of(true * 0, true * 0, 4) == 1
+    assert train.dice_of(true, true, 4) == 1
+
+
+# --- learning --------------------------------------------------------------------------------
+
+
+def bright_study(seed):
+    """A study whose two kinds of lesion differ in PET and CT from all around."""
+    images = study_images(seed, (48, 48, 40), (2.0, 2.0, 2.0), (24, 24, 20), (4.0, 4.0, 4.0))
+    ct, pet, mask = (np.asanyarray(images[role].dataobj) for role in ("ct", "petsuv", "mask"))
+    random = np.random.default_rng(seed)
+    ct[...], pet[...], mask[...] = 40, 1.5, 0
+    for label in (3, 7):
+        x, y, z = random.integers(5, 15, 3)
+        mask[x : x + 5, y : y + 5, z : z + 4] = label
+    for label, suv in ((3, 9), (7, 18)):
+        pet[mask == label] = suv
+    return images
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """Eight studies of four patients with labels 3 and 7, trained on three of these patients."""
+    folder = tmp_path_factory.mktemp("learnt")
+    keys = [f"{patient * 7}00{visit}" for patient in "abcd" for visit in (1, 2)]
+    records = {key: {"hash_lengths": [7, 3]} for key in keys}
+    studies = {key: bright_study(seed) for seed, key in enumerate(keys)}
+    archive = write_zip(folder / "p.zip", studies, records=records)
+    volumes = folder / "p.h5"
+    command = [archive, "-o", volumes, "-q", "-j", 1, "--labels", "keep", "--shape", 48, 48]
+    assert preprocessing.main([str(a) for a in (*command, "--spacing", 2, 2, 2)]) == 0
+    (folder / "train.txt").write_text("\n".join(keys[:6]))
+    (folder / "val.txt").write_text("\n".join(keys[6:]))
+    return folder, keys
+
+
+def lists(folder):
+    return "--train", folder / "train.txt", "--val", folder / "val.txt"
+
+
+def run(*arguments):
+    return train.main([str(argument) for argument in arguments])
+
+
+QUICK = ("--threads", 1, "--workers", 0, "--width", 4, "--patch", 16, "--window", 24)
+
+
+@pytest.fixture(scope="module")
+def trained(learnt):
+    folder, _ = learnt
+    numbers = ("--steps", 150, "--report", 50, *QUICK)
+    kept = ("--checkpoint", folder / "net.pt", "--predictions", folder / "predictions")
+    command = [sys.executable, ROOT / "examples/train.py", folder / "p.h5", *lists(folder)]
+    done = subprocess.run(
+        [str(a) for a in (*command, *numbers, *kept)], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_held_out_studies_are_told_of_early_and_in_the_end(trained, learnt):
+    _, keys = learnt
+    lines = trained.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["step 50 of 150", "step 100 of 150"]
+    assert all("validation Dice 0." in line for line in lines[:2])
+    assert [line.split()[0] for line in lines[2:4]] == keys[6:]
+    assert re.fullmatch(r"mean validation Dice 0\.\d{3} of 2 studies", lines[4])
+
+
+def test_two_labels_are_learnt_and_predicted_as_they_are(trained, learnt):
+    """The Dice that is told is that of the files, and to_patient.py takes these."""
+    folder, keys = learnt
+    with h5py.File(folder / "p.h5") as stored:
+        for key in keys[6:]:
+            image = nibabel.load(folder / "predictions" / f"{key}.nii.gz")
+            found, true = np.asanyarray(image.dataobj), stored["mask"][key][0]
+            np.testing.assert_allclose(image.affine, stored["mask"][key].attrs["affine"], atol=1e-4)
+            assert found.shape == true.shape
+            assert set(np.unique(found)) <= {0, 3, 7}
+            scores = [
+                2 * ((found == n) & (true == n)).sum() / ((found == n).sum() + (true == n).sum())
+                for n in (3, 7)
+            ]
+            [told] = re.findall(rf"{key}  Dice (\S+)", trained)
+            assert float(told) == pytest.approx(np.mean(scores), abs=1e-3)
+            assert np.mean(scores) > 0.7
+            back = [str(folder / "predictions" / f"{key}.nii.gz"), str(folder / "p.zip")]
+            assert to_patient.main(back) == 0
+
+
+def test_a_checkpoint_finds_again_what_it_found(trained, learnt, tmp_path, capsys):
+    folder, keys = learnt
+    assert run(
+        folder / "p.h5", "--val", folder / "val.txt", "--load", folder / "net.pt",
+        "--predictions", tmp_path / "again", *QUICK,
+    ) == 0  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == trained.splitlines()[2:]
+    for key in keys[6:]:
+        name = f"predictions/{key}.nii.gz"
+        again = (tmp_path / "again" / f"{key}.nii.gz").read_bytes()
+        assert (folder / name).read_bytes() == again
+
+
+def test_without_lists_whole_patients_are_held_out(learnt, capsys):
+    folder, keys = learnt
+    assert run(folder / "p.h5", "--steps", 2, *QUICK) == 0
+    told = re.findall(r"^(\w+)  Dice", capsys.readouterr().out, flags=re.MULTILINE)
+    assert told == keys[:2]
+
+
+def spoilt(kind, folder, tmp_path):
+    """Arguments of which one can't be met."""
+    volumes, known = folder / "p.h5", folder / "val.txt"
+    other = tmp_path / "other.txt"
+    match kind:
+        case "unknown study":
+            other.write_text("ddddddd001\nnobody0001\n")
+            return [volumes, "--train", folder / "train.txt", "--val", other]
+        case "empty list":
+            other.write_text("\n")
+            return [volumes, "--train", other, "--val", known]
+        case "no such list":
+            return [volumes, "--train", other, "--val", known]
+        case "a patient on both sides":
+            other.write_text("ccccccc001\nddddddd002\n")
+            return [volumes, "--train", folder / "train.txt", "--val", other]
+        case "no such file":
+            return [tmp_path / "none.h5", *lists(folder)]
+        case "no HDF5":
+            other.write_text("text")
+            return [other, *lists(folder)]
+        case "2D":
+            with h5py.File(tmp_path / "2d.h5", "w") as out:
+                out["image/ddddddd001_000"] = np.zeros((2, 4, 4))
+            return [tmp_path / "2d.h5", *lists(folder)]
+        case "nothing to learn from":
+            return [volumes, "--val", known]
+        case "nothing to validate with":
+            return [volumes, "--train", folder / "train.txt"]
+        case "no checkpoint":
+            other.write_text("text")
+            return [volumes, "--val", known, "--load", other]
+        case "no GPU":
+            return [volumes, *lists(folder), "--device", "cuda"]
+    return [volumes, *lists(folder), "--checkpoint", tmp_path / "none" / "net.pt"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    {
+        "unknown study": "1 of 2 studies are not in",
+        "empty list": "names no study",
+        "no such list": "No such file",
+        "a patient on both sides": "1 patients are in both lists, the first is ccccccc",
+        "no such file": "cannot be read",
+        "no HDF5": "is no file of preprocessing.py",
+        "2D": "is 2D",
+        "nothing to learn from": "give --train LIST",
+        "nothing to validate with": "--val LIST is missing",
+        "no checkpoint": "is no checkpoint",
+        "no GPU": "finds no GPU",
+        "no folder": "its folder does not exist",
+    }.items(),
+)
+def test_what_can_not_be_done_is_one_line(kind, said, learnt, tmp_path, capsys):
+    if kind == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run(*spoilt(kind, learnt[0], tmp_path), *QUICK) == 1
+    told = capsys.readouterr()
+    assert said in told.err
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options", [("--patch", 36), ("--steps", 0), ("--width", -1), ("--device", "tpu")], ids=str
+)
+def test_wrong_arguments_end_with_status_2(options, learnt, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(learnt[0] / "p.h5", *lists(learnt[0]), *options)
+    assert ended.value.code == 2
+
+
+# --- snippets --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("library", ["PyTorch", "MONAI", "TorchIO"])
