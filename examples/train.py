@@ -53,8 +53,11 @@ PALE_SUV = 1.0
 SUV_SCALE, HU_MIDDLE, HU_SCALE = 10.0, 40.0, 100.0
 """By which SUV and HU become a network's input."""
 
-FEWEST_VOXELS, MOST_PLACES = 50, 2000
-"""Of a region of uptake that is no noise; voxels kept of a region to draw patches around."""
+AROUND = (*("tumour", "uptake") * 3, "tumour", "anywhere")
+"""What one patch after the other is around."""
+
+FEWEST_VOXELS, MOST_PLACES = 500, 2000
+"""Of uptake that is no noise, nor a lesion's rim; voxels of a region that patches are around."""
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def network_input(image: np.ndarray, attributes: Mapping[str, Any]) -> np.ndarra
 class LesionPatches(torch.utils.data.Dataset):
     """Random patches of PET and CT with the tumour mask, flipped at random.
 
-    Of four patches two are around a lesion, one is around other uptake, one is anywhere.
+    Half of them are around a lesion, three eighths around other uptake, the others anywhere.
 
     Parameters
     ----------
@@ -147,7 +150,7 @@ class LesionPatches(torch.utils.data.Dataset):
         file, chance = self._opened(), np.random.default_rng((self.seed, index))
         key = self.keys[chance.integers(len(self.keys))]
         image, mask = file["image"][key], file[self.target][key]
-        start = self._start(key, ("tumour", "uptake", "tumour", "anywhere")[index % 4], chance)
+        start = self._start(key, AROUND[index % len(AROUND)], chance)
         size = np.minimum(self.patch, image.shape[1:])
         x = self._padded(network_input(read_patch(image, start, size), image.attrs))
         y = classes_of(self._padded(read_patch(mask, start, size))[0], self.labels)
@@ -225,27 +228,34 @@ def labels_in(path: Path, keys: Sequence[str], target: str) -> list[int]:
 
 
 class SmallUNet(nn.Module):
-    """Halves its input three times: PET and CT (N, 2, X, Y, Z) to logits (N, classes, X, Y, Z)."""
+    """PET and CT (N, 2, X, Y, Z) to logits (N, classes, X, Y, Z), mostly at half resolution.
+
+    Edges are halved four times: a network that sees no more than a patch takes the heart, where
+    that has uptake, for tumour.
+    """
 
     def __init__(self, width: int = 8, n_classes: int = 2) -> None:
         super().__init__()
-        channels = [width, 2 * width, 4 * width, 8 * width]
+        channels = [2 * width, 4 * width, 4 * width, 8 * width]
         pairs = list(itertools.pairwise(channels))
-        self.first = block(2, width)
+        self.stem = nn.Conv3d(2, width, 2, stride=2)
+        self.first = block(width, channels[0])
         self.downs = nn.ModuleList(block(upper, lower) for upper, lower in pairs)
         self.narrows = nn.ModuleList(nn.Conv3d(lower, upper, 1) for upper, lower in pairs)
         self.ups = nn.ModuleList(block(2 * upper, upper) for upper, _ in pairs)
+        self.rise = nn.ConvTranspose3d(channels[0], width // 2, 2, stride=2)
+        self.fine = block(2 + width // 2, width)
         self.out = nn.Conv3d(width, n_classes, 1)
         self.shrink, self.grow = nn.MaxPool3d(2), nn.Upsample(scale_factor=2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        levels = [self.first(x)]
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        levels = [self.first(self.stem(image))]
         for down in self.downs:
             levels.append(down(self.shrink(levels[-1])))
         x = levels.pop()
         for narrow, up in zip(reversed(self.narrows), reversed(self.ups), strict=True):
             x = up(torch.cat([self.grow(narrow(x)), levels.pop()], 1))
-        return self.out(x)
+        return self.out(self.fine(torch.cat([self.rise(x), image], 1)))
 
 
 def block(n_in: int, n_out: int) -> nn.Sequential:
@@ -398,8 +408,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in NUMBERS:
         if not vars(options)[name.replace("-", "_")] and name not in ("seed", "workers"):
             parser.error(f"--{name}: give at least 1")
-    if options.patch % 8 or options.window % 8:
-        parser.error("--patch, --window: give multiples of 8, as the network halves them thrice")
+    if options.patch % 16 or options.window % 16 or options.width % 2:
+        parser.error("--patch and --window are multiples of 16, --width of 2: the network halves")
     try:
         run(options)
     except (Refusal, OSError) as error:
@@ -409,11 +419,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 NUMBERS = {
-    "steps": (400, "of training"),
-    "report": (100, "validate every N steps"),
+    "steps": (450, "of training"),
+    "report": (150, "validate every N steps"),
     "report-studies": (4, "with so many studies; in the end with all"),
     "patch": (48, "edge of a patch [voxels]"),
-    "window": (48, "edge of a window in whole volumes [voxels]"),
+    "window": (64, "edge of a window in whole volumes [voxels]"),
     "batch": (4, "patches a step"),
     "width": (8, "channels on top"),
     "workers": (1, "processes that read patches"),
