@@ -363,8 +363,8 @@ def _read_at_once(stream: Any, stored_size: int, role: str) -> Image | None:
     compressed[: len(first)] = first
     for start in range(len(first), stored_size, _READ):
         # Zip members are copied: a part at a time, so that the stream is in memory once.
-        part = memoryview(compressed)[start : start + _READ]
-        if _read_into(part, stream) < len(part):
+        stop = min(start + _READ, stored_size)
+        if _read_into(memoryview(compressed)[start:stop], stream) < stop - start:
             return None
     if stream.read(1):
         return None
