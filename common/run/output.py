@@ -51,7 +51,8 @@ def writing_part(part: Path, beside: Sequence[Path] = ()) -> Iterator[Path]:
     Old files `beside` OUTPUT go first: those there are when the part is there belong to it.
     """
     for path in beside:
-        path.unlink(missing_ok=True)
+        with clear_write_errors(path):
+            path.unlink(missing_ok=True)
     with writing(part, part.with_name(f"{part.name}.{_here()}.tmp")) as temporary:
         yield temporary
 
