@@ -6,7 +6,10 @@ and hold no lock, and the next run ends well.
 
 import fcntl
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,6 +110,29 @@ def test_a_pause_is_no_end(name, who, inputs, uninterrupted, tmp_path):
         os.kill(pid, signal.SIGCONT)
     assert finished(run).status == 0, run.stderr
     assert contents(folder / "out") == uninterrupted[name][1]
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
+@pytest.mark.parametrize("limit", [300_000_000, 1_500_000_000])
+@pytest.mark.parametrize("name", STAGES)
+def test_little_address_space_ends_a_run_in_one_line(name, limit, inputs, uninterrupted, tmp_path):
+    """In 300 MB OpenBLAS tried for ever to get its memory."""
+    stage = STAGES[name]
+    folder = prepared(inputs, tmp_path / "run")
+    script = Path(stage.main.__globals__["__file__"])
+    command = ["prlimit", f"--as={limit}", sys.executable, str(script), *stage.command()]
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, cwd=folder, env=one_thread, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    left = contents(folder / "out")
+    if run.returncode == 0:
+        assert left == uninterrupted[name][1]
+    else:
+        assert (run.returncode, left.get(Path(stage.output).name)) == (1, None)
+        [line] = run.stderr.splitlines()
+        assert line.startswith("error: this process may address 300 MB, which is too little")
+    assert (run.returncode == 1) == (limit < 400_000_000)
 
 
 def without_reader() -> None:

@@ -19,7 +19,7 @@ from common.hashing import fingerprint
 from common.run import console
 from common.run.atomic import behind_links, lock_file
 from common.run.fan_out import Engine
-from common.run.machine import available_cpus
+from common.run.machine import available_cpus, refuse_little_address_space
 from common.run.output import parts_folder
 from common.run.signals import interruptible
 from common.run.stage import failures_file
@@ -356,6 +356,7 @@ def _run(
     options: argparse.Namespace, stage: Callable[[], Sequence[Outcome]], closing: Closing
 ) -> int:
     try:
+        refuse_little_address_space()
         outcomes = stage()
     except Exception as error:
         logger.error("%s", _explain(error))

@@ -5,11 +5,38 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import StageError
+
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 _UNLIMITED = 1 << 60
 """Limits from here on are version 1's way to say "none" [bytes]."""
+
+
+LEAST_ADDRESS_SPACE = 400_000_000
+"""What a process must be let address [bytes]: with less OpenBLAS tries for ever to get its own."""
+
+
+def refuse_little_address_space() -> None:
+    """Refuse a limit (``ulimit -v``) that leaves no room for the libraries.
+
+    Raises
+    ------
+    StageError
+        It does.
+    """
+    try:
+        import resource
+    except ImportError:
+        # Windows has none.
+        return
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY and most < LEAST_ADDRESS_SPACE:
+        raise StageError(
+            f"this process may address {most / 1e6:.0f} MB, which is too little: let it have "
+            f"{LEAST_ADDRESS_SPACE / 1e6:.0f} MB and what its studies take (ulimit -v)"
+        )
 
 
 def default_jobs(bytes_per_study: int) -> int:
