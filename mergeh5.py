@@ -232,7 +232,9 @@ class MergePlan:
     ----------
     parameters : dict
         Options of value that the files have in common.
+    found : dict of key to Found
     sources : dict of key to file
+        As they were given.
     samples : sequence of Sample
         Of each key, where folds or patients are needed; else empty.
     attributes : dict of key to dict
@@ -244,6 +246,7 @@ class MergePlan:
     """
 
     parameters: Mapping[str, Any]
+    found: Mapping[str, merging.Found]
     sources: Mapping[str, Path]
     samples: Sequence[splits.Sample]
     attributes: Mapping[str, Mapping[str, Any]]
@@ -334,17 +337,22 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
             "--link, --splits and --leave-out take no stacks: leave them out, or give plain 2D "
             "files, or 3D ones"
         )
-    chosen = merging.chosen_sources(
-        options.inputs, options.on_duplicate, is_wanted, stacked=stacked
+    chosen = merging.find_studies(
+        options.inputs,
+        parameters,
+        options.on_duplicate,
+        is_wanted,
+        with_digests=not (options.link or options.force) and options.output.exists(),
     )
-    sources = {
-        key: path
-        for key, path in chosen.items()
+    found = {
+        key: each
+        for key, each in chosen.items()
         if cli.in_shard(study_of(key, parameters), options.shard)
     }
+    sources = {key: each.source for key, each in found.items()}
     is_3d = content_of(parameters) is Content.VOLUMES
     if is_3d and not options.allow_mixed:
-        merging.refuse_mixed_suv_types(sources)
+        merging.refuse_mixed_suv_types(found)
     if not is_3d and (options.cases or options.report or options.export_nnunet):
         raise StageError(
             "--cases, --report and --export-nnunet need 3D files, not 2D ones: give files of "
@@ -353,6 +361,7 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     parted = needs_folds(options) or options.cases is not None
     return MergePlan(
         parameters,
+        found,
         sources,
         samples=merging.read_samples(sources, parameters) if parted else [],
         attributes=merging.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
@@ -436,8 +445,8 @@ def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
     if options.force or not options.output.exists():
         return False
     try:
-        wanted = plan.parameters, plan.sources, options.link
-        return bool(in_own_process(merging.holds, options.output, *wanted))
+        is_there = merging.links_to if options.link else merging.holds
+        return bool(in_own_process(is_there, options.output, plan.parameters, plan.found))
     except (WorkerKilled, Unreachable):
         raise
     except StageError:
@@ -460,11 +469,11 @@ def write_merged(
         An input is not of the version that was planned with.
     """
     made_by = {"parameters": plan.parameters, "software": SOFTWARE}
-    assemble = (
-        functools.partial(index.assemble_links, **made_by, output=options.output)
-        if options.link
-        else functools.partial(merging.assemble_merged, **made_by)
-    )
+    assemble = functools.partial(merging.assemble_merged, **made_by)
+    sources = plan.sources
+    if options.link:
+        assemble = functools.partial(index.assemble_links, **made_by, output=options.output)
+        sources = {key: each.file for key, each in plan.found.items()}
     failed: dict[str, Outcome] = {}
 
     def before_replacing(path: Path) -> None:
@@ -473,7 +482,7 @@ def write_merged(
                 raise StageError(f"{source}: has been made anew since this run began: run again")
         failed.update(beside())
 
-    replace_output(options.output, assemble, plan.sources, before_replacing)
+    replace_output(options.output, assemble, sources, before_replacing)
     return failed
 
 

@@ -32,12 +32,12 @@ from common.hdf5.parts import read_as_planned, read_volume, write_projections
 from common.hdf5.studies import (
     COMPRESSIONS,
     Content,
+    attribute,
     content_of,
     has_blosc,
     projection_key,
-    read_attributes,
+    read_each,
     read_parameters,
-    read_shapes,
 )
 from common.projection import mask_mips, padded, projection_angles, training_mips
 from common.quality_warnings import turned_axis
@@ -218,11 +218,20 @@ def read_source(path: Path, shard: tuple[int, int]) -> Source:
     parameters = read_parameters(path)
     if content_of(parameters) is not Content.VOLUMES:
         raise StageError(f"{path}: holds projections already: give a 3D file")
-    shapes = read_shapes(path)
-    keys = [key for key in shapes if cli.in_shard(key, shard)]
-    digests = merge.read_digests(dict.fromkeys(keys, path))
-    spacings_mm = read_attributes(path, list(shapes), "spacing")
-    projects = read_attributes(path, keys, "project")
+    digests: dict[str, Sequence[str]] = {}
+    spacings_mm: dict[str, Any] = {}
+    projects: dict[str, str] = {}
+
+    def read(key: str, datasets: Sequence[Any]) -> tuple[int, ...]:
+        image = datasets[0]
+        if (spacing_mm := attribute(image, "spacing")) is not None:
+            spacings_mm[key] = spacing_mm
+        if cli.in_shard(key, shard):
+            digests[key] = merge.digests_of(datasets)
+            projects[key] = attribute(image, "project") or ""
+        return tuple(image.shape)
+
+    shapes = read_each(path, read)
     return Source(parameters, shapes, spacings_mm, digests, projects)
 
 

@@ -7,7 +7,7 @@ folder, and lead to the datasets themselves, never to another index.
 import functools
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +31,31 @@ from common.hdf5.studies import (
 
 def assemble_links(
     path: Path,
-    sources: Mapping[str, Path],
+    files: Mapping[str, Path],
     parameters: Mapping[str, Any],
     software: str,
     output: Path,
 ) -> None:
-    """Write an index of the keys in `sources`.
+    """Write an index.
 
     Parameters
     ----------
     path : Path
         To be written.
-    sources : dict of key to Path
-        Files that hold the keys, or lead to them.
+    files : dict of key to Path
+        Those that hold the datasets.
     parameters, software
         Of the file.
     output : Path
         Where the index will be.
-
-    Raises
-    ------
-    DamagedSource
-        A source can't be read.
     """
-    _write_links(path, data_files(sources), parameters, software, output)
+    relative = functools.lru_cache(maxsize=8)(
+        functools.partial(os.path.relpath, start=output.resolve().parent)
+    )
+    with create_file(path, parameters, software) as target:
+        for key, file in sorted(files.items()):
+            for group in GROUPS:
+                target[group][key] = h5py.ExternalLink(relative(file), f"/{group}/{key}")
 
 
 def assemble_index(
@@ -90,54 +91,21 @@ def assemble_index(
         for study in sources
     }
     linked = _linked_files(output)
-    data_files(
-        {
-            keys_of[study][0]: source
-            for study, source in sources.items()
-            if linked.get(study) != source
-        }
-    )
-    files = {key: source for study, source in sources.items() for key in keys_of[study]}
-    _write_links(path, files, parameters, software, output)
-
-
-def _write_links(
-    path: Path,
-    files: Mapping[str, Path],
-    parameters: Mapping[str, Any],
-    software: str,
-    output: Path,
-) -> None:
-    relative = functools.lru_cache(maxsize=8)(
-        functools.partial(os.path.relpath, start=output.resolve().parent)
-    )
-    with create_file(path, parameters, software) as target:
-        for key, file in sorted(files.items()):
-            for group in GROUPS:
-                target[group][key] = h5py.ExternalLink(relative(file), f"/{group}/{key}")
-
-
-def data_files(sources: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the files that hold the keys: their sources, or what those lead to.
-
-    Raises
-    ------
-    DamagedSource
-        A source can't be read.
-    """
     with keeping_open():
-        return {key: _data_file(source, key) for key, source in sorted(sources.items())}
+        for study, source in sorted(sources.items()):
+            if linked.get(study) != source:
+                with blaming(source):
+                    _check(source, keys_of[study][0])
+    files = {key: source for study, source in sources.items() for key in keys_of[study]}
+    assemble_links(path, files, parameters, software, output)
 
 
-def _data_file(source: Path, key: str) -> Path:
-    with blaming(source):
-        try:
-            files = {dataset_in(opened(source), group, key).file.filename for group in GROUPS}
-        except DAMAGE as error:
-            raise StageError(f"{source}: study {key} is damaged: make that file again") from error
-        if len(files) > 1:
-            raise StageError(f"{source}: study {key} is in several files: make it again")
-        return Path(files.pop()).resolve()
+def _check(source: Path, key: str) -> None:
+    try:
+        for group in GROUPS:
+            dataset_in(opened(source), group, key)
+    except DAMAGE as error:
+        raise StageError(f"{source}: study {key} is damaged: make that file again") from error
 
 
 def holds_links(path: Path) -> bool:
@@ -171,19 +139,35 @@ def read_stored(store: Path, index: Path) -> dict[str, str]:
 
 def _linked_files(index: Path) -> dict[str, Path]:
     """Return the file that an index links to by hash; none where it is no sound index."""
-    found: dict[str, Path] = {}
-    folder = index.resolve().parent
     try:
         parameters = read_parameters(index)
-        with open_file(index) as file:
-            images = file["image"]
-            for key in images:
-                study = study_of(key, parameters)
-                # All projections of a study are in one file.
-                if study not in found:
-                    link = images.get(key, getlink=True)
-                    if isinstance(link, h5py.ExternalLink):
-                        found[study] = Path(os.path.normpath(folder / link.filename))
+        # All projections of a study are in one file.
+        return read_links(index, lambda key: study_of(key, parameters))
     except StageError:
         return {}
+
+
+def read_links(index: Path, name_of: Callable[[str], str] = str) -> dict[str, Path]:
+    """Return the files that an index links to by key, or by another name: the first key's of each.
+
+    Parameters
+    ----------
+    index : Path
+        Keys that it does not link are left out.
+    name_of : function, optional
+        From a key.
+    """
+    folder = index.resolve().parent
+    place_of = functools.lru_cache(maxsize=8)(
+        lambda relative: Path(os.path.normpath(folder / relative))
+    )
+    found: dict[str, Path] = {}
+    with open_file(index) as file:
+        images = file["image"]
+        for key in images:
+            name = name_of(key)
+            if name not in found:
+                link = images.get(key, getlink=True)
+                if isinstance(link, h5py.ExternalLink):
+                    found[name] = place_of(link.filename)
     return found

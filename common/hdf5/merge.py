@@ -4,16 +4,19 @@ Chunks, filters and attributes go over as they are. The bytes of a result depend
 and parameters alone, not on how the studies are spread over files.
 """
 
+import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 
 from common.errors import StageError, blaming
-from common.hashing import array_digest, as_hash_lengths
-from common.hdf5.index import holds_links
+from common.hashing import array_digest, as_hash_lengths, fingerprint
+from common.hdf5.index import holds_links, read_links
 from common.hdf5.stacks import assemble_stack, common_length, holds_rows, read_rows, same_row
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
@@ -32,10 +35,9 @@ from common.hdf5.studies import (
     open_studies,
     opened,
     projection_key,
-    read_attributes,
+    read_each,
     read_keys,
     read_parameters,
-    read_shapes,
     study_of,
 )
 from common.splits import Sample
@@ -152,66 +154,126 @@ def _may_differ(name: str, one: Any, other: Any) -> bool:
     return name == "shape" and bool(one) and bool(other) and one[:2] == other[:2]
 
 
-def refuse_mixed_suv_types(sources: Mapping[str, Path]) -> None:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A key in one of the files that are merged.
+
+    Attributes
+    ----------
+    source : Path
+        The file, as it was given.
+    file : Path
+        The one that holds the datasets: the source, or what that leads to.
+    suv_type : str
+        What the image is relative to; of projections empty.
+    digest : str
+        Of values and attributes; empty where it was not asked for.
+    """
+
+    source: Path
+    file: Path
+    suv_type: str = ""
+    digest: str = ""
+
+
+def find_studies(
+    inputs: Sequence[Path],
+    parameters: Mapping[str, Any],
+    on_duplicate: str,
+    is_wanted: Callable[[str], bool] | None = None,
+    *,
+    with_digests: bool = False,
+) -> dict[str, Found]:
+    """Return where each key is taken from, of those that are wanted; None: of all.
+
+    Each file, and each that it leads to, is read once.
+
+    Raises
+    ------
+    StageError
+        A file can't be read; files hold a study with other content; there is no study.
+    """
+    stacked = content_of(parameters) is Content.STACK
+    is_same = same_row if stacked else same_content
+    chosen: dict[str, Found] = {}
+    for path in inputs:
+        found = (
+            dict.fromkeys(read_rows(path), Found(path, path))
+            if stacked
+            else read_each(path, functools.partial(_found, path, with_digests))
+        )
+        for key, each in found.items():
+            if is_wanted is not None and not is_wanted(key):
+                continue
+            if key not in chosen or is_same(key, chosen[key].source, path):
+                chosen.setdefault(key, each)
+            elif on_duplicate == "error":
+                raise StageError(
+                    f"{path}: study {key} is in {chosen[key].source} too, with other content: "
+                    "choose with --on-duplicate skip (keep the first) or replace (take the last)"
+                )
+            elif on_duplicate == "replace":
+                chosen[key] = each
+    if not chosen:
+        raise StageError("the input files hold no study")
+    return chosen
+
+
+def _found(source: Path, with_digests: bool, key: str, datasets: Sequence[h5py.Dataset]) -> Found:
+    return Found(
+        source,
+        _place_of(h5py.h5f.get_name(datasets[0].id)),
+        str(attribute(datasets[0], "suv_type") or "") if datasets[0].ndim == 4 else "",
+        fingerprint(list(map(_told_of, datasets))) if with_digests else "",
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _place_of(filename: bytes) -> Path:
+    return Path(os.fsdecode(filename)).resolve()
+
+
+def _told_of(dataset: h5py.Dataset) -> list[Any]:
+    """Return the digest of attributes, that of the values among them; of a foreign file both."""
+    told = attribute(dataset, ATTRIBUTES_DIGEST)
+    return [told] if told else [all_attributes(dataset), digest_of(dataset)]
+
+
+def refuse_mixed_suv_types(found: Mapping[str, Found]) -> None:
     """Raise where images are relative to different things: body weight, lean body mass and so on.
 
     Those of zips of another make, whose type is unknown, go with any.
     """
-    first: tuple[str, Path] | None = None
-    for path, keys in keys_by_file(sources).items():
-        for suv_type in read_attributes(path, keys, "suv_type").values():
-            if suv_type == "unknown":
-                continue
-            first = first or (suv_type, path)
-            if suv_type != first[0]:
-                here, there = (f"{each!r:.20}" for each in (suv_type, first[0]))
-                raise StageError(
-                    f"{path}: SUV is of type {here}, not {there} as in {first[1]}: make them alike "
-                    "(createproject.py --suv-type), or merge with --allow-mixed"
-                )
+    first: Found | None = None
+    for each in found.values():
+        if each.suv_type in ("", "unknown"):
+            continue
+        first = first or each
+        if each.suv_type != first.suv_type:
+            here, there = (f"{one.suv_type!r:.20}" for one in (each, first))
+            raise StageError(
+                f"{each.source}: SUV is of type {here}, not {there} as in {first.source}: make "
+                "them alike (createproject.py --suv-type), or merge with --allow-mixed"
+            )
 
 
-def chosen_sources(
-    inputs: Sequence[Path],
-    on_duplicate: str,
-    is_wanted: Callable[[str], bool] | None = None,
-    *,
-    stacked: bool = False,
-) -> dict[str, Path]:
-    """Return which file each key is taken from, of those that are wanted; None: of all."""
-    sources: dict[str, Path] = {}
-    is_same = same_row if stacked else same_content
-    for path in inputs:
-        for key in read_rows(path) if stacked else read_shapes(path):
-            if is_wanted is not None and not is_wanted(key):
-                continue
-            if key not in sources or is_same(key, sources[key], path):
-                sources.setdefault(key, path)
-            elif on_duplicate == "error":
-                raise StageError(
-                    f"{path}: study {key} is in {sources[key]} too, with other content: choose "
-                    "with --on-duplicate skip (keep the first) or replace (take the last)"
-                )
-            elif on_duplicate == "replace":
-                sources[key] = path
-    if not sources:
-        raise StageError("the input files hold no study")
-    return sources
-
-
-def holds(
-    path: Path, parameters: Mapping[str, Any], sources: Mapping[str, Path], linked: bool
-) -> bool:
-    """Whether a file has just these parameters and keys, in content as their sources have them."""
+def holds(path: Path, parameters: Mapping[str, Any], found: Mapping[str, Found]) -> bool:
+    """Whether a file has just these parameters and keys, in content as they were found."""
     if read_parameters(path) != parameters:
         return False
     if content_of(parameters) is Content.STACK:
+        sources = {key: each.source for key, each in found.items()}
         return holds_rows(path, sources, common_length(sorted(set(sources.values()))))
-    return (
-        read_keys(path) == sorted(sources)
-        and holds_links(path) == linked
-        and read_digests(dict.fromkeys(sources, path)) == read_digests(sources)
-    )
+    if read_keys(path) != sorted(found) or holds_links(path):
+        return False
+    held = read_each(path, functools.partial(_found, path, True))
+    return all(held[key].digest == each.digest for key, each in found.items())
+
+
+def links_to(path: Path, parameters: Mapping[str, Any], found: Mapping[str, Found]) -> bool:
+    """Whether a file is the index, with just these parameters, of the keys that were found."""
+    files = {key: each.file for key, each in found.items()}
+    return read_parameters(path) == parameters and read_links(path) == files
 
 
 # --- what files hold -------------------------------------------------------------------------
@@ -249,10 +311,13 @@ def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
     for path, keys in keys_by_file(sources).items():
         with open_studies(path) as file:
             for key in keys:
-                datasets = [dataset_in(file, group, key) for group in GROUPS]
-                made_from = str(attribute(datasets[0], "fingerprint"))
-                digests[key] = [made_from, *map(digest_of, datasets)]
+                digests[key] = digests_of([dataset_in(file, group, key) for group in GROUPS])
     return digests
+
+
+def digests_of(datasets: Sequence[h5py.Dataset]) -> list[str]:
+    """Return fingerprint and digests of an image and its masks."""
+    return [str(attribute(datasets[0], "fingerprint")), *map(digest_of, datasets)]
 
 
 def read_image_attributes(

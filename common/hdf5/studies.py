@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deflate
 import h5py
@@ -38,6 +38,8 @@ from common.errors import UNREACHABLE, StageError, StudyError, Unreachable
 from common.hashing import LONGEST_NAME, array_digest, can_name_study, fingerprint
 from common.hdf5.crash_safe_file import steady_file
 from common.projection import angle_name
+
+T = TypeVar("T")
 
 GROUPS = ("image", "mask", "mask_iso")
 SCHEMA_VERSION = 1
@@ -218,6 +220,11 @@ def _open_version(path: Path, *version: int) -> h5py.File:
     return _opened(path)
 
 
+@functools.lru_cache(maxsize=8)
+def _folder_of(path: Path) -> Path:
+    return path.resolve().parent
+
+
 _opened_version = functools.lru_cache(maxsize=8)(_open_version)
 
 
@@ -228,6 +235,7 @@ def keeping_open() -> Iterator[None]:
         yield
     finally:
         _opened_version.cache_clear()
+        _folder_of.cache_clear()
 
 
 @contextmanager
@@ -329,7 +337,12 @@ def _holds(attributes: Mapping[str, Any], name: str, digest: str) -> bool:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each image by key.
+    """Return the shape of each image by key; raises as `read_each`."""
+    return read_each(path, lambda key, datasets: datasets[0].shape)
+
+
+def read_each(path: Path, read: Callable[[str, list[h5py.Dataset]], T]) -> dict[str, T]:
+    """Return by key what a function reads from an image and its masks, each opened once.
 
     Raises
     ------
@@ -338,15 +351,15 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         that lie where they must not.
     """
     with open_studies(path) as file:
-        shapes = {}
+        found = {}
         for key in sorted(file["image"]):
             image, *masks = (dataset_in(file, group, key) for group in GROUPS)
             if image.shape[:1] != (2,) or any(m.shape != (1, *image.shape[1:]) for m in masks):
                 raise StageError(f"{path}: study {key} has shapes that do not fit: make it again")
             if image.dtype.kind != "f" or any(mask.dtype not in MASK_TYPES for mask in masks):
                 raise StageError(f"{path}: study {key} has types that do not fit: make it again")
-            shapes[key] = image.shape
-        return shapes
+            found[key] = read(key, [image, *masks])
+        return found
 
 
 def dataset_in(file: h5py.File, group: str, key: str) -> h5py.Dataset:
@@ -376,7 +389,7 @@ def dataset_in(file: h5py.File, group: str, key: str) -> h5py.Dataset:
         path = Path(file.filename)
         if not isinstance(link, h5py.ExternalLink) or link.path != f"/{group}/{key}":
             raise StageError(f"{path}: has links to something else than studies: make it again")
-        there = path.resolve().parent / link.filename
+        there = _folder_of(path) / link.filename
         if not there.exists():
             raise StageError(f"{path}: links to {link.filename!r}, which is not there: put it back")
         if not there.is_file():
