@@ -5,7 +5,9 @@
 #
 # Without arguments it makes a demo project of phantoms first. Set options here or by environment:
 # CREATE, PREPROCESS and PROJECT are added to the commands below. Finished studies are kept, so a
-# nightly run computes what is new. Exit status: 0 all done, 3 some studies failed, else fatal.
+# nightly run computes what is new. From a zip of STORE_FROM_GB on (default: 100) it writes no more
+# than that, either: 3D and 2D files then are indices of files of studies, see docs/scale.md.
+# Exit status: 0 all done, 3 some studies failed, else fatal.
 set -uo pipefail
 start=$PWD
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -48,11 +50,20 @@ set -f
 eval "create=(${CREATE:-}) preprocess=(${PREPROCESS:-}) project=(${PROJECT:-})"
 set +f
 step "$here/createproject.py" "$raw" -o "$out/$name.zip" ${create[@]+"${create[@]}"}
+of_volumes=() of_merged=() of_mips=()
+size_gb=$(($(wc -c <"$out/$name.zip") / 1000000000))
+if [ -d "$out/${name}_3d.studies" ] || [ "$size_gb" -ge "${STORE_FROM_GB:-100}" ]; then
+    of_volumes=(--store "$out/${name}_3d.studies") of_merged=(--link)
+    # A stack is one dataset: it has no files of studies.
+    [[ " ${PROJECT:-} " == *" --stack "* ]] || of_mips=(--store "$out/all_2d.studies")
+fi
 step "$here/preprocessing.py" "$out/$name.zip" -o "$out/${name}_3d.h5" \
-    --measures "$out/${name}_lesions.csv" --report "$out/${name}.html" ${preprocess[@]+"${preprocess[@]}"}
+    --measures "$out/${name}_lesions.csv" --report "$out/${name}.html" \
+    ${of_volumes[@]+"${of_volumes[@]}"} ${preprocess[@]+"${preprocess[@]}"}
 # More projects are merged by naming their files, too.
-step "$here/mergeh5.py" "$out/${name}_3d.h5" -o "$out/all_3d.h5"
-step "$here/project_2d.py" "$out/all_3d.h5" -o "$out/all_2d.h5" --gif "$out/gif" ${project[@]+"${project[@]}"}
+step "$here/mergeh5.py" "$out/${name}_3d.h5" -o "$out/all_3d.h5" ${of_merged[@]+"${of_merged[@]}"}
+step "$here/project_2d.py" "$out/all_3d.h5" -o "$out/all_2d.h5" --gif "$out/gif" \
+    ${of_mips[@]+"${of_mips[@]}"} ${project[@]+"${project[@]}"}
 
 cat <<END
 3D volumes:      $out/all_3d.h5

@@ -1,11 +1,13 @@
 """README and docs/ are true: options, links and columns exist, commands do what they say."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 
 import createproject
@@ -79,6 +81,24 @@ def test_the_pipeline_runs_from_any_folder_and_reruns_with_nothing_to_do(raw_pro
         assert f"2 studies: {written} written, {unchanged} unchanged, 1 skipped" in run.stdout
     assert (tmp_path / "results/all_2d.csv").exists()
     assert len(list((tmp_path / "results/gif").glob("*.gif"))) == 1
+
+
+def test_the_pipeline_of_a_large_project_keeps_files_of_studies(raw_project, tmp_path):
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("the pipeline would set up .venv: run the tests by tests/run.sh")
+    command = ["bash", str(ROOT / "examples/pipeline.sh"), str(raw_project), "results"]
+    # Once it has begun so it goes on so.
+    for more, written in ({"STORE_FROM_GB": "0"}, 1), ({}, 0):
+        environment = {**os.environ, **more}
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stderr
+        assert re.findall(r": (\d+) written", run.stdout) == [str(written)] * 4
+    results = tmp_path / "results"
+    [of_3d], [of_2d] = (results.glob(f"{name}.studies/*/*.h5") for name in ("raw_3d", "all_2d"))
+    for index, file in (("raw_3d", of_3d), ("all_3d", of_3d), ("all_2d", of_2d)):
+        with h5py.File(results / f"{index}.h5") as opened:
+            [link] = {opened["image"].get(k, getlink=True).filename for k in opened["image"]}
+            assert results / link == file
 
 
 def test_the_pipeline_passes_status_3_on(raw_project, tmp_path):

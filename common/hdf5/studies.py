@@ -139,9 +139,21 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     StageError
         Not HDF5, damaged, made by a newer version, or with links in place of groups.
     """
+    with _blamed(path), keeping_open(), _opened(path) as file:
+        yield file
+
+
+@contextmanager
+def file_left_open(path: Path) -> Iterator[h5py.File]:
+    """As `open_file`, and leave it open: for a process that reads study after study of a file."""
+    with _blamed(path):
+        yield opened(path)
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
     try:
-        with keeping_open(), _opened(path) as file:
-            yield file
+        yield
     except DAMAGE as error:
         _raise_if_unreachable(path, error)
         raise StageError(
@@ -410,7 +422,8 @@ def digest_of(dataset: h5py.Dataset) -> str:
 
 def all_attributes(holder: h5py.Dataset | h5py.File) -> dict[str, Any]:
     """Return the attributes of a dataset, or of a file, as plain Python values."""
-    return {name: attribute(holder, name) for name in holder.attrs}
+    with ending_loops():
+        return {name: _plain(value) for name, value in holder.attrs.items()}
 
 
 def attribute(holder: h5py.Dataset | h5py.File, name: str) -> Any:

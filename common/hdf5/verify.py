@@ -1,6 +1,7 @@
 """Whole HDF5 files of studies held against their own checksums, attributes and layout."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from common.hdf5.studies import (
     content_of,
     dataset_in,
     ending_loops,
+    file_left_open,
     open_file,
     read_keys,
     read_parameters,
@@ -49,8 +51,11 @@ def keys_to_check(path: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def faults_of(path: Path, key: str, parameters: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a key of a file, whose parameters are given; nothing if sound."""
-    with open_file(path) as file:
+    """Return what is wrong with a key of a file, whose parameters are given; nothing if sound.
+
+    The file stays open for the next key, in a worker process or within `keeping_open`.
+    """
+    with file_left_open(path) as file:
         if content_of(parameters) is Content.STACK:
             return _stack_faults(file, parameters)
         return _study_faults(file, key, parameters)
@@ -137,13 +142,15 @@ def _shape(parameters: Mapping[str, Any]) -> Sequence[int | None]:
 def _volume_faults(
     key: str, attributes: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Any]
 ) -> Iterator[str]:
+    code, spacing_mm = "", np.empty(0)
+    with suppress(KeyError, ValueError, TypeError, IndexError):
+        affine = np.array(attributes["image"]["affine"], np.float64)
+        spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+        code = orientation_of(affine)
     for group in GROUPS:
         try:
-            affine = np.array(attributes[group]["affine"], np.float64)
-            spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-            code = orientation_of(affine)
             sound = (
-                np.array_equal(affine, attributes["image"]["affine"])
+                np.array_equal(attributes[group]["affine"], attributes["image"]["affine"])
                 and np.allclose(spacing_mm, attributes[group]["spacing"], rtol=1e-4)
                 and code == attributes[group]["orientation"]
                 and "project" in attributes[group]

@@ -233,7 +233,8 @@ def sound_file(path, key="a"):
 
 def faults_in(path):
     keys, parameters = verify.keys_to_check(path)
-    return [fault for key in keys for fault in verify.faults_of(path, key, parameters)]
+    with stored.keeping_open():
+        return [fault for key in keys for fault in verify.faults_of(path, key, parameters)]
 
 
 def test_mutated_file_is_refused_or_holds_what_it_held(tmp_path):
