@@ -102,14 +102,17 @@ def _voxels(points_mm: Points, stack: Stack) -> Points:
 
 
 def _move_frames(seg: Dataset, stack: Stack) -> None:
-    """Move the frames of a segmentation likewise, and take away the spacing that it states."""
+    """Move the frames of a segmentation likewise, and take away the spacing that it states.
+
+    By pydicom, for `items` returns one object for all headers and frames that say the same.
+    """
     shared, frames = (
-        items(seg, f"{each}FunctionalGroupsSequence") for each in ("Shared", "PerFrame")
+        seg.get(f"{each}FunctionalGroupsSequence", ()) for each in ("Shared", "PerFrame")
     )
     for groups in (*shared, *frames):
-        for position in items(groups, "PlanePositionSequence"):
+        for position in groups.get("PlanePositionSequence", ()):
             lps_mm = required_numbers(position, "ImagePositionPatient", 3)[np.newaxis]
             position.ImagePositionPatient = to_ras(_moved(to_ras(lps_mm), stack))[0].tolist()
-        for measures in items(groups, "PixelMeasuresSequence"):
+        for measures in groups.get("PixelMeasuresSequence", ()):
             for keyword in ("SpacingBetweenSlices", "SliceThickness"):
                 measures.pop(keyword, None)

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_builders import ORIENTATIONS, affine_of, build_slices, noise, read_series, write_slices
 from mask_builders import build_rtstruct, build_seg
 
 from common.dicom.files import DicomFile
+from common.dicom.seg import read_seg
 from common.dicom.series import stack_slices
 from common.dicom.uneven import lies_on_slices, read_mask_of_uneven
 
@@ -91,6 +93,36 @@ def test_each_plane_is_that_of_the_nearest_slice(tmp_path, gaps_mm, build, orien
     np.testing.assert_array_equal(mask.affine, stack.affine)
     np.testing.assert_array_equal(mask.labels, expected_on(stack, heights_mm))
     assert mask.warnings == ()
+
+
+def test_frames_of_one_plane_are_moved_once_and_other_files_keep_their_spacing(tmp_path):
+    """Headers that say the same share what was read: moved twice, or without its spacing."""
+    affine = affine_of(ORIENTATIONS["axial, head first, supine"])
+    heights_mm = np.cumsum([0, *GAPS_MM["two spacings"]])
+    positions = write_series(tmp_path / "CT", affine, heights_mm)
+    stack = stack_slices(*read_series(tmp_path / "CT"), resample_uneven=True)
+    two = np.zeros((*SHAPE, 2), np.uint8)
+    two[1:3, 1:4, 3:7, 0], two[5:8, 1:4, 3:7, 1] = 1, 1
+    whole = build_seg(two, affine, ["a", "b"])
+    path = tmp_path / "mask.dcm"
+    whole.save_as(path, enforce_file_format=True)
+    expected = read_seg(path)
+    seg = pydicom.dcmread(path)
+    for groups in seg.PerFrameFunctionalGroupsSequence:
+        plane = groups.PlanePositionSequence[0]
+        k = round((float(plane.ImagePositionPatient[2]) - affine[2, 3]) / affine[2, 2])
+        plane.ImagePositionPatient = [f"{mm:.6f}" for mm in positions[k] * (-1, -1, 1)]
+    seg.save_as(tmp_path / "uneven.dcm", enforce_file_format=True)
+    file = DicomFile(str(tmp_path / "uneven.dcm"), "uneven.dcm", seg, 1)
+    first, second = (read_mask_of_uneven(file, stack).labels for _ in range(2))
+    nearest = np.abs(
+        np.subtract.outer(np.linspace(0, heights_mm[-1], stack.shape[2]), heights_mm).round(2)
+    ).argmin(axis=1)
+    np.testing.assert_array_equal(first, (two[..., 0] + 2 * two[..., 1])[:, :, nearest])
+    np.testing.assert_array_equal(second, first)
+    again = read_seg(path)
+    np.testing.assert_array_equal(again.affine, expected.affine)
+    assert again.warnings == expected.warnings
 
 
 @pytest.mark.parametrize("gaps_mm", GAPS_MM.values(), ids=GAPS_MM)
