@@ -19,6 +19,7 @@ PAGES = ("README.md", "docs/studies.md", "docs/scale.md", "docs/training.md", "d
 ELSEWHERE = {
     "dask": "run/test_dask.py",
     "slurm.sbatch": "test_slurm.py",
+    "examples/to_patient.py": "test_to_patient.py",
     "examples/train.py": "test_training.py",
     "nnUNetv2_plan_and_preprocess": "test_export_nnunet.py",
     "nnUNetv2_train": "test_export_nnunet.py",
@@ -27,9 +28,10 @@ ELSEWHERE = {
 
 
 def commands_of(page):
-    """The lines of a page's shell blocks, comments dropped."""
+    """The commands of a page's shell blocks, those of several lines joined, comments dropped."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    lines = (line.partition("  #")[0].strip() for block in blocks for line in block.splitlines())
+    whole = (re.sub(r" *\\\n *", " ", block) for block in blocks)
+    lines = (line.partition("  #")[0].strip() for block in whole for line in block.splitlines())
     return [line for line in lines if line]
 
 
@@ -39,10 +41,11 @@ def test_every_page_with_commands_is_known():
     assert named - {"docs/datasets.md"} <= set(PAGES)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture
+def folder(tmp_path):
     """The scripts, and the raw projects and files that the pages' commands name."""
-    folder = tmp_path_factory.mktemp("commands")
+    folder = tmp_path / "commands"
+    folder.mkdir()
     for path in ROOT.iterdir():
         if path.name in {"common", "examples", "tests", ".ci", ".venv"} or path.suffix in {
             ".py",
@@ -60,7 +63,7 @@ def folder(tmp_path_factory):
             layouts.write_pet(study / "3.000000-PET", RescaleSlope=slope)
             layouts.write_seg(study / "4.000000-SEG" / "1-1.dcm")
     layouts.autopet(folder / "autoPET")
-    (folder / "nnUNet_preprocessed/Dataset221_all_3d").mkdir(parents=True)  # as nnU-Net makes it
+    (folder / "nnUNet_preprocessed/Dataset221_both_3d").mkdir(parents=True)  # as nnU-Net makes it
     study = folder / "export" / "a" / "b"
     layouts.write_ct(study / "1", SeriesDescription="STANDARD axial")
     layouts.write_pet(study / "2")
@@ -100,9 +103,8 @@ def check_other_than_ours(folder, line):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(page, folder):
-    for line in commands_of(page):
+def test_the_commands_of_the_pages_run_one_after_another(folder):
+    for line in (line for page in PAGES for line in commands_of(page)):
         elsewhere = [test for name, test in ELSEWHERE.items() if name in line.split()]
         if elsewhere:
             assert (ROOT / "tests" / elsewhere[0]).exists()

@@ -26,7 +26,7 @@ SHAPE = (40, 36, 30)
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """Two studies of noise; PET is hot in the mask, and elsewhere in one place."""
-    path = tmp_path_factory.mktemp("training") / "all_3d.h5"
+    path = tmp_path_factory.mktemp("training") / "demo_3d.h5"
     with h5py.File(path, "w") as out:
         for seed, key in enumerate(KEYS):
             random = np.random.default_rng(seed)
@@ -388,7 +388,7 @@ def test_the_snippets_read_the_file(library, tmp_path):
     pytest.importorskip({"PyTorch": "torch"}.get(library, library.lower()))
     page = (ROOT / "docs/training.md").read_text()
     snippet = re.search(rf"## {library}\n.*?```python\n(.*?)```", page, flags=re.DOTALL)[1]
-    with h5py.File(tmp_path / "all_3d.h5", "w") as out:
+    with h5py.File(tmp_path / "demo_3d.h5", "w") as out:
         for key in KEYS:
             mask = np.zeros((1, 100, 96, 70), np.uint8)
             mask[:, 45:55, 45:55, 30:40] = 1

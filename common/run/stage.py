@@ -371,7 +371,11 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
     is_present = is_there(output)
     would_be_lost = is_present and not sources and (plan.finished or not plan.is_known)
     is_unchanged = (
-        is_present and not lost and sources.keys() == plan.kept | stay and stage.has_form(output)
+        is_present
+        and plan.is_known
+        and not lost
+        and sources.keys() == plan.kept | stay
+        and stage.has_form(output)
     )
     if lost and not would_be_lost and not allow_shrink:
         _refuse_losses(output, plan, outcomes, lost)

@@ -1,7 +1,6 @@
 """Contours against exact arithmetic, another library's point-in-polygon test, and laws."""
 
 import re
-import time
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -245,15 +244,6 @@ def test_nothing_drawn_is_an_empty_mask():
     assert filled.inside.shape == SHAPE
     assert not filled.inside.any()
     assert filled.warnings == ()
-
-
-def test_a_whole_body_of_contours_takes_less_than_a_second():
-    angle = np.linspace(0, 2 * np.pi, 500, endpoint=False)
-    lobed = np.column_stack([256 + 200 * np.cos(angle), 256 + 150 * np.sin(9 * angle)])
-    contours = [polygon(lobed, k) for k in range(200)]
-    start = time.process_time()
-    fill(*contours, shape=(512, 512, 200))
-    assert time.process_time() - start < 1
 
 
 # --- outlines through voxel centres
