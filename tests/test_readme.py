@@ -31,6 +31,20 @@ def options_of(script):
     return {name for action in actions for name in action.option_strings if name.startswith("--")}
 
 
+def run_pipeline(raw_project, folder, **environment):
+    """Run the chain into results/ below a folder, on a small grid and a few angles."""
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("the pipeline would set up .venv: run the tests by tests/run.sh")
+    small = {"PREPROCESS": "--shape 100 100 --spacing 5 5 5", "PROJECT": "--angles 0 180 90"}
+    return subprocess.run(
+        ["bash", str(ROOT / "examples/pipeline.sh"), str(raw_project), "results"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **small, **environment},
+    )
+
+
 @pytest.fixture(scope="module")
 def raw_project(tmp_path_factory):
     """Two of the demo's studies: one complete, one without a mask."""
@@ -72,11 +86,8 @@ def test_the_examples_in_the_help_are_accepted_by_the_parser(script):
 
 
 def test_the_pipeline_runs_from_any_folder_and_reruns_with_nothing_to_do(raw_project, tmp_path):
-    if not (ROOT / ".venv/bin/python").exists():
-        pytest.skip("the pipeline would set up .venv: run the tests by tests/run.sh")
-    command = ["bash", str(ROOT / "examples/pipeline.sh"), str(raw_project), "results"]
     for written, unchanged in ((1, 0), (0, 1)):
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        run = run_pipeline(raw_project, tmp_path)
         assert run.returncode == 0, run.stderr
         assert f"2 studies: {written} written, {unchanged} unchanged, 1 skipped" in run.stdout
     assert (tmp_path / "results/all_2d.csv").exists()
@@ -84,13 +95,9 @@ def test_the_pipeline_runs_from_any_folder_and_reruns_with_nothing_to_do(raw_pro
 
 
 def test_the_pipeline_of_a_large_project_keeps_files_of_studies(raw_project, tmp_path):
-    if not (ROOT / ".venv/bin/python").exists():
-        pytest.skip("the pipeline would set up .venv: run the tests by tests/run.sh")
-    command = ["bash", str(ROOT / "examples/pipeline.sh"), str(raw_project), "results"]
     # Once it has begun so it goes on so.
     for more, written in ({"STORE_FROM_GB": "0"}, 1), ({}, 0):
-        environment = {**os.environ, **more}
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        run = run_pipeline(raw_project, tmp_path, **more)
         assert run.returncode == 0, run.stderr
         assert re.findall(r": (\d+) written", run.stdout) == [str(written)] * 4
     results = tmp_path / "results"
@@ -102,16 +109,13 @@ def test_the_pipeline_of_a_large_project_keeps_files_of_studies(raw_project, tmp
 
 
 def test_the_pipeline_passes_status_3_on(raw_project, tmp_path):
-    if not (ROOT / ".venv/bin/python").exists():
-        pytest.skip("the pipeline would set up .venv: run the tests by tests/run.sh")
     broken = tmp_path / "raw"
     shutil.copytree(raw_project, broken)
     study = next(broken.glob("*/2024-03-11_PETCT"))
     shutil.copytree(study, study.with_name("truncated"))
     ct = study.with_name("truncated") / "CT.nii.gz"
     ct.write_bytes(ct.read_bytes()[:1000])
-    command = ["bash", str(ROOT / "examples/pipeline.sh"), str(broken), str(tmp_path / "out")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_pipeline(broken, tmp_path)
     assert run.returncode == 3, run.stderr
     assert "3 studies: 1 written, 0 unchanged, 1 skipped, 1 failed" in run.stdout
 
