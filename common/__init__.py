@@ -13,7 +13,7 @@ Pure: arrays and frozen dataclasses in, arrays out; no paths, no formats, no log
 
 volumes         a study's three images to a training volume, step by step
 quality_warnings   what resampling loses       plausibility   values that can't be right
-image_checks    images that are no study       masks          crops completed, files united
+image_checks    images that are no study       masks          put on their images; united
 resampling      images onto a grid, equal to nilearn; spline_axes: one axis of it
 projection      rotated maximum-intensity projections, equal to scipy
 lesions         lesions of a mask, their isocontours and measures; components: connected voxels

@@ -164,23 +164,6 @@ def slow_to_fast(array: Array) -> list[int]:
     return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
 
 
-def embedded(image: Image, other: Image) -> Image:
-    """Return an image on the grid of another of which its voxels are a part, 0 around it.
-
-    The image itself where its voxels are not those of the other.
-    """
-    own = corners(image.data.shape)
-    there = moved(voxel_map(other.grid, image.grid), own)
-    start = np.rint(there[:, 0]).astype(int)
-    stop = start + image.data.shape
-    is_shift = np.abs(there - own - start[:, np.newaxis]).max() <= SAME_VOXEL
-    if not is_shift or (start < 0).any() or (stop > other.data.shape).any():
-        return image
-    data = np.zeros(other.data.shape, image.data.dtype, order="F")
-    data[tuple(map(slice, start, stop))] = image.data
-    return Image(data, other.affine)
-
-
 def orientation_of(affine: FloatArray) -> str:
     """Where the array axes of an image point to, such as ``LAS``.
 

@@ -105,11 +105,11 @@ def _not_whole(values: Array, whole: Array, rounding: float) -> bool:
 
 
 def check_mask(
-    mask: Image, pet: Grid, *, allow_empty: bool, remarks: Sequence[Warning] = ()
+    mask: Image, pet: Grid, *, allow_empty: bool, warnings: Sequence[Warning] = ()
 ) -> tuple[Warning, ...]:
     """Refuse a mask without a label on the PET; warn of labels beside it.
 
-    `remarks` of how it was read may say why it is empty.
+    `warnings` of how it was read may say why it is empty.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def check_mask(
     if not n_labelled:
         if allow_empty:
             return ()
-        why = f" ({'; '.join(map(str, remarks))})" if remarks else ""
+        why = f" ({'; '.join(map(str, warnings))})" if warnings else ""
         raise StudyError(
             f"the mask is empty{why}: give a mask with labelled voxels, or --allow-empty-mask if "
             "the study is negative"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Kind, StudyError, Warning
-from common.geometry import Grid, Image, corners, moved, voxel_map
+from common.geometry import SAME_VOXEL, Grid, Image, corners, moved, voxel_map
 
 SAME_LATTICE = 1e-3
 """Distance [voxels] up to which voxels of two grids are the same: what float32 affines leave."""
@@ -63,6 +63,42 @@ def _part_of(grid: Grid, other: Grid) -> _Part | None:
     )
 
 
+def _on_grid(grid: Grid, data: Array, start: Sequence[int], stop: Sequence[int]) -> Image:
+    """Labels on a grid of which their voxels are a part, 0 around them."""
+    whole = np.zeros(grid.shape, data.dtype, order="F")
+    whole[tuple(map(slice, start, stop))] = data
+    return Image(whole, grid.affine)
+
+
+def embedded(mask: Image, *drawn_on: Grid) -> Image:
+    """Return a mask of DICOM frames on the grid of the image that they were drawn on.
+
+    Positions of frames are rounded, and of a single one nothing tells the next slice: unlike in
+    `completed` voxels are the same up to `SAME_VOXEL`, and only the corners must meet.
+
+    Parameters
+    ----------
+    mask : Image
+        Its axes run as those of the image.
+    drawn_on : Grid
+        The grids of the images that it may have been drawn on, the likeliest first.
+
+    Returns
+    -------
+    Image
+        On the first of these grids of which its voxels are a part; else the mask as it is.
+    """
+    own = corners(mask.data.shape)
+    for grid in drawn_on:
+        there = moved(voxel_map(grid, mask.grid), own)
+        start = np.rint(there[:, 0]).astype(int)
+        stop = start + mask.data.shape
+        is_shift = np.abs(there - own - start[:, np.newaxis]).max() <= SAME_VOXEL
+        if is_shift and (start >= 0).all() and (stop <= grid.shape).all():
+            return _on_grid(grid, mask.data, start.tolist(), stop.tolist())
+    return mask
+
+
 def completed(mask: Image, *drawn_on: Grid) -> Image:
     """Return a mask that was cropped with what the crop left out: voxels without a label.
 
@@ -85,9 +121,7 @@ def completed(mask: Image, *drawn_on: Grid) -> Image:
             continue
         if part.stop == grid.shape and not any(part.start):
             return mask
-        data = np.zeros(grid.shape, mask.data.dtype, order="F")
-        data[tuple(map(slice, part.start, part.stop))] = part.array(mask.data)
-        return Image(data, grid.affine)
+        return _on_grid(grid, part.array(mask.data), part.start, part.stop)
     if not any(mask.data.take(end, axis).any() for axis in range(3) for end in (0, -1)):
         return mask
     affine = mask.affine.copy()

@@ -122,7 +122,7 @@ def unmeasured_lesions(
         return []
     inside = _within(voxels[missing], source, pet)
     beside = np.setdiff1d(ids[missing], ids[missing][inside])
-    remarks = []
+    warnings = []
     for lost, where in (
         (np.setdiff1d(ids[missing], beside), "fall between the voxels of the PET's own grid"),
         (beside, "lie outside the PET"),
@@ -130,8 +130,8 @@ def unmeasured_lesions(
         if lost.size:
             volume_ml = np.isin(ids, lost).sum() * source.voxel_ml
             text = f"{lost.size} lesion(s) of {volume_ml:.2f} ml {where}"
-            remarks.append(Warning(Kind.NOT_MEASURED, f"{text}: they are missing in the measures"))
-    return remarks
+            warnings.append(Warning(Kind.NOT_MEASURED, f"{text}: they are missing in the measures"))
+    return warnings
 
 
 def turned_axis(orientation: str) -> list[Warning]:

@@ -109,7 +109,7 @@ def stacked(
         In Fortran order. Where three or more contours of a lesion lie evenly apart, wider than
         the slices, a slice without takes the nearest within half that distance; so do lesions
         of fewer contours in a region whose others are drawn so. Other gaps stay as drawn.
-    remarks : list of str
+    notes : list of str
         What was filled, and what gaps are left, with their volume; no identity.
     """
     inside = np.zeros(shape, dtype=bool, order="F")
@@ -125,11 +125,11 @@ def stacked(
     for lesion, spacing in zip(lesions, spacing_of, strict=True):
         if spacing:
             filled |= _fill_between(inside, lesion, spacing)
-    remarks = []
+    notes = []
     if filled:
         wide_mm = sorted({f"{s * slice_mm:.3g}" for s in spacing_of if s})
         ml = (np.count_nonzero(inside) - n_drawn) * voxel_ml(affine)
-        remarks.append(
+        notes.append(
             f"contours lie regularly {' and '.join(wide_mm)} mm apart, the slices {slice_mm:.3g} "
             f"mm: {len(filled)} slice(s) between took the nearest contour, {ml:.3g} ml"
         )
@@ -141,11 +141,11 @@ def stacked(
     if gaps:
         missing = {k for slices, _ in gaps for k in slices}
         gap_ml = sum(len(slices) * area for slices, area in gaps) * voxel_ml(affine)
-        remarks.append(
+        notes.append(
             f"{len(missing)} slice(s) between contours have none, irregularly, a gap of "
             f"{gap_ml:.3g} ml: left as drawn"
         )
-    return inside, remarks
+    return inside, notes
 
 
 def _fill_between(inside: NDArray[np.bool_], lesion: Lesion, spacing: float) -> set[int]:

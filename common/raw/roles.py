@@ -139,7 +139,7 @@ _OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """The files of a study by kind, suffixes of other image formats, and remarks on the rest.
+    """The files of a study by kind, suffixes of other image formats, and warnings of the rest.
 
     `lacks_files` as in `IncompleteStudy`.
     """
@@ -147,7 +147,7 @@ class StudyFiles:
     nifti: Sequence[NiftiFile]
     dicom: Sequence[DicomFile]
     other_formats: Sequence[str]
-    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
     lacks_files: bool = False
 
 
@@ -178,16 +178,18 @@ def read_files(folder: StudyFolder) -> StudyFiles:
         else:
             n_no_dicom += file.name.lower().endswith(DICOM_SUFFIXES)
             other_formats.update(s for s in _OTHER_FORMATS if file.name.lower().endswith(s))
-    remarks = []
+    warnings = []
     if n_dangling:
-        remarks.append(f"links that lead nowhere ({n_dangling}) are left out: restore their target")
+        warnings.append(
+            f"links that lead nowhere ({n_dangling}) are left out: restore their target"
+        )
     if n_no_dicom:
-        remarks.append(
+        warnings.append(
             f"files named as DICOM ({n_no_dicom}) are left out, damaged or without "
             f"{tag_of('Modality')}: check that no slice is lost"
         )
     lacks_files = not files or n_dangling > 0
-    return StudyFiles(nifti, dicom, sorted(other_formats), tuple(remarks), lacks_files)
+    return StudyFiles(nifti, dicom, sorted(other_formats), tuple(warnings), lacks_files)
 
 
 # --- role hints ------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ class Survey:
     ----------
     fitting : dict of role to list of candidates
         Without "header" where none is needed.
-    remarks : tuple of str
+    warnings : tuple of str
         What was left out or decided; no identity.
     hints : tuple of str
         Why roles may be missing; no identity.
@@ -370,7 +372,7 @@ class Survey:
     """
 
     fitting: Mapping[str, Sequence[Candidate]]
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     lacks_files: bool = False
@@ -426,26 +428,26 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
         for role, found in candidates.items()
     }
     fitting["mask"] = _one_file_a_lesion(fitting["mask"], patterns)
-    remarks = files.remarks
+    warnings = files.warnings
     for role in ("ct",) if nifti_pet else ("ct", "pet"):
         fitting[role], left_out = _without_single_slices(fitting[role])
-        remarks += left_out
+        warnings += left_out
     if nifti_pet and "pet" not in patterns.by_role:
         # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
-        remarks += passed_over(fitting["pet"])
+        warnings += passed_over(fitting["pet"])
         fitting["pet"] = [*nifti_pet]
     for role in [role for role in ("pet", "header") if role in fitting]:
         fitting[role], left_out = _without_uncorrected(fitting[role])
-        remarks += left_out
+        warnings += left_out
     nameless = [file.name for file in files.nifti if not file.roles and not patterns.name_any(file)]
     if nameless and all(fitting.values()):
-        remarks += nameless_left_out(len(nameless))
+        warnings += nameless_left_out(len(nameless))
     names = [private_name(role, each) for role, found in candidates.items() for each in found]
     hints = (
         *hints_of_roles(fitting, files, patterns, len(nameless)),
         *hints_of_folder(folder.path, files),
     )
-    return Survey(fitting, remarks, hints, (*names, *nameless), files.lacks_files)
+    return Survey(fitting, warnings, hints, (*names, *nameless), files.lacks_files)
 
 
 def choose(found: Survey, named_by: str = "the mapping file names them") -> Roles:
@@ -472,7 +474,7 @@ def choose(found: Survey, named_by: str = "the mapping file names them") -> Role
     if several:
         reasons += [*filter(None, [named_by]), *several_examinations(fitting)]
     if missing:
-        reasons += [*found.hints, *found.remarks]
+        reasons += [*found.hints, *found.warnings]
         raise IncompleteStudy(
             "; ".join(reasons), "; ".join(found.names), lacks_files=found.lacks_files
         )
@@ -483,7 +485,7 @@ def choose(found: Survey, named_by: str = "the mapping file names them") -> Role
     header = fitting["header"][0] if "header" in fitting else None
     has_header = header is not None or isinstance(pet, Series)
     sidecar = None if has_header else sidecar_of(pet.path)  # type: ignore[union-attr]
-    return Roles(ct, pet, mask, header, found.remarks, sidecar)  # type: ignore[arg-type]
+    return Roles(ct, pet, mask, header, found.warnings, sidecar)  # type: ignore[arg-type]
 
 
 def find_roles(
@@ -582,8 +584,8 @@ def _without_single_slices(
     ]
     if not single or len(single) == len(candidates):
         return [*candidates], ()
-    remark = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
-    return [each for each in candidates if each not in single], (remark,)
+    text = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
+    return [each for each in candidates if each not in single], (text,)
 
 
 def _without_uncorrected(
@@ -594,11 +596,11 @@ def _without_uncorrected(
     uncorrected = [each for each in series if not is_corrected(each)]
     if not uncorrected or len(uncorrected) == len(series):
         return [*candidates], ()
-    remark = (
+    text = (
         f"PET series not corrected for attenuation ({len(uncorrected)}, "
         f"{tag_of('CorrectedImage')} lacks ATTN, or is missing) are left out"
     )
-    return [each for each in candidates if each not in uncorrected], (remark,)
+    return [each for each in candidates if each not in uncorrected], (text,)
 
 
 def _geometry(series: Series) -> tuple[str, ...]:

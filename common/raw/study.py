@@ -23,10 +23,10 @@ from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
 from common.dicom.uneven import lies_on_slices, read_mask_of_uneven
 from common.errors import Kind, StudyError, Warning, texts_and_kinds
-from common.geometry import Grid, Image, embedded
+from common.geometry import Grid, Image
 from common.image_checks import check_labels, check_mask, check_mask_overlaps, check_overlap
 from common.lesions import dose_fraction
-from common.masks import completed, united
+from common.masks import completed, embedded, united
 from common.nifti import read_nifti_file, read_nifti_header
 from common.plausibility import (
     dose_out_of_range,
@@ -142,7 +142,9 @@ def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
         *plan.warnings,
         *pet_warnings,
         *mask_warnings,
-        *check_mask(mask, pet.grid, allow_empty=conversion.allow_empty_mask, remarks=mask_warnings),
+        *check_mask(
+            mask, pet.grid, allow_empty=conversion.allow_empty_mask, warnings=mask_warnings
+        ),
         *_implausible(ct, pet, mask, weight_of(told)),
     )
     return StudyImages(ct, pet, mask, told, warnings, taken_from(roles, regions))
@@ -405,10 +407,7 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
     names_no_other = names_ct or names_pet or not referenced_series(source.header)
     mask = read_seg(source.path, roi, grids, is_of_images=names_no_other)
     # A SEG may leave out empty planes of the image that it was drawn on.
-    drawn = Image(mask.labels, mask.affine)
-    whole = embedded(drawn, images["pet"])
-    if whole is drawn:
-        whole = embedded(drawn, images["ct"])
+    whole = embedded(Image(mask.labels, mask.affine), images["pet"].grid, images["ct"].grid)
     return ReadMask(completed(whole, *grids), mask.warnings, mask.regions)
 
 

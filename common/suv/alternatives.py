@@ -19,7 +19,7 @@ import numpy as np
 
 from common.errors import StudyError
 from common.suv.decay import average_rate_time_s, back_from_frames_s, uptake_s
-from common.suv.inputs import PetSeries, Remarks
+from common.suv.inputs import Caveats, PetSeries
 from common.suv.timeline import Array, Timeline, timeline
 
 ALTERNATIVES = ("autopet", "qiba", "frame_based")
@@ -97,9 +97,9 @@ def _factor_at(
     if series.half_life_s is None or series.half_life_s <= 0:
         return None
     try:
-        times = timeline(series, Remarks())
+        times = timeline(series, Caveats())
         at_s = reference_s(series, times, series.half_life_s)
-        return _factor(series, uptake_s(times, at_s, series.half_life_s, Remarks()))
+        return _factor(series, uptake_s(times, at_s, series.half_life_s, Caveats()))
     except StudyError:
         return None
 

@@ -25,7 +25,7 @@ from datetime import time
 import numpy as np
 
 from common.errors import Kind, StudyError, Warning
-from common.suv.inputs import PetSeries, Remarks
+from common.suv.inputs import Caveats, PetSeries
 from common.suv.nuclides import is_half_life_of_pet
 from common.suv.provenance import Rule
 from common.suv.timeline import (
@@ -92,7 +92,7 @@ def average_rate_time_s(duration_s: Array, half_life_s: float) -> Array:
 
 
 def decay_reference(
-    series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
+    series: PetSeries, times: Timeline, half_life_s: float, caveats: Caveats
 ) -> tuple[Rule, Array]:
     """Find the moment that the values of each slice refer to (DecayCorrection START or NONE).
 
@@ -104,7 +104,7 @@ def decay_reference(
         Its moments.
     half_life_s : float
         Half-life [s].
-    remarks : Remarks
+    caveats : Caveats
         Gathers the warnings.
 
     Returns
@@ -121,7 +121,7 @@ def decay_reference(
     """
     if series.enhanced:
         reference_s = _enhanced_reference_s(series, times, half_life_s)
-        _compare_with_acquisition(series, times, reference_s, half_life_s, remarks)
+        _compare_with_acquisition(series, times, reference_s, half_life_s, caveats)
         return Rule.ENHANCED, reference_s
     if series.decay_correction == "NONE":
         return Rule.FRAME_AVERAGE, _frame_average_s(times, half_life_s)
@@ -129,16 +129,16 @@ def decay_reference(
         others = _other_references(series, times, half_life_s)
         dummied = _how_dummied(series, times, others, half_life_s)
         if not dummied:
-            _compare_stated(series, times, others, remarks)
+            _compare_stated(series, times, others, caveats)
             return Rule.STATED_REFERENCE, times.stated_reference_s
-        remarks.reinterpretations.append(
+        caveats.reinterpretations.append(
             f"the vendor's {STATED_REFERENCE[series.manufacturer]} {dummied}: it is not used"
         )
     if _series_starts_in_time(times):
-        _compare_with_frames(series, times, half_life_s, remarks)
+        _compare_with_frames(series, times, half_life_s, caveats)
         return Rule.SERIES_START, np.full(len(series.slices), times.series_start_s)
     reference_s = back_from_frames_s(series, times, half_life_s)
-    _compare_among_frames(reference_s, remarks)
+    _compare_among_frames(reference_s, caveats)
     return Rule.BACK_FROM_FRAMES, reference_s
 
 
@@ -165,7 +165,7 @@ def back_from_frames_s(series: PetSeries, times: Timeline, half_life_s: float) -
     return _frame_average_s(times, half_life_s) - times.frame_reference_time_s
 
 
-def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: Remarks) -> Array:
+def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, caveats: Caveats) -> Array:
     """Time from injection to the decay reference of each slice (rule 14).
 
     RadiopharmaceuticalStartDateTime counts where the reference lies between an hour before it and
@@ -181,7 +181,7 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
         As `decay_reference` returns them.
     half_life_s : float
         Half-life [s].
-    remarks : Remarks
+    caveats : Caveats
         Gathers reinterpretations and warnings.
 
     Returns
@@ -195,22 +195,22 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
         No time of injection, or only a clock time though an uptake may exceed a day; uptakes that
         differ by more than half a day; a half-life that can't be right.
     """
-    times = _with_undummied_clock(times, reference_s, half_life_s, remarks)
-    _compare_injection_times(times, remarks)
+    times = _with_undummied_clock(times, reference_s, half_life_s, caveats)
+    _compare_injection_times(times, caveats)
     stated_s = found_s = reference_s - times.injection_s
     if not _are_uptakes(stated_s, half_life_s):
         # Slices whose stated uptake does fit have the same by the clock: it is below 23 h.
         found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
-        _remark_other_day(stated_s, found_s, remarks)
+        _note_other_day(stated_s, found_s, caveats)
     if np.ptp(found_s) > LONGEST_SCAN_S:
         raise StudyError(
             "the slices lie more than half a day apart, or on both sides of the injection "
             f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
         )
-    _check_uptake(on_the_clock(found_s), half_life_s, remarks)
+    _check_uptake(on_the_clock(found_s), half_life_s, caveats)
     waited_s = found_s + times.acquisition_s - reference_s
     if np.isfinite(waited_s).all() and np.abs([found_s, waited_s]).max() < SHORTEST_WAIT_S:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.SUV,
                 "injection and scan are less than a minute apart: check that their times are no "
@@ -221,7 +221,7 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, remarks: R
     return found_s
 
 
-def _check_uptake(uptake_s: Array, half_life_s: float, remarks: Remarks) -> None:
+def _check_uptake(uptake_s: Array, half_life_s: float, caveats: Caveats) -> None:
     """Warn of uptakes that are odd for a scan; refuse those that can't be."""
     longest_s = float(uptake_s.max())
     if longest_s > MOST_HALF_LIVES * half_life_s and not is_half_life_of_pet(half_life_s):
@@ -231,9 +231,9 @@ def _check_uptake(uptake_s: Array, half_life_s: float, remarks: Remarks) -> None
             "the header [s]"
         )
     if uptake_s.min() < 0:
-        remarks.warnings.append(Warning(Kind.SUV, "injection is later than the decay reference"))
+        caveats.warnings.append(Warning(Kind.SUV, "injection is later than the decay reference"))
     if longest_s >= 2 * half_life_s:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.SUV,
                 f"the uptake lasted longer than two half-lives ({longest_s / 60:.0f} min): check "
@@ -318,12 +318,12 @@ def _since_clock_s(moment_s: Array, clock_s: float) -> Array:
 
 
 def _compare_stated(
-    series: PetSeries, times: Timeline, others: Mapping[str, Array], remarks: Remarks
+    series: PetSeries, times: Timeline, others: Mapping[str, Array], caveats: Caveats
 ) -> None:
     """Warn where the vendor's decay reference is far from whatever else tells it."""
     apart_s = min((_apart_s(times.stated_reference_s, each) for each in others.values()), default=0)
     if apart_s > DISAGREEMENT_S:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.DECAY_REFERENCE,
                 f"decay reference disagrees: the vendor's {STATED_REFERENCE[series.manufacturer]} "
@@ -333,14 +333,14 @@ def _compare_stated(
 
 
 def _compare_with_acquisition(
-    series: PetSeries, times: Timeline, reference_s: Array, half_life_s: float, remarks: Remarks
+    series: PetSeries, times: Timeline, reference_s: Array, half_life_s: float, caveats: Caveats
 ) -> None:
     """Warn where decay is corrected to a moment after the scan began, or long before."""
     if series.decay_correction == "NONE" or np.isnan(times.acquisition_s).all():
         return
     late_s = float(reference_s[0] - np.nanmin(times.acquisition_s))
     if not -max(LONGEST_SCAN_S, 2 * half_life_s) <= late_s <= DISAGREEMENT_S:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.DECAY_REFERENCE,
                 "decay reference disagrees: DecayCorrectionDateTime (0018,9701), in BIDS "
@@ -350,12 +350,12 @@ def _compare_with_acquisition(
         )
 
 
-def _compare_among_frames(reference_s: Array, remarks: Remarks) -> None:
+def _compare_among_frames(reference_s: Array, caveats: Caveats) -> None:
     """Warn where frames that START refers to one moment give several."""
     # By the clock: an AcquisitionDate that missed midnight does no harm.
     apart_s = float(np.ptp(nearest_day_s(reference_s, float(reference_s[0]))))
     if apart_s > DISAGREEMENT_S:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.DECAY_REFERENCE,
                 f"decay reference disagrees: by {_ACQUISITION_CLOCK} and {_FRAME_REFERENCE_TIME} "
@@ -369,7 +369,7 @@ def _apart_s(these_s: Array, those_s: Array | float) -> float:
 
 
 def _compare_with_frames(
-    series: PetSeries, times: Timeline, half_life_s: float, remarks: Remarks
+    series: PetSeries, times: Timeline, half_life_s: float, caveats: Caveats
 ) -> None:
     try:
         frames_s = back_from_frames_s(series, times, half_life_s)
@@ -377,7 +377,7 @@ def _compare_with_frames(
         return
     apart_s = _apart_s(frames_s, times.series_start_s)
     if apart_s > DISAGREEMENT_S:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.DECAY_REFERENCE,
                 f"decay reference disagrees: {_SERIES_TIME} and {_FRAME_REFERENCE_TIME} are "
@@ -386,11 +386,11 @@ def _compare_with_frames(
         )
 
 
-def _compare_injection_times(times: Timeline, remarks: Remarks) -> None:
+def _compare_injection_times(times: Timeline, caveats: Caveats) -> None:
     later_s = (times.injection_s - times.injection_clock_s) % DAY_S
     apart_s = min(later_s, DAY_S - later_s)
     if apart_s > DISAGREEMENT_S:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.SUV,
                 f"injection times disagree: {_START_DATETIME} and {_START_TIME} are "
@@ -400,7 +400,7 @@ def _compare_injection_times(times: Timeline, remarks: Remarks) -> None:
 
 
 def _with_undummied_clock(
-    times: Timeline, reference_s: Array, half_life_s: float, remarks: Remarks
+    times: Timeline, reference_s: Array, half_life_s: float, caveats: Caveats
 ) -> Timeline:
     """Give a date-time of injection that reads 00:00:00, and does not fit, the clock's time."""
     is_midnight = on_the_clock(times.injection_s % DAY_S) == 0
@@ -409,7 +409,7 @@ def _with_undummied_clock(
         reference_s - times.injection_s, half_life_s
     ):
         return times
-    remarks.reinterpretations.append(
+    caveats.reinterpretations.append(
         f"{_START_DATETIME} reads 00:00:00 and does not fit the scan: the time of day is that of "
         f"{_START_TIME}"
     )
@@ -444,9 +444,9 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
     return _since_clock_s(reference_s, clock_s)
 
 
-def _remark_other_day(stated_s: Array, found_s: Array, remarks: Remarks) -> None:
+def _note_other_day(stated_s: Array, found_s: Array, caveats: Caveats) -> None:
     if not np.isnan(stated_s).all() and np.abs(found_s - stated_s).max() > 1e-3:
-        remarks.reinterpretations.append(
+        caveats.reinterpretations.append(
             f"only the clock time of {_START_DATETIME} is used: "
             "its date does not fit the date of the scan"
         )

@@ -26,7 +26,7 @@ from common.errors import Kind, StudyError, Warning
 from common.suv.alternatives import ALTERNATIVES, alternative_factors
 from common.suv.body import SUV_UNITS, body_quantity
 from common.suv.decay import decay_reference, uptake_s
-from common.suv.inputs import PetSeries, Remarks, refuse_reinterpretations
+from common.suv.inputs import Caveats, PetSeries, refuse_reinterpretations
 from common.suv.nuclides import SAME_NUCLIDE, is_half_life_of_pet
 from common.suv.provenance import Provenance, Rule, rounded, value_range
 from common.suv.timeline import Array, timeline
@@ -104,7 +104,7 @@ def scale_of_units(series: PetSeries) -> Scale:
             )
 
 
-def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> float | None:
+def compare_with_vendor(series: PetSeries, factors: Array, caveats: Caveats) -> float | None:
     """Hold `factors` to SUVbw, (n_slices,), against those that Philips states beside BQML.
 
     Returns
@@ -120,7 +120,7 @@ def compare_with_vendor(series: PetSeries, factors: Array, remarks: Remarks) -> 
         return None
     difference = float(np.abs(factors * activity / suv - 1).max())
     if difference > LARGEST_WITNESS_DIFFERENCE:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.SUV,
                 f"vendor's factor disagrees: {SUV_FACTOR} over {ACTIVITY_FACTOR} differs by up to "
@@ -210,7 +210,7 @@ def _conversion(
     rules: tuple[Rule, ...],
     factors: Array,
     weight_kg: float | None,
-    remarks: Remarks,
+    caveats: Caveats,
     alternatives: dict[str, float | None],
     **found: Any,
 ) -> SuvConversion:
@@ -220,12 +220,12 @@ def _conversion(
         rules,
         value_range(factors),
         weight_kg,
-        tuple(remarks.reinterpretations),
-        tuple(warning.text for warning in remarks.warnings),
+        tuple(caveats.reinterpretations),
+        tuple(warning.text for warning in caveats.warnings),
         alternatives,
         **found,
     )
-    return SuvConversion(factors, provenance, remarks.as_warnings)
+    return SuvConversion(factors, provenance, caveats.as_warnings)
 
 
 # --- suv -------------------------------------------------------------------------------------
@@ -267,15 +267,15 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         The header does not determine the SUV.
     """
     _require_suv_type(suv_type)
-    remarks = Remarks([*series.reinterpretations])
-    _require_corrections(series, remarks)
+    caveats = Caveats([*series.reinterpretations])
+    _require_corrections(series, caveats)
     scale = scale_of_units(series)
-    weight_kg = _weight_kg(series, remarks)
+    weight_kg = _weight_kg(series, caveats)
     if scale.suv_type is None:
-        rule, uptake, dose_bq = _dose_at_reference(series, remarks)
+        rule, uptake, dose_bq = _dose_at_reference(series, caveats)
         with np.errstate(over="ignore", divide="ignore"):
             to_suvbw = scale.per_unit * _quantity("bw", series, weight_kg) / dose_bq
-        vendor_factor = compare_with_vendor(series, to_suvbw, remarks)
+        vendor_factor = compare_with_vendor(series, to_suvbw, caveats)
         factors = to_suvbw * _ratio(suv_type, "bw", series, weight_kg)
     else:
         rule, uptake, vendor_factor = None, None, None
@@ -283,15 +283,15 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
     _require_positive(factors)
     alternatives = _alternatives(suv_type, series, weight_kg)
     if rule is Rule.BACK_FROM_FRAMES:
-        _compare_with_qiba(series, factors, alternatives["qiba"], remarks)
+        _compare_with_qiba(series, factors, alternatives["qiba"], caveats)
     if strict:
-        refuse_reinterpretations(remarks)
+        refuse_reinterpretations(caveats)
     return _conversion(
         suv_type,
         tuple(each for each in (scale.rule, rule) if each is not None),
         factors,
         weight_kg,
-        remarks,
+        caveats,
         alternatives,
         units=series.units,
         header_suv_type=series.suv_type,
@@ -325,13 +325,13 @@ def already_suv(
         Strict, and the weight is in grams.
     """
     _require_suv_type(suv_type)
-    remarks = Remarks()
+    caveats = Caveats()
     factors = np.ones(n_slices)
-    weight_kg = None if series is None else _weight_kg(series, remarks)
+    weight_kg = None if series is None else _weight_kg(series, caveats)
     if strict:
-        refuse_reinterpretations(remarks)
+        refuse_reinterpretations(caveats)
     alternatives = dict.fromkeys(ALTERNATIVES)
-    return _conversion(suv_type, (Rule.GIVEN,), factors, weight_kg, remarks, alternatives)
+    return _conversion(suv_type, (Rule.GIVEN,), factors, weight_kg, caveats, alternatives)
 
 
 def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:
@@ -363,7 +363,7 @@ def _require_suv_type(suv_type: str) -> None:
         raise ValueError(f"no such type of SUV: {suv_type}")
 
 
-def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
+def _require_corrections(series: PetSeries, caveats: Caveats) -> None:
     if not series.corrected_image and not series.enhanced:
         raise StudyError(
             f"it is unknown whether attenuation was corrected for ({_CORRECTED_IMAGE} is missing): "
@@ -390,19 +390,19 @@ def _require_corrections(series: PetSeries, remarks: Remarks) -> None:
             f"it is unclear whether decay was corrected for ({state}): correct the header"
         )
     if decay_corrected and series.decay_correction == "NONE":
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(Kind.SUV, f"{_CORRECTED_IMAGE} has DECY, but {DECAY_CORRECTION} is NONE")
         )
 
 
-def _weight_kg(series: PetSeries, remarks: Remarks) -> float | None:
+def _weight_kg(series: PetSeries, caveats: Caveats) -> float | None:
     """Body weight [kg], None where there is none."""
     weight = series.weight_kg
     if weight is None or weight <= 0:
         return None
     if weight < LEAST_WEIGHT_IN_GRAMS:
         return weight
-    remarks.reinterpretations.append(f"{_WEIGHT} is 1000 or more: it is taken as grams")
+    caveats.reinterpretations.append(f"{_WEIGHT} is 1000 or more: it is taken as grams")
     return weight / 1000
 
 
@@ -420,15 +420,15 @@ def _ratio(to_type: str, from_type: str, series: PetSeries, weight_kg: float | N
     return _quantity(to_type, series, weight_kg) / _quantity(from_type, series, weight_kg)
 
 
-def _dose_at_reference(series: PetSeries, remarks: Remarks) -> tuple[Rule, Array, Array]:
+def _dose_at_reference(series: PetSeries, caveats: Caveats) -> tuple[Rule, Array, Array]:
     """Rule, time from injection [s] and dose left then [Bq] of each slice."""
-    dose_bq, half_life_s = _dose_bq(series, remarks), _half_life_s(series, remarks)
+    dose_bq, half_life_s = _dose_bq(series, caveats), _half_life_s(series, caveats)
     if series.decay_correction == "ADMIN":
         at_injection = np.zeros(len(series.slices))
         return Rule.ADMIN, at_injection, at_injection + dose_bq
-    times = timeline(series, remarks)
-    rule, reference_s = decay_reference(series, times, half_life_s, remarks)
-    uptake = uptake_s(times, reference_s, half_life_s, remarks)
+    times = timeline(series, caveats)
+    rule, reference_s = decay_reference(series, times, half_life_s, caveats)
+    uptake = uptake_s(times, reference_s, half_life_s, caveats)
     return rule, uptake, dose_bq * np.exp2(-uptake / half_life_s)
 
 
@@ -438,7 +438,7 @@ def _injection_from(series: PetSeries) -> str | None:
     return "clock time" if series.injection is None else "date-time"
 
 
-def _dose_bq(series: PetSeries, remarks: Remarks) -> float:
+def _dose_bq(series: PetSeries, caveats: Caveats) -> float:
     dose = series.dose_bq
     if dose is None or dose <= 0:
         state = "is missing" if dose is None else f"is {dose:g}"
@@ -453,11 +453,11 @@ def _dose_bq(series: PetSeries, remarks: Remarks) -> float:
             "correct it in the header [Bq]"
         )
     if in_mbq:
-        remarks.reinterpretations.append(f"{_DOSE} is below 10000: it is taken as MBq")
+        caveats.reinterpretations.append(f"{_DOSE} is below 10000: it is taken as MBq")
     return dose_bq
 
 
-def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
+def _half_life_s(series: PetSeries, caveats: Caveats) -> float:
     half_life_s = series.half_life_s
     if half_life_s is None or half_life_s <= 0:
         state = "is missing" if half_life_s is None else f"is {half_life_s:g}"
@@ -471,7 +471,7 @@ def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
             "correct it in the header [s]"
         )
     if difference > SAME_HALF_LIFE:
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.SUV,
                 f"half-life disagrees: {_HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
@@ -479,7 +479,7 @@ def _half_life_s(series: PetSeries, remarks: Remarks) -> float:
             )
         )
     if of_nuclide_s is None and not is_half_life_of_pet(half_life_s):
-        remarks.warnings.append(
+        caveats.warnings.append(
             Warning(
                 Kind.SUV,
                 f"the half-life may be wrong: {_HALF_LIFE} is {half_life_s:g} s, which no usual "
@@ -498,14 +498,14 @@ def _require_positive(factors: Array) -> None:
 
 
 def _compare_with_qiba(
-    series: PetSeries, factors: Array, by_qiba: float | None, remarks: Remarks
+    series: PetSeries, factors: Array, by_qiba: float | None, caveats: Caveats
 ) -> None:
     """Say what QIBA's rule gives where a FrameReferenceTime is 0, which it takes as missing."""
     is_zero = any(each.frame_reference_time_s == 0 for each in series.slices)
     if series.manufacturer == "GE" or not is_zero or by_qiba is None:
         return
     change = by_qiba / float(np.median(factors)) - 1
-    remarks.warnings.append(
+    caveats.warnings.append(
         Warning(
             Kind.DECAY_REFERENCE,
             "FrameReferenceTime (0054,1300) is 0 and is used as such; by QIBA's rule, which takes "

@@ -1,4 +1,4 @@
-"""What the headers of one PET series say, as plain values, and the doubts about them.
+"""What the headers of one PET series say, as plain values, and the caveats about them.
 
 Pure. Values are as the header has them: checked and reinterpreted only by the rules of this room.
 """
@@ -8,12 +8,12 @@ from datetime import datetime, time
 
 from common.errors import Kind, StudyError, Warning
 
-# --- remarks ---------------------------------------------------------------------------------
+# --- caveats ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Remarks:
-    """Doubts about a header; none of them says who or when.
+class Caveats:
+    """What of a header is taken otherwise, or is odd; none of it says who or when.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Remarks:
         return (*reinterpreted, *self.warnings)
 
 
-def refuse_reinterpretations(remarks: Remarks) -> None:
+def refuse_reinterpretations(caveats: Caveats) -> None:
     """Demand a header that needs no reinterpretation (`--strict`).
 
     Raises
@@ -42,9 +42,9 @@ def refuse_reinterpretations(remarks: Remarks) -> None:
     StudyError
         There is one; the message holds all.
     """
-    if remarks.reinterpretations:
+    if caveats.reinterpretations:
         raise StudyError(
-            f"refused by --strict: {'; '.join(remarks.reinterpretations)}: "
+            f"refused by --strict: {'; '.join(caveats.reinterpretations)}: "
             "correct the header, or run without --strict"
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import StudyError
-from common.suv.inputs import PetSeries, Remarks
+from common.suv.inputs import Caveats, PetSeries
 
 Array = NDArray[np.float64]
 
@@ -58,7 +58,7 @@ class Timeline:
     is_dated: bool
 
 
-def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
+def timeline(series: PetSeries, caveats: Caveats) -> Timeline:
     """Put the moments of `series` on one clock.
 
     Moments without UTC offset are taken at the offset of those that have one. Where none has, any
@@ -70,7 +70,7 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
         Some moments have no offset, and the others disagree about it; or the injection's clock
         time, which has none, is not that of its date-time, which has one.
     """
-    default = _offset_of_the_others(series, remarks)
+    default = _offset_of_the_others(series, caveats)
     injected = series.injection or series.injection_clock
     zone = default if injected is None else _offset(injected, default)
 
@@ -90,7 +90,7 @@ def timeline(series: PetSeries, remarks: Remarks) -> Timeline:
     dated_s = scan_s[~undated & np.isfinite(scan_s)]
     stated_dates_s = stated_s[np.isfinite(stated_s)]
     if undated.any():
-        _remark_missing_dates(undated, remarks)
+        _note_missing_dates(undated, caveats)
         near_s = float([*dated_s, *scan_s[undated]][0])
         if not dated_s.size and stated_dates_s.size:
             near_s = float(nearest_day_s(near_s, stated_dates_s[0]))
@@ -116,14 +116,14 @@ def nearest_day_s(clock_s: Array | float, moment_s: float) -> Array:
     return np.asarray(moment_s + (clock_s - moment_s + DAY_S / 2) % DAY_S - DAY_S / 2)
 
 
-def _remark_missing_dates(undated: NDArray[np.bool_], remarks: Remarks) -> None:
+def _note_missing_dates(undated: NDArray[np.bool_], caveats: Caveats) -> None:
     """Say which dates are missing: of the series, the first of `undated`, or of slices."""
     missing = [
         name
         for name, is_missing in ((SERIES_DATE, undated[0]), (ACQUISITION_DATE, undated[1:].any()))
         if is_missing
     ]
-    remarks.reinterpretations.append(
+    caveats.reinterpretations.append(
         f"no date ({' and '.join(missing)} missing): times count by the clock alone"
     )
 
@@ -133,7 +133,7 @@ def on_the_clock(span_s: Array | float) -> Array:
     return np.asarray(np.round(span_s, 6))
 
 
-def _offset_of_the_others(series: PetSeries, remarks: Remarks) -> timedelta:
+def _offset_of_the_others(series: PetSeries, caveats: Caveats) -> timedelta:
     """UTC offset of the moments that have none."""
     moments = [series.injection, series.injection_clock, series.series_start]
     moments += [each.acquisition for each in series.slices]
@@ -153,7 +153,7 @@ def _offset_of_the_others(series: PetSeries, remarks: Remarks) -> timedelta:
             "(0018,1072) are in different time zones, and that of the scan is unknown "
             "(TimezoneOffsetFromUTC (0008,0201) is missing): add it to the header"
         )
-    remarks.reinterpretations.append(
+    caveats.reinterpretations.append(
         "times without UTC offset (TimezoneOffsetFromUTC (0008,0201) is missing) "
         "are taken at the offset of the header's date-times"
     )

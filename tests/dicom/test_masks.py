@@ -44,8 +44,8 @@ from common.dicom.masks import (
 from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import DEFLATED_FRAMES, read_seg
 from common.errors import StudyError
-from common.geometry import Grid, Image, embedded
-from common.masks import completed
+from common.geometry import Grid, Image
+from common.masks import completed, embedded
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SHAPE = (11, 9, 6)
@@ -828,7 +828,7 @@ def test_what_dcmqi_writes_is_read_as_it_reads_it_itself(tmp_path):
         theirs = completed(Image(np.asarray(file.dataobj), file.affine), LAYOUT_GRID)
         np.testing.assert_array_equal(theirs.data > 0, drawn)
     mask = read_seg(tmp_path / "seg.dcm", images=[LAYOUT_GRID], is_of_images=True)
-    whole = embedded(Image(mask.labels, mask.affine), Image(nodes, layouts.PET_AFFINE))
+    whole = embedded(Image(mask.labels, mask.affine), LAYOUT_GRID)
     np.testing.assert_array_equal(whole.data, np.where(nodes, 1, 2 * other))
     assert len(mask.warnings) == 2  # united, and overlapping
 
