@@ -53,7 +53,7 @@ from common.suv.body import SUV_UNITS
 from common.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from common.raw.roles import Patterns
+    from common.raw.candidates import Patterns
     from common.raw.study import Conversion
 
 EXAMPLES = """
@@ -315,7 +315,7 @@ def options_of_value(options: argparse.Namespace) -> list[Any]:
 def how_to_convert(options: argparse.Namespace) -> tuple[Patterns, Conversion]:
     """Return which file is what, and how images are made of them."""
     # What reads DICOM is slow to load: not to see that an option is wrong, but before workers fork.
-    from common.raw.roles import Patterns
+    from common.raw.candidates import Patterns
     from common.raw.study import Conversion
 
     patterns = Patterns({r: p for r in ROLE_NAMES if (p := getattr(options, r)) is not None})

@@ -18,7 +18,8 @@ from common.dicom.masks import (
 )
 from common.dicom.rtstruct import region_names
 from common.errors import Kind, StudyError, Warning
-from common.raw.roles import Candidate, Roles, modality_of
+from common.raw.candidates import Candidate
+from common.raw.roles import Roles
 from common.raw.words import ROLE_NAMES, words
 
 _OTHER_PATIENT = "give each patient a study folder, or --trust-geometry if it is one patient"
@@ -83,7 +84,7 @@ def _values(files: Sequence[DicomFile], keyword: str) -> frozenset[str]:
     """Return what headers say, leaving out those that say nothing."""
     if keyword == "FrameOfReferenceUID":
         # The regions of an RTSTRUCT name their own: see `check_frames`.
-        images = (each for each in files if modality_of(each) != "RTSTRUCT")
+        images = (each for each in files if each.modality != "RTSTRUCT")
         found = {joined_text(each.header, keyword) for each in images}
     elif keyword == "PatientName":
         found = {_bare_name(joined_text(each.header, keyword)) for each in files}
@@ -132,7 +133,7 @@ def find_drawn_on(roles: Roles, mask_on: str | None = None) -> DrawnOn | None:
     StudyError
         It was drawn on another series, or on both, and `mask_on` does not say on which.
     """
-    if not isinstance(roles.mask, DicomFile) or modality_of(roles.mask) != "RTSTRUCT":
+    if not isinstance(roles.mask, DicomFile) or roles.mask.modality != "RTSTRUCT":
         return None
     role_of = _roles_by_uid(roles)
     drawn_on: set[str] = set()

@@ -5,120 +5,28 @@ Where several files fit, a pattern of the user decides; none is picked silently,
 what fits and what is missing.
 """
 
-import fnmatch
 import os
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from common.dicom.attributes import joined_text, tag_of
 from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
-from common.dicom.pet import attenuation_corrected
 from common.errors import IncompleteStudy, StudyError
 from common.nifti import is_nifti_name
+from common.raw.candidates import (
+    Candidate,
+    NiftiFile,
+    NiftiFiles,
+    Patterns,
+    is_corrected,
+    kind,
+    kind_beside_others,
+    private_name,
+)
 from common.raw.project import StudyFolder, files_of
 from common.raw.sidecar import sidecar_of
-from common.raw.words import CT_WORDS, MASK_WORDS, PET_WORDS, ROLE_NAMES, roles_by_words, words
-
-# --- candidates ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NiftiFile:
-    """A NIfTI file: its path and its path below the study (private).
-
-    `role` is "ct", "pet" or "mask" where the layout tells it, else "".
-    """
-
-    path: str
-    name: str
-    role: str = ""
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """The roles that it may play, by the layout or by the words in its path."""
-        return frozenset({self.role}) if self.role else roles_by_words(self.name)
-
-
-@dataclass(frozen=True)
-class NiftiFiles:
-    """The NIfTI masks that one pattern of the user names, in the order of their names."""
-
-    files: tuple[NiftiFile, ...]
-
-
-Candidate = NiftiFile | NiftiFiles | Series | DicomFile
-
-
-def is_corrected(pet: Series) -> bool | None:
-    """Tell whether a PET series is corrected for attenuation; None where it does not say."""
-    states = {attenuation_corrected(file.header) for file in pet.files}
-    return None if states == {None} else states == {True}
-
-
-def modality_of(file: DicomFile) -> str:
-    """Return the Modality."""
-    return file.modality
-
-
-def kind(candidate: Candidate) -> str:
-    """Return what a candidate is, and of how many slices; no identity."""
-    if isinstance(candidate, NiftiFile):
-        return "NIfTI file"
-    if isinstance(candidate, NiftiFiles):
-        return f"{len(candidate.files)} NIfTI files"
-    if isinstance(candidate, Series):
-        return f"DICOM series of {candidate.n_images}"
-    return f"DICOM {modality_of(candidate)}"
-
-
-def kind_beside_others(candidate: Candidate) -> str:
-    """Return what tells a candidate from others of its role; no identity."""
-    if isinstance(candidate, Series) and candidate.modality == "PT":
-        state = {True: "yes", False: "no", None: "unknown"}[is_corrected(candidate)]
-        return f"{kind(candidate)}, ATTN {state}"
-    return kind(candidate)
-
-
-# --- patterns --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Patterns:
-    """The user's globs by role: on the path below the study, or on the SeriesDescription."""
-
-    by_role: Mapping[str, str] = field(default_factory=dict)
-
-    def match(self, role: str, candidate: Candidate) -> bool:
-        """Tell whether a candidate fits the role's pattern; without one all do."""
-        return role not in self.by_role or self.name(role, candidate)
-
-    def name(self, role: str, candidate: Candidate) -> bool:
-        """Tell whether the role has a pattern, and it fits the candidate."""
-        pattern = self.by_role.get(role)
-        return pattern is not None and any(_fits(label, pattern) for label in labels(candidate))
-
-    def name_any(self, candidate: Candidate) -> bool:
-        """Tell whether a pattern of any role fits the candidate."""
-        return any(self.name(role, candidate) for role in self.by_role)
-
-
-def _fits(label: str, pattern: str) -> bool:
-    """Match a glob, one that names a folder with all that lies below it."""
-    label, pattern = (unicodedata.normalize("NFC", each) for each in (label, pattern))
-    return any(fnmatch.fnmatchcase(label, p) for p in (pattern, pattern.rstrip("/") + "/*"))
-
-
-def labels(candidate: Candidate) -> list[str]:
-    """Return what a pattern may match: a description, and paths below the study."""
-    if isinstance(candidate, NiftiFile):
-        return [candidate.name]
-    if isinstance(candidate, NiftiFiles):
-        return [file.name for file in candidate.files]
-    files = candidate.files if isinstance(candidate, Series) else (candidate,)
-    return [joined_text(files[0].header, "SeriesDescription"), *(file.name for file in files)]
-
+from common.raw.words import CT_WORDS, MASK_WORDS, PET_WORDS, ROLE_NAMES, words
 
 # --- study files -----------------------------------------------------------------------------
 
@@ -221,12 +129,6 @@ def nameless_left_out(n_files: int) -> tuple[str, ...]:
     )
 
 
-def private_name(role: str, candidate: Candidate) -> str:
-    """Return a candidate's description and path, for the private mapping alone."""
-    described = " | ".join(labels(candidate)[:2])
-    return f"{ROLE_NAMES[role]}: {kind_beside_others(candidate)}: {described}"
-
-
 def several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
     """Say that several candidates fit a role, and of what kinds they are."""
     kinds = [kind_beside_others(each) for each in candidates]
@@ -275,7 +177,7 @@ def hints_of_roles(
     missing = [role for role, found in fitting.items() if not found]
     yield from (f"--{role} fits no candidate" for role in missing if role in patterns.by_role)
     for role, modality in (("ct", "CT"), ("pet", "PT")):
-        n_files = sum(modality_of(file) == modality for file in files.dicom)
+        n_files = sum(file.modality == modality for file in files.dicom)
         if role in missing and n_files and not group_series(files.dicom, modality):
             yield (
                 f"DICOM files ({n_files}) of {tag_of('Modality')} {modality} are localizers, "
@@ -283,7 +185,7 @@ def hints_of_roles(
             )
     if "pet" in missing or "header" in missing:
         yield from _other_modalities(files)
-    n_files = sum(not modality_of(file) for file in files.dicom)
+    n_files = sum(not file.modality for file in files.dicom)
     if missing and n_files:
         yield (
             f"DICOM files ({n_files}) have an empty {tag_of('Modality')}: set it to CT, PT, SEG or "
@@ -301,7 +203,7 @@ def hints_of_roles(
 def _other_modalities(files: StudyFiles) -> Iterator[str]:
     """Yield what may be the PET, by a Modality that DICOM does not have for it."""
     for modality in ("NM", "PET"):
-        n_files = sum(modality_of(file).upper() == modality for file in files.dicom)
+        n_files = sum(file.modality.upper() == modality for file in files.dicom)
         if n_files:
             yield (
                 f"DICOM files ({n_files}) have {tag_of('Modality')} {modality}, a PET has PT: if "
@@ -416,7 +318,7 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
         "pet": [*nifti_pet, *group_series(slices, "PT")],
         "mask": [
             *_nifti_in_role("mask", files.nifti, patterns),
-            *(file for file in files.dicom if modality_of(file) in _MASK_MODALITIES),
+            *(file for file in files.dicom if file.modality in _MASK_MODALITIES),
         ],
     }
     if headers or (nifti_pet and header_needed):
@@ -508,7 +410,7 @@ def _files_for_header_alone(
     role would be left, none is, unless that `is_all_allowed`.
     """
     modality = {"pet": "PT", "ct": "CT"}[role]
-    of_role = [file for file in dicom if modality_of(file) == modality]
+    of_role = [file for file in dicom if file.modality == modality]
     copies = _copies_elsewhere(group_series(of_role, modality))
     named = [
         file

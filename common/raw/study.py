@@ -36,9 +36,10 @@ from common.plausibility import (
     summary_of,
     weight_of,
 )
+from common.raw.candidates import Candidate, NiftiFile, NiftiFiles
 from common.raw.consistency import DrawnOn, check_frames, check_identity, find_drawn_on
 from common.raw.header_planes import check_planes_of, factors_on, planes_of_headers
-from common.raw.roles import Candidate, NiftiFile, NiftiFiles, Roles
+from common.raw.roles import Roles
 from common.raw.sidecar import read_sidecar
 from common.raw.words import ROLE_NAMES
 from common.suv.factors import SuvConversion, already_suv, suv_factors

@@ -176,3 +176,25 @@ def _new(sop_class: str, modality: str) -> Dataset:
     dataset.PatientID, dataset.PatientName = "phantom", "Phantom^One"
     dataset.Modality = modality
     return dataset
+
+
+def spheres(shape, *centres_and_radii):
+    """Return [x, y, z, segment] of balls in voxels."""
+    grid = np.moveaxis(np.indices(shape), 0, -1)
+    balls = [
+        ((grid - centre) ** 2).sum(axis=-1) < radius**2 for centre, radius in centres_and_radii
+    ]
+    return np.stack(balls, axis=-1).astype(np.uint8)
+
+
+def assert_mask_is(mask, labels, affine):
+    """Compare where both are: the mask may leave out empty slices at the ends."""
+    filled = np.flatnonzero(labels.any(axis=(0, 1)))
+    offset = np.linalg.solve(affine, mask.affine[:, 3])[:3]
+    np.testing.assert_allclose(offset[:2], 0, atol=1e-4)
+    k = round(offset[2])
+    np.testing.assert_allclose(offset[2], k, atol=1e-4)
+    assert k <= filled[0]
+    assert k + mask.labels.shape[2] > filled[-1]
+    np.testing.assert_array_equal(mask.labels, labels[:, :, k : k + mask.labels.shape[2]])
+    np.testing.assert_allclose(mask.affine[:3, :3], affine[:3, :3], atol=1e-4)

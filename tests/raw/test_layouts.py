@@ -9,9 +9,10 @@ import pytest
 from layouts import SIDECAR, write_bids, write_case
 
 from common.errors import StageError, StudyError
+from common.raw.candidates import Patterns
 from common.raw.layouts import find_studies, patient_in
 from common.raw.project import list_files
-from common.raw.roles import Patterns, find_roles
+from common.raw.roles import find_roles
 from common.raw.sidecar import read_sidecar
 from common.raw.study import Conversion, read_study
 

@@ -18,8 +18,9 @@ from pet_headers import PerSlice
 from common.dicom.files import DicomFile, Series
 from common.errors import IncompleteStudy, StageError, StudyError
 from common.hashing import pseudonym
+from common.raw.candidates import NiftiFile, Patterns
 from common.raw.project import StudyFolder, list_files, list_studies
-from common.raw.roles import NiftiFile, Patterns, choose, find_roles, survey
+from common.raw.roles import choose, find_roles, survey
 from common.raw.words import roles_by_words
 
 WORDS = {

@@ -30,7 +30,8 @@ from pet_headers import (
 from said import texts
 
 from common.errors import IncompleteStudy, StudyError
-from common.raw.roles import Patterns, find_roles
+from common.raw.candidates import Patterns
+from common.raw.roles import find_roles
 from common.raw.study import Conversion, Taken, plan_study, read_study
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
