@@ -46,7 +46,7 @@ from common.raw.pseudonyms import studies_by_hash
 from common.raw.words import ROLE_NAMES, WORDS
 from common.run import cli, console, stage
 from common.run.atomic import behind_links, locked
-from common.run.fan_out import run_studies
+from common.run.engine import run_studies
 from common.run.output import exclusive, writing_part
 from common.run.worker import Job, Outcome, Status, Written, refused
 from common.suv.body import SUV_UNITS

@@ -48,7 +48,7 @@ from common.report.case_table import ATTRIBUTES, COLUMNS, case_rows
 from common.report.projection_list import list_beside, read_projects, write_list
 from common.run import cli, stage
 from common.run.console import PROGRESS
-from common.run.fan_out import Engine, run_studies
+from common.run.engine import Engine, run_studies
 from common.run.output import exclusive, make_folder, replace_output, write_beside, write_table
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Status

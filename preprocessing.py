@@ -27,8 +27,9 @@ from common.errors import IncompleteStudy, StageError, counted
 from common.geometry import ORIENTATIONS, Image
 from common.hashing import fingerprint
 from common.hdf5 import index, merge
+from common.hdf5.chunks import COMPRESSIONS, is_available
 from common.hdf5.parts import write_volume
-from common.hdf5.studies import COMPRESSIONS, has_blosc, read_fingerprints, read_keys
+from common.hdf5.studies import read_fingerprints, read_keys
 from common.nifti import load_library, write_nifti_file
 from common.plausibility import weight_of
 from common.report.lesion_table import write_measures
@@ -160,13 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what masks hold: 0 and 1 (default), or the label values, for several classes",
     )
     results = parser.add_argument_group("results")
-    results.add_argument(
-        "--compression",
-        choices=COMPRESSIONS,
-        default="gzip",
-        help="of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in "
-        "patches, needs hdf5plugin)",
-    )
+    cli.add_compression_option(results, COMPRESSIONS, is_available)
     results.add_argument(
         "--save-nifti",
         type=Path,
@@ -227,8 +222,6 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.save_nifti is not None:
         cli.check_folder(parser, options.save_nifti, options)
     cli.check_store(parser, options)
-    if options.compression == "blosc" and not has_blosc():
-        parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
 
 # --- the stage -------------------------------------------------------------------------------

@@ -28,13 +28,12 @@ import numpy as np
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.hdf5 import index, merge
+from common.hdf5.chunks import COMPRESSIONS, is_available
 from common.hdf5.parts import read_as_planned, read_volume, write_projections
 from common.hdf5.studies import (
-    COMPRESSIONS,
     Content,
     attribute,
     content_of,
-    has_blosc,
     projection_key,
     read_each,
     read_parameters,
@@ -133,13 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one dataset a group, (N, 2, X, Z) and (N, 1, X, Z), and their keys in dataset key",
     )
-    projecting.add_argument(
-        "--compression",
-        choices=COMPRESSIONS,
-        default="gzip",
-        help="of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in "
-        "patches, needs hdf5plugin)",
-    )
+    cli.add_compression_option(projecting, COMPRESSIONS, is_available)
     pictures_group = parser.add_argument_group("pictures")
     pictures_group.add_argument(
         "--gif", type=Path, metavar="DIR", help="a rotating projection a study, lesions outlined"
@@ -165,8 +158,6 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     cli.check_store(parser, options)
     if options.store is not None and options.stack:
         parser.error("--store keeps files of studies, --stack makes one dataset: leave out one")
-    if options.compression == "blosc" and not has_blosc():
-        parser.error("--compression blosc needs the package hdf5plugin: pip install hdf5plugin")
 
 
 # --- the stage -------------------------------------------------------------------------------

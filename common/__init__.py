@@ -1,24 +1,40 @@
 """What the scripts share, in rooms. Imports run downwards on this map; nothing imports a script.
 
-run/            how a stage runs, whatever its studies are: options, log, plan, workers, output
-report/         the quality-control page, films and stills
-raw/            a raw project: its folders, which file plays which role, a study checked and read
-hdf5/           3D and 2D training files: written, read, merged, verified
+report/         page: the quality-control page, its pictures; case_table, lesion_table and
+                projection_list: CSV; untrusted_json: attributes as any file may have them
 nnunet          nnU-Net's raw layout
-project_zip     the zip of pseudonymised studies       nifti   NIfTI files
-dicom/          DICOM series and masks to volumes, headers to SUV inputs
-suv/            SUV factors and their provenance, from plain numbers
+raw/            project and layouts: the folders of a raw project; candidates, words and roles:
+                which file plays which role; study: one read and checked, by consistency,
+                header_planes and sidecar; pseudonyms and mapping: who is who
+hdf5/           studies: training files, 3D and 2D, of chunks; parts: of one study; merge, index
+                and stacks: of many; verify; crash_safe_file
+run/            how a stage runs, whatever its studies are: cli: options; stage: plan, compute,
+                replace; engine: pool or dask, each with worker; output, store, atomic, console,
+                signals, machine
+project_zip     the zip of pseudonymised studies
+nifti           NIfTI files
+dicom/          files: which there are; attributes: of a header; series, pixels and uneven:
+                slices to a volume; pet: a header to SUV inputs; masks: rtstruct by contours
+                and contour_gaps, seg by seg_planes
+suv/            factors: of a series, from inputs, by timeline, nuclides, decay and body;
+                provenance: how they came about; alternatives: what other rules give
 
 Pure: arrays and frozen dataclasses in, arrays out; no paths, no formats, no log.
 
 volumes         a study's three images to a training volume, step by step
-quality_warnings   what resampling loses       plausibility   values that can't be right
-image_checks    images that are no study       masks          put on their images; united
-resampling      images onto a grid, equal to nilearn; spline_axes: one axis of it
+quality_warnings   what resampling loses
+plausibility    values that can't be right
+masks           crops put on their images, several united
+image_checks    images that are no study
+lesions         lesions of a mask, their isocontours and measures
+components      connected voxels
 projection      rotated maximum-intensity projections, equal to scipy
-lesions         lesions of a mask, their isocontours and measures; components: connected voxels
+resampling      images onto a grid, equal to nilearn
+spline_axes     one axis of it
 geometry        grids and images: where voxels lie, how their axes run
+key_lists       which studies to take
 splits          folds of whole patients
 hashing         pseudonyms and fingerprints
-version, errors
+errors          warnings, and how work ends early
+version         of the software
 """

@@ -28,7 +28,7 @@ from common.hashing import fingerprint
 from common.hdf5.merge import keys_by_file, read_digests
 from common.hdf5.studies import read_attributes, read_dataset, read_shapes
 from common.nifti import is_sheared, load_library, write_nifti_file
-from common.run.fan_out import Engine, run_studies
+from common.run.engine import Engine, run_studies
 from common.run.output import make_folder, write_beside, writing_beside
 from common.run.worker import Job, Outcome, Written
 from common.splits import Fold

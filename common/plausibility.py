@@ -64,10 +64,36 @@ def tissue_on(pet: Grid, ct: CtSummary) -> NDArray[np.bool_]:
     return resample_nearest(ct.tissue.data, ct.tissue.grid, pet) > 0
 
 
+def implausible_study(
+    ct: CtSummary, pet: Image, mask: Image, fraction: float | None, weight_kg: float | None
+) -> list[Warning]:
+    """Say what of a study's images can't be right: the same as it is taken in and trained on.
+
+    Parameters
+    ----------
+    ct : CtSummary
+    pet : Image
+        [SUV]
+    mask : Image
+    fraction, weight_kg : float or None
+        As `dose_out_of_range` takes them.
+    """
+    return [
+        *implausible_images(ct, pet),
+        *implausible_volume(mask, ct, pet),
+        *fallen_into_slices(mask),
+        *dose_out_of_range(fraction, weight_kg, ct, pet),
+    ]
+
+
 def implausible_images(ct: CtSummary, pet: Image) -> list[Warning]:
     """Say where a CT can't be in HU, or a PET in SUV."""
     few = coarse(pet)
-    return [*_no_hu(ct, few.data), *_negative_uptake(few.data, tissue_on(few.grid, ct))]
+    return [
+        *_other_unit(float(pet.data.max())),
+        *_no_hu(ct, few.data),
+        *_negative_uptake(few.data, tissue_on(few.grid, ct)),
+    ]
 
 
 def _no_hu(ct: CtSummary, suv: Array) -> Iterator[Warning]:
@@ -94,6 +120,20 @@ def _no_hu(ct: CtSummary, suv: Array) -> Iterator[Warning]:
 
 
 # --- PET -------------------------------------------------------------------------------------
+
+LARGEST_SUV = (0.1, 1000.0)
+"""What the largest SUV of a PET lies between, unless its values have another unit than believed."""
+
+
+def _other_unit(largest: float) -> Iterator[Warning]:
+    least, most = LARGEST_SUV
+    if not least <= largest <= most:
+        yield Warning(
+            Kind.IMPLAUSIBLE,
+            f"the largest SUV of the PET is {largest:.3g}: check the unit of its values "
+            "(--pet-units)",
+        )
+
 
 NOISE_SUV = 0.05
 """Values that far below 0 are noise of air, which some reconstructions keep."""
@@ -257,7 +297,7 @@ def _above_each_other(
     return numbers[inside][lower], numbers[upper]
 
 
-LEAST_UPTAKE_SUV = 0.5
+NO_UPTAKE_BELOW_SUV = 0.5
 """Lesions whose voxels are all below this have no uptake."""
 
 BESIDE_MM = 10.0
@@ -295,14 +335,14 @@ def mask_far_from_uptake(suv: Array, mask: Array, grid: Grid) -> list[Warning]:
         return []
     reach = np.maximum(1, np.rint(BESIDE_MM / np.array(grid.spacing_mm))).astype(int)
     suv_max = np.maximum.reduceat(suv[tuple(lesions.voxels)], lesions.starts)
-    pale = np.flatnonzero(suv_max < LEAST_UPTAKE_SUV).tolist()
-    far = [i for i in pale if _around(suv, lesions, i, reach).max() < LEAST_UPTAKE_SUV]
+    pale = np.flatnonzero(suv_max < NO_UPTAKE_BELOW_SUV).tolist()
+    far = [i for i in pale if _around(suv, lesions, i, reach).max() < NO_UPTAKE_BELOW_SUV]
     texts = []
     if far:
         volume_ml = lesions.sizes[far].sum() * grid.voxel_ml
         texts.append(
-            f"{len(far)} lesion(s) of {volume_ml:.2f} ml have none (SUV >= {LEAST_UPTAKE_SUV:g}) "
-            f"within {BESIDE_MM:g} mm"
+            f"{len(far)} lesion(s) of {volume_ml:.2f} ml have none (SUV >= "
+            f"{NO_UPTAKE_BELOW_SUV:g}) within {BESIDE_MM:g} mm"
         )
     if len(far) < lesions.count:
         texts += _slipped(suv, lesions.voxels, _beside(mask, lesions, reach), grid)

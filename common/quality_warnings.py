@@ -10,7 +10,7 @@ from common.errors import Kind, Warning
 from common.geometry import Grid, corners, moved, voxel_map, within
 from common.resampling import separable
 
-LEAST_UPTAKE_SUV = 0.5
+AIR_BELOW_SUV = 0.5
 """PET voxels below this count as air: their lying outside the CT is no loss."""
 
 
@@ -176,7 +176,7 @@ def uncovered_uptake(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> list[War
     return [
         Warning(
             Kind.NOT_COVERED,
-            f"{uncovered * pet.voxel_ml:.1f} ml of PET with uptake (SUV >= {LEAST_UPTAKE_SUV:g}) "
+            f"{uncovered * pet.voxel_ml:.1f} ml of PET with uptake (SUV >= {AIR_BELOW_SUV:g}) "
             "are not covered by the CT: there the CT is filled with air",
         )
     ]
@@ -186,7 +186,7 @@ def _uncovered_voxels(suv: NDArray[np.floating], pet: Grid, ct: Grid) -> int:
     box = _covered_box(pet, ct) if separable(pet, ct) else None
     uncovered = 0
     for z in range(pet.shape[2]):
-        bright = suv[..., z] >= LEAST_UPTAKE_SUV
+        bright = suv[..., z] >= AIR_BELOW_SUV
         if box is None:
             x, y = np.nonzero(bright)
             covered = _within(np.stack([x, y, np.full_like(x, z)], axis=1), pet, ct)

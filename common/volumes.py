@@ -21,15 +21,7 @@ from common.lesions import (
     tumour_burden,
 )
 from common.masks import completed
-from common.plausibility import (
-    CtSummary,
-    dose_out_of_range,
-    fallen_into_slices,
-    implausible_images,
-    implausible_volume,
-    mask_far_from_uptake,
-    summary_of,
-)
+from common.plausibility import implausible_study, mask_far_from_uptake, summary_of
 from common.quality_warnings import (
     clipped_uptake,
     lesion_losses,
@@ -205,9 +197,11 @@ def place_study(
     pet_labels = on_pet(labels, pet) if kept else None
     found = measures(pet, pet_lesions, pet_labels, weight_kg, recipe)
     fraction = found["study"]["dose_fraction"]
-    warnings += plausibility_warnings(
-        pet, labels, lesions, pet_lesions, ct_summary, fraction, weight_kg
-    )
+    warnings += [
+        *unmeasured_lesions(lesions.data, lesions.grid, pet_lesions, pet.grid),
+        *implausible_study(ct_summary, pet, labels, fraction, weight_kg),
+        *mask_far_from_uptake(pet.data, pet_lesions, pet.grid),
+    ]
     end_step("measures")
     told = {warning.text for warning in known}
     new = [warning for warning in warnings if warning.text not in told]
@@ -354,23 +348,3 @@ def measures(
         "lesions": [asdict(row) for row in rows],
         "study": {**asdict(tumour_burden(found)), "dose_fraction": fraction},
     }
-
-
-def plausibility_warnings(
-    pet: Image,
-    mask: Image,
-    lesions: Image,
-    pet_lesions: Array,
-    ct: CtSummary,
-    fraction: float | None,
-    weight_kg: float | None,
-) -> list[Warning]:
-    """Return warnings of images and measures that can't be right."""
-    return [
-        *unmeasured_lesions(lesions.data, lesions.grid, pet_lesions, pet.grid),
-        *implausible_images(ct, pet),
-        *implausible_volume(mask, ct, pet),
-        *fallen_into_slices(mask),
-        *dose_out_of_range(fraction, weight_kg, ct, pet),
-        *mask_far_from_uptake(pet.data, pet_lesions, pet.grid),
-    ]

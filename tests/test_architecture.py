@@ -1,6 +1,7 @@
 """The house keeps its shape: imports between rooms run one way, pure files know no formats."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def room_of(name: str) -> str:
     return first if is_folder or first in BOUNDARY_FILES else "pure"
 
 
+MAP = ROOT / "common" / "__init__.py"
 FILES = sorted(p for p in (ROOT / "common").rglob("*.py") if p.name != "__init__.py")
 NAMES = [".".join(p.relative_to(ROOT / "common").with_suffix("").parts) for p in FILES]
 
@@ -80,13 +82,28 @@ def test_imports_between_rooms_run_one_way(name, path):
     assert rooms <= ARROWS[room_of(name)] | {room_of(name)}
 
 
-def test_the_rooms_form_no_circle():
-    left = dict(ARROWS)
-    while left:
-        free = [room for room, others in left.items() if not others & left.keys()]
-        assert free, f"a circle among {sorted(left)}"
-        for room in free:
-            del left[room]
+ENTRIES = re.findall(
+    r"^(\w+)(/?)  (.*(?:\n  .*)*)", ast.get_docstring(ast.parse(MAP.read_text())), re.MULTILINE
+)
+"""Of the map: each room or file of its own, whether it is a folder, and what is said of it."""
+
+ORDER = [name for name, _, _ in ENTRIES]
+
+
+@pytest.mark.parametrize(("name", "path"), list(zip(NAMES, FILES, strict=True)))
+def test_imports_run_downwards_on_the_map(name, path):
+    """Of rooms and of files outside them; so there is no circle."""
+    here = name.partition(".")[0]
+    used = {u.split(".")[1] for u in imports(path) if u.startswith("common.")} - {here}
+    assert all(ORDER.index(here) < ORDER.index(other) for other in used)
+
+
+def test_every_file_is_on_the_map():
+    on_it = {name for name, folder, _ in ENTRIES if not folder}
+    for room, folder, said in ENTRIES:
+        on_it |= {f"{room}.{word}" for word in re.findall(r"\w+", said) if folder}
+    assert set(NAMES) <= on_it
+    assert {name for name in on_it if "." not in name} <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", [*FILES, *(ROOT / f"{script}.py" for script in SCRIPTS)])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from common.errors import StageError, blaming
 from common.hashing import LONGEST_NAME, array_digest, can_name_study, fingerprint
+from common.hdf5.chunks import write_row
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
@@ -31,7 +32,6 @@ from common.hdf5.studies import (
     new_file,
     open_file,
     opened,
-    write_row,
 )
 from common.projection import padded
 

@@ -28,14 +28,7 @@ from common.image_checks import check_labels, check_mask, check_mask_overlaps, c
 from common.lesions import dose_fraction
 from common.masks import completed, embedded, united
 from common.nifti import read_nifti_file, read_nifti_header
-from common.plausibility import (
-    dose_out_of_range,
-    fallen_into_slices,
-    implausible_images,
-    implausible_volume,
-    summary_of,
-    weight_of,
-)
+from common.plausibility import implausible_study, summary_of, weight_of
 from common.raw.candidates import Candidate, NiftiFile, NiftiFiles
 from common.raw.consistency import DrawnOn, check_frames, check_identity, find_drawn_on
 from common.raw.header_planes import check_planes_of, factors_on, planes_of_headers
@@ -45,9 +38,6 @@ from common.raw.words import ROLE_NAMES
 from common.suv.factors import SuvConversion, already_suv, suv_factors
 from common.suv.inputs import PetSeries
 from common.suv.provenance import minimal
-
-PLAUSIBLE_LARGEST_SUV = (0.1, 1000.0)
-"""What the largest SUV of a PET lies between, unless its values have another unit than believed."""
 
 
 @dataclass(frozen=True)
@@ -356,23 +346,10 @@ def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[Warning,
     return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), warnings
 
 
-def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) -> Iterator[Warning]:
+def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) -> list[Warning]:
     """Warn where values can hardly be HU, SUV or tumour."""
-    least, most = PLAUSIBLE_LARGEST_SUV
-    largest = float(pet.data.max())
-    if not least <= largest <= most:
-        yield Warning(
-            Kind.IMPLAUSIBLE,
-            f"the largest SUV of the PET is {largest:.3g}: check the unit of its values "
-            "(--pet-units)",
-        )
-    summary = summary_of(ct)
-    yield from implausible_images(summary, pet)
-    yield from implausible_volume(mask, summary, pet)
-    yield from fallen_into_slices(mask)
-    if weight_kg is not None:
-        fraction = dose_fraction(pet.data, pet.affine, weight_kg)
-        yield from dose_out_of_range(fraction, weight_kg, summary, pet)
+    fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
+    return implausible_study(summary_of(ct), pet, mask, fraction, weight_kg)
 
 
 # --- the mask --------------------------------------------------------------------------------

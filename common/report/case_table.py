@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.report.attributes import is_number, json_array, json_object
+from common.report.untrusted_json import is_number, json_array, json_object
 from common.suv.provenance import coarse
 
 ATTRIBUTES = (

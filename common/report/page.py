@@ -21,7 +21,6 @@ from common.geometry import voxel_ml
 from common.hashing import fingerprint
 from common.hdf5.merge import read_digests
 from common.hdf5.studies import read_dataset
-from common.report.attributes import is_number, json_array, json_object
 from common.report.pictures import (
     CONTOUR_RGB,
     MASK_RGB,
@@ -30,8 +29,9 @@ from common.report.pictures import (
     projections,
     volumes_of,
 )
+from common.report.untrusted_json import is_number, json_array, json_object
 from common.run.atomic import clear_write_errors
-from common.run.fan_out import Engine, run_studies
+from common.run.engine import Engine, run_studies
 from common.run.output import parts_folder, writing_beside
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome

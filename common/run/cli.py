@@ -18,7 +18,7 @@ from common.errors import StageError, counted
 from common.hashing import fingerprint
 from common.run import console
 from common.run.atomic import behind_links, lock_file
-from common.run.fan_out import Engine
+from common.run.engine import Engine
 from common.run.machine import available_cpus, refuse_little_address_space
 from common.run.output import parts_folder
 from common.run.signals import interruptible
@@ -137,6 +137,30 @@ def add_run_options(parser: argparse.ArgumentParser, *, cluster: bool = True) ->
     )
     run.add_argument("--debug", action="store_true", help="show tracebacks")
     run.add_argument("--version", action="version", version=SOFTWARE)
+
+
+def add_compression_option(
+    group: argparse._ArgumentGroup,
+    compressions: Sequence[str],
+    is_available: Callable[[str], bool],
+) -> None:
+    """Add the option of how the HDF5 file is compressed, the first of some by default."""
+
+    def compression(text: str) -> str:
+        if text in compressions and not is_available(text):
+            raise argparse.ArgumentTypeError(
+                f"{text} needs the package hdf5plugin: pip install hdf5plugin"
+            )
+        return text
+
+    group.add_argument(
+        "--compression",
+        type=compression,
+        choices=compressions,
+        default=compressions[0],
+        help=f"of the HDF5 file (default: {compressions[0]}, read everywhere; blosc, the fastest "
+        "to read in patches, needs hdf5plugin)",
+    )
 
 
 def add_store_option(group: argparse._ArgumentGroup) -> None:

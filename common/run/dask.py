@@ -1,9 +1,9 @@
 """Studies on a dask.distributed cluster: the workers, jobs and parts of the pool, elsewhere.
 
 The one file that knows dask, which is loaded only when asked for. The scheduler retries what a
-lost worker had under way. A study that has killed its worker process three times is failed; it
-alone, since what was begun and never ended is noted beside the parts: the scheduler's own count
-blames studies that were only waiting for the same worker.
+lost worker had under way. A study that has killed its worker process `MOST_DEATHS` times is
+failed; it alone, since what was begun and never ended is noted beside the parts: the scheduler's
+own count blames studies that were only waiting for the same worker.
 
 The nested function that goes over the wire is pickled by value, and finds this code by its path
 on the file system that all workers share.
@@ -107,8 +107,8 @@ def _killed_too_often(job: Job) -> Outcome:
     """Return the outcome of a study that workers do not survive."""
     return broken_off(
         job,
-        "it has killed its worker process three times, probably for want of memory: give the "
-        "workers more",
+        f"it has killed its worker process {MOST_DEATHS} times, probably for want of memory: give "
+        "the workers more",
     )
 
 
@@ -184,7 +184,7 @@ def run_on_cluster(
     ------
     StageError
         Raised by a worker for all; no scheduler there, or none any more; workers with another
-        software; no worker for ten minutes.
+        software; no worker for `NO_WORKER_S`.
     """
     if not jobs:
         return
@@ -386,7 +386,7 @@ def _room(client: Any, most: int | None) -> Iterator[int]:
             last_seen = now
         elif now - last_seen > NO_WORKER_S:
             raise StageError(
-                "no worker has been connected to the dask scheduler for ten minutes: start "
+                f"no worker has been connected to the dask scheduler for {NO_WORKER_S} s: start "
                 "workers, and run again; finished studies are kept"
             )
         elif now - last_told > _TELL_S and now - last_seen > _LOOK_S:

@@ -127,7 +127,7 @@ def clear_start_errors() -> Iterator[None]:
 
 
 def why_it_ended(exit_code: int | None) -> str:
-    """Return why a worker process ended that should not have; None where that is not known."""
+    """Return why a worker process ended that should not have, and the remedy."""
     if exit_code == -signal.SIGPROF:
         return "reading it never ends, it is damaged: make it again"
     if exit_code is None:

@@ -23,7 +23,7 @@ from common.run.atomic import (
     temporary_beside,
 )
 from common.run.console import PROGRESS
-from common.run.fan_out import Engine, run_studies
+from common.run.engine import Engine, run_studies
 from common.run.store import N_DIGITS, study_file, study_files, subfolder, sweep
 from common.run.worker import Cause, Job, Outcome, Worker
 
@@ -314,7 +314,7 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
         )
     finally:
         remove_listed(parts)
-    if engine.dask is not None:
+    if engine.is_elsewhere:
         # A file server's client may remember that parts were not there; this makes it look again.
         for folder in folders:
             os.listdir(folder)

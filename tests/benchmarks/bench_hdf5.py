@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from processes import ROOT, median, print_runs, run, run_python
 
-from common.hdf5 import studies
+from common.hdf5 import chunks
 
 PATCH = 96
 EDGES = (16, 32, 40, 64)
@@ -66,16 +66,16 @@ def print_compressions(study: Path, folder: Path, n_patches: int) -> None:
     print("| chunk | compression | size | written in | 96³ patch from disk | cached |")
     print("|---|---|---|---|---|---|")
     print_row("contiguous", "none", 1, seconds, plain, plain)
-    compressions = [c for c in studies.COMPRESSIONS if c != "blosc" or studies.has_blosc()]
+    compressions = [c for c in chunks.COMPRESSIONS if chunks.is_available(c)]
     for edge in EDGES:
         for compression in compressions:
             path = folder / "chunked.h5"
-            with mock.patch.object(studies, "PATCH_EDGE", edge):
+            with mock.patch.object(chunks, "PATCH_EDGE", edge):
                 seconds = write_chunked(path, arrays, compression)
-                chunk = " x ".join(map(str, studies.chunk_shape(arrays["image"].shape)[1:]))
+                chunk = " x ".join(map(str, chunks.chunk_shape(arrays["image"].shape)[1:]))
             check_values(path, arrays)
             found = median_patches(path, n_patches)
-            chosen = edge == studies.PATCH_EDGE and compression == studies.COMPRESSIONS[0]
+            chosen = edge == chunks.PATCH_EDGE and compression == chunks.COMPRESSIONS[0]
             compression += " (default)" * chosen
             print_row(chunk, compression, path.stat().st_size / size, seconds, found, plain)
 
@@ -118,7 +118,7 @@ def write_chunked(path: Path, arrays: dict[str, np.ndarray], compression: str) -
     start = time.perf_counter()
     with h5py.File(path, "w", libver=("v108", "v108")) as file:
         for group, array in arrays.items():
-            studies.write_chunked(file, group, array, compression)
+            chunks.write_chunked(file, group, array, compression)
     return time.perf_counter() - start
 
 

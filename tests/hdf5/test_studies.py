@@ -5,23 +5,20 @@ import itertools
 import json
 import os
 import re
-import zlib
 
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.errors import DamagedSource, StageError, StudyError
-from common.hdf5 import merge, verify
+from common.hdf5 import chunks, merge, verify
 from common.hdf5 import studies as stored
 from common.run.pool import in_own_process
 
 PARAMETERS = {"dtype": "float16", "spacing": [2, 2, 3], "orientation": "LAS"}
 MADE_BY = {"parameters": PARAMETERS, "software": "test 1"}
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
-COMPRESSIONS = [name for name in stored.COMPRESSIONS if name != "blosc"]
+COMPRESSIONS = [name for name in chunks.COMPRESSIONS if name != "blosc"]
 
 
 def study_arrays(seed=0, shape=(40, 35, 33), dtype=np.float16):
@@ -62,65 +59,12 @@ def test_plain_h5py_reads_what_was_written(compression, dtype, tmp_path):
         assert file.attrs["schema_version"] == 1
 
 
-@pytest.mark.skipif(not stored.has_blosc(), reason="hdf5plugin is not installed")
+@pytest.mark.skipif(not chunks.is_available("blosc"), reason="hdf5plugin is not installed")
 def test_blosc_is_read_back_with_its_plugin(tmp_path):
     arrays = study_arrays()
     path = write(tmp_path / "a.h5", {"a": arrays}, "blosc")
     for group, array in arrays.items():
         np.testing.assert_array_equal(stored.read_dataset(path, group, "a")[0], array)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.sampled_from([(1, 7, 9, 8), (2, 33, 5, 70), (2, 20, 31), (1, 1, 1)]),
-    st.sampled_from(COMPRESSIONS),
-    st.sampled_from(["<f2", "<f4", "|u1"]),
-    st.floats(0, 1),
-    st.integers(0, 2**32 - 1),
-)
-def test_any_bits_come_back(tmp_path_factory, shape, compression, dtype, filled, seed):
-    random = np.random.default_rng(seed)
-    array = random.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[
-        ..., 0
-    ]
-    array[random.random(shape) >= filled] = 0
-    if array.dtype.kind == "f":
-        array[random.random(shape) > 0.9] = -0.0
-    path = tmp_path_factory.mktemp("bits") / "a.h5"
-    with h5py.File(path, "w") as file:
-        stored.write_chunked(file, "a", array, compression)
-        bits = f"u{array.itemsize}"
-        np.testing.assert_array_equal(file["a"][()].view(bits), array.view(bits))
-
-
-def test_what_gzip_would_not_halve_is_stored_and_the_rest_squeezed(tmp_path):
-    """Noise in the low bytes, of more than one stored block of deflate; one value in the high."""
-    low = np.random.default_rng(0).integers(0, 256, (1, 300, 400), np.uint16)
-    array = (low | 0x3800).view(np.float16)
-    path = tmp_path / "a.h5"
-    with h5py.File(path, "w") as file:
-        dataset = stored.write_chunked(file, "a", array, "gzip")
-        np.testing.assert_array_equal(dataset[()], array)
-        _, chunk = dataset.id.read_direct_chunk((0, 0, 0))
-    assert low.size < len(chunk) < 1.01 * low.size
-    assert low.astype(np.uint8).tobytes()[-10_000:] in chunk
-    bytes_apart = array.view(np.uint8).reshape(-1, 2).T
-    assert zlib.decompress(chunk) == bytes_apart.tobytes()
-
-
-def test_chunks_are_even_parts_of_one_channel():
-    assert stored.chunk_shape((2, 200, 200, 326)) == (1, 40, 40, 37)
-    assert stored.chunk_shape((1, 10, 40, 41)) == (1, 10, 40, 21)
-    assert stored.chunk_shape((2, 200, 326)) == (1, 200, 326)
-
-
-@given(st.integers(1, 2000))
-def test_few_even_chunks_leave_little_over(length):
-    edge = stored.chunk_shape((1, length, 1, 1))[1]
-    n_chunks = -(-length // edge)
-    assert edge <= stored.PATCH_EDGE
-    assert n_chunks == -(-length // stored.PATCH_EDGE)
-    assert n_chunks * edge - length < n_chunks
 
 
 def test_chunks_of_zeros_take_no_room(tmp_path):

@@ -319,7 +319,7 @@ def test_closed_streams_do_not_stop_a_run(closed, tmp_path):
     code = tmp_path / "script.py"
     code.write_text(
         HEAD
-        + "from common.run.fan_out import Engine, run_studies\n"
+        + "from common.run.engine import Engine, run_studies\n"
         + "from common.run.worker import Job, Written\n"
         + "def work(job):\n"
         + "    with open(job.work, 'w') as stream:\n"

@@ -26,8 +26,8 @@ import createproject
 import preprocessing
 import project_2d
 from common.errors import StageError
-from common.run import cli, dask, fan_out
-from common.run.fan_out import Engine
+from common.run import cli, dask, engine
+from common.run.engine import Engine
 from common.run.worker import Job, Outcome
 
 distributed = pytest.importorskip("distributed", reason="dask[distributed] is not installed")
@@ -35,8 +35,7 @@ dask_utils = pytest.importorskip("dask.utils", reason="dask[distributed] is not 
 
 ROOT = Path(__file__).parents[2]
 KILLER = (
-    "it has killed its worker process three times, probably for want of memory: give the "
-    "workers more"
+    "it has killed its worker process 3 times, probably for want of memory: give the workers more"
 )
 
 PATIENCE_S = 240
@@ -135,9 +134,7 @@ def run_studies(
     cluster: Cluster, notes: Path | None, *payloads, n_workers: int | None = None, **more
 ) -> list[Outcome]:
     jobs = [Job(f"study{number}", "", payload) for number, payload in enumerate(payloads)]
-    return fan_out.run_studies(
-        behave, jobs, Engine(n_workers, cluster.address), notes=notes, **more
-    )
+    return engine.run_studies(behave, jobs, Engine(n_workers, cluster.address), notes=notes, **more)
 
 
 def folders(tmp_path: Path, *names: str) -> list[Path]:
@@ -277,7 +274,7 @@ def test_the_dashboard_shows_each_study_by_its_hash(cluster, tmp_path):
 
         with meanwhile(note_names):
             jobs = [Job(each, "", ("wait for", go)) for each in sorted(hashes)]
-            fan_out.run_studies(behave, jobs, Engine(dask=cluster.address), notes=tmp_path)
+            engine.run_studies(behave, jobs, Engine(dask=cluster.address), notes=tmp_path)
     assert names == hashes
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import IncompleteStudy, StageError, StudyError, WorkerCrashed, WorkerKilled
-from common.run import fan_out, machine, pool
-from common.run.fan_out import Engine
+from common.run import engine, machine, pool
+from common.run.engine import Engine
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Written
 
@@ -93,7 +93,7 @@ def once(job):
 
 
 def run_studies(worker, jobs, n_workers, *more) -> list[Outcome]:
-    return fan_out.run_studies(worker, jobs, Engine(n_workers), *more)
+    return engine.run_studies(worker, jobs, Engine(n_workers), *more)
 
 
 @pytest.mark.parametrize("jobs", [1, 3])

@@ -26,9 +26,9 @@ from common.errors import (
     WorkerKilled,
     blaming,
 )
-from common.run import fan_out
+from common.run import engine
 from common.run import output as outputs
-from common.run.fan_out import Engine
+from common.run.engine import Engine
 from common.run.output import exclusive, write_beside, writing_part
 from common.run.stage import Stage, present_content, run_stage
 from common.run.worker import Cause, Job, Outcome, Written
@@ -419,7 +419,7 @@ def test_failures_are_listed_while_there_are_any(folder, tmp_path):
 
 def test_default_jobs_follow_the_largest_study_to_compute(folder, logged, monkeypatch):
     asked = []
-    monkeypatch.setattr(fan_out, "default_jobs", lambda needed: asked.append(needed) or 1)
+    monkeypatch.setattr(engine, "default_jobs", lambda needed: asked.append(needed) or 1)
     plan = [Job("a", "1", "x", memory=7), Job("b", "1", "x", memory=3_000_000_000)]
     for finished, jobs in (({}, None), ({"b": "1"}, None), ({}, 2)):
         with exclusive(folder.output):

@@ -1,4 +1,4 @@
-"""Studies over worker processes, those of this machine or of a cluster, with progress."""
+"""Who does the work: worker processes of this machine or of a cluster, with progress."""
 
 import logging
 from collections.abc import Callable, Generator, Sequence
@@ -31,6 +31,11 @@ class Engine:
 
     n_workers: int | None = None
     dask: str | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether workers may be on other machines, which see what is written here later."""
+        return self.dask is not None
 
 
 def run_studies(
