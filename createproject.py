@@ -261,7 +261,8 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
         known = {
             row.hash: row for row in mapping.read(options.mapping) if row.project == options.name
         }
-        folders = pseudonymised(options, known.values())
+        everyone = pseudonymised(options, known.values())
+        folders = this_shard(everyone, options)
         studies, listed = plan(folders, options)
         made_with = fingerprint(options_of_value(options))
         converting = stage.Stage(
@@ -270,7 +271,7 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
             worker=convert_study,
             assemble=functools.partial(project_zip.assemble, project=options.name),
             read_finished=functools.partial(read_finished, known=known),
-            write_beside=lambda path, done: write_mapping(path, folders, studies, done, options),
+            write_beside=lambda path, done: write_mapping(path, everyone, studies, done, options),
             known_skips={row.hash: row.reason for row in known.values() if row.status == "skipped"},
             read_absent=project_zip.read_absent,
             listed=listed,
@@ -285,7 +286,7 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
 def pseudonymised(
     options: argparse.Namespace, known: Iterable[mapping.Row]
 ) -> dict[str, StudyFolder]:
-    """Return this shard's study folders by hash, after checking the hashes of all.
+    """Return the study folders of all shards by hash, after checking the hashes.
 
     They are in the order of hashes, which says nothing of names. Studies that the mapping knows
     are among them where their patient's folder is empty or can't be looked at: a disk may not be
@@ -302,7 +303,15 @@ def pseudonymised(
         if row.status == "written" and row.hash not in folders and patient in lacking:
             path = os.path.join(lacking[patient], name_of(below))
             folders[row.hash] = StudyFolder(row.patient, row.study, path)
-    return {h: folders[h] for h in sorted(folders) if cli.in_shard(h, options.shard)}
+    return {h: folders[h] for h in sorted(folders)}
+
+
+def this_shard(
+    everyone: Mapping[str, StudyFolder], options: argparse.Namespace
+) -> dict[str, StudyFolder]:
+    """Return the study folders of this shard."""
+    mine = cli.of_shard(everyone, options.shard)
+    return {study_hash: folder for study_hash, folder in everyone.items() if study_hash in mine}
 
 
 def options_of_value(options: argparse.Namespace) -> list[Any]:
@@ -429,7 +438,7 @@ def check_listing(raw: RawStudy) -> None:
 
 def write_mapping(
     zip_path: Path | None,
-    folders: Mapping[str, StudyFolder],
+    everyone: Mapping[str, StudyFolder],
     studies: Sequence[Job],
     outcomes: Sequence[Outcome],
     options: argparse.Namespace,
@@ -447,7 +456,7 @@ def write_mapping(
         known = {row.hash: row for row in old if row.project == options.name}
         new = []
         for outcome in outcomes:
-            folder, held = folders[outcome.hash], archived.get(outcome.hash)
+            folder, held = everyone[outcome.hash], archived.get(outcome.hash)
             row = mapping.Row(
                 project=options.name,
                 patient=folder.patient,
@@ -468,8 +477,9 @@ def write_mapping(
                     row, **taken, input=job.fingerprint, output=held.content, options=made_with
                 )
             new.append(row)
-        in_shard = (h for h in known if cli.in_shard(h, options.shard))
-        mapping.write(options.mapping, mapping.merged(old, new, options.name, in_shard))
+        elsewhere = everyone.keys() - this_shard(everyone, options).keys()
+        asked_for = cli.of_shard(known.keys() | everyone.keys(), options.shard) - elsewhere
+        mapping.write(options.mapping, mapping.merged(old, new, options.name, asked_for))
 
 
 def sources_of(outcome: Outcome, job: Job, known: mapping.Row | None) -> dict[str, str]:
@@ -502,7 +512,7 @@ def sources_of(outcome: Outcome, job: Job, known: mapping.Row | None) -> dict[st
 
 def dry_run(options: argparse.Namespace) -> list[Outcome]:
     """Read headers, print what would be done with each study, write nothing."""
-    folders = pseudonymised(options, ())
+    folders = this_shard(pseudonymised(options, ()), options)
     studies, listed = plan(folders, options)
     looked_at = run_studies(foresee_study, studies, cli.engine(options))
     foreseen = {

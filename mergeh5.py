@@ -344,11 +344,8 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         is_wanted,
         with_digests=not (options.link or options.force) and options.output.exists(),
     )
-    found = {
-        key: each
-        for key, each in chosen.items()
-        if cli.in_shard(study_of(key, parameters), options.shard)
-    }
+    mine = cli.of_shard(studies_of(chosen, parameters), options.shard)
+    found = {key: each for key, each in chosen.items() if study_of(key, parameters) in mine}
     sources = {key: each.source for key, each in found.items()}
     is_3d = content_of(parameters) is Content.VOLUMES
     if is_3d and not options.allow_mixed:
@@ -599,10 +596,11 @@ def verify(options: argparse.Namespace) -> list[Outcome]:
             logger.error("%s", error)
             unreadable.add(path)
             continue
+        mine = cli.of_shard((study_of(key, parameters) for key in keys), options.shard)
         stored += [
             Job(key, "", StoredDatasets(path, key, parameters))
             for key in keys
-            if cli.in_shard(study_of(key, parameters), options.shard)
+            if study_of(key, parameters) in mine
         ]
     outcomes = run_studies(verify_datasets, stored, Engine(options.jobs), stage.report)
     if all(outcome.status == "written" for outcome in outcomes):

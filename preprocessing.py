@@ -258,10 +258,10 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
                 # Slow to load, and only for those who ask for it.
                 from common.report.page import write_report
 
+                told = project_zip.read_absent(options.zip)
                 absent = [
-                    Outcome(study_hash, status, reason)
-                    for study_hash, (status, reason) in project_zip.read_absent(options.zip).items()
-                    if cli.in_shard(study_hash, options.shard)
+                    Outcome(study_hash, *told[study_hash])
+                    for study_hash in sorted(cli.of_shard(told, options.shard))
                 ]
                 write_report(
                     options.report,
@@ -320,8 +320,9 @@ def plan(
 ) -> list[Job]:
     """Return this shard's studies."""
     studies = []
+    mine = cli.of_shard(archived, options.shard)
     for study_hash, study in archived.items():
-        if not cli.in_shard(study_hash, options.shard):
+        if study_hash not in mine:
             continue
         made_from = [SOFTWARE, study.content, recipe.parameters, options.compression]
         digest = fingerprint(made_from)

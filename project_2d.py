@@ -36,6 +36,7 @@ from common.hdf5.studies import (
     content_of,
     projection_key,
     read_each,
+    read_keys,
     read_parameters,
 )
 from common.projection import mask_mips, padded, projection_angles, training_mips
@@ -209,6 +210,7 @@ def read_source(path: Path, shard: tuple[int, int]) -> Source:
     parameters = read_parameters(path)
     if content_of(parameters) is not Content.VOLUMES:
         raise StageError(f"{path}: holds projections already: give a 3D file")
+    mine = cli.of_shard(read_keys(path), shard)
     digests: dict[str, Sequence[str]] = {}
     spacings_mm: dict[str, Any] = {}
     projects: dict[str, str] = {}
@@ -217,7 +219,7 @@ def read_source(path: Path, shard: tuple[int, int]) -> Source:
         image = datasets[0]
         if (spacing_mm := attribute(image, "spacing")) is not None:
             spacings_mm[key] = spacing_mm
-        if cli.in_shard(key, shard):
+        if key in mine:
             digests[key] = merge.digests_of(datasets)
             projects[key] = attribute(image, "project") or ""
         return tuple(image.shape)

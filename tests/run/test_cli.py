@@ -4,12 +4,14 @@ import argparse
 import importlib
 import itertools
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -485,20 +487,34 @@ def test_help_and_wrong_arguments_do_not_wait_for_what_is_slow_to_load(name, arg
 # --- shards and paths -------------------------------------------------------------------------
 
 
+HASHES = [f"{number:010x}" for number in range(500)]
+
+
+def shards(hashes: Sequence[str], n_shards: int) -> list[set[str]]:
+    return [cli.of_shard(hashes, (index, n_shards)) for index in range(1, n_shards + 1)]
+
+
+@pytest.mark.parametrize("n_studies", [0, 1, 7, 100, 500])
 @pytest.mark.parametrize("n_shards", [1, 2, 3, 7, 100])
-def test_shards_are_disjoint_and_complete(n_shards):
-    hashes = [f"{number:010x}" for number in range(500)]
-    shards = [
-        [h for h in hashes if cli.in_shard(h, (index, n_shards))]
-        for index in range(1, n_shards + 1)
+def test_shards_are_disjoint_complete_and_even(n_studies, n_shards):
+    hashes = HASHES[:n_studies]
+    parts = shards(hashes, n_shards)
+    assert sorted(itertools.chain(*parts)) == hashes
+    mean = n_studies / n_shards
+    assert max(map(len, parts)) <= max(math.ceil(mean), 1.05 * mean)
+    assert parts == shards(hashes[::-1], n_shards)
+
+
+def test_hardly_a_study_changes_its_shard_when_another_comes():
+    before = shards(HASHES, 5)
+    moved = [
+        sum(
+            len(old - new)
+            for old, new in zip(before, shards([*HASHES, f"{n:010x}"], 5), strict=True)
+        )
+        for n in range(500, 520)
     ]
-    assert sorted(itertools.chain(*shards)) == hashes
-    expected = len(hashes) / n_shards
-    assert max(map(len, shards)) <= expected + 6 * expected**0.5
-
-
-def test_a_study_is_in_the_same_shard_whatever_others_there_are():
-    assert [cli.in_shard("0123456789", (index, 4)) for index in (1, 2, 3, 4)].count(True) == 1
+    assert sum(moved) <= 20
 
 
 def test_paths_that_cannot_be_are_refused(tmp_path, capsys):
