@@ -45,10 +45,12 @@ from common.hdf5.studies import (
 from common.hdf5.verify import faults_of, keys_to_check, read_indices
 from common.key_lists import listed_keys
 from common.report.case_table import ATTRIBUTES, COLUMNS, case_rows
+from common.report.lesion_table import write_measures
 from common.report.projection_list import list_beside, read_projects, write_list
 from common.run import cli, stage
 from common.run.console import PROGRESS
 from common.run.engine import Engine, run_studies
+from common.run.failures import Failure, list_failures, read_failures
 from common.run.output import exclusive, make_folder, replace_output, write_beside, write_table
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Status
@@ -125,6 +127,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="also write the page of preprocessing.py --report, of all studies",
     )
+    group.add_argument(
+        "--measures",
+        type=Path,
+        metavar="FILE.csv",
+        help="also write the table of preprocessing.py --measures, of all studies",
+    )
+    group.add_argument(
+        "--failed",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE.csv",
+        help="lists of failed studies, IN_failed.csv, to join in ALL_failed.csv; status is 3 where "
+        "they name any",
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--splits",
@@ -176,17 +193,18 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     """End with status 2 where the options can't be met, before any work."""
     if options.verify:
         writes = options.output, options.link, options.cases, options.keys, options.report
-        if any(writes) or needs_folds(options):
+        more = options.measures, options.failed
+        if any([*writes, *more]) or needs_folds(options):
             parser.error(
-                "--verify writes nothing: leave out -o, --link, --keys, --report, --splits, "
-                "--leave-out, --cases and --export-nnunet"
+                "--verify writes nothing: leave out -o, --link, --keys, --report, --measures, "
+                "--failed, --splits, --leave-out, --cases and --export-nnunet"
             )
         cli.check_files(parser, options.inputs)
         cli.check_log_file(parser, options, options.inputs)
         return
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
-    read = [*options.inputs, *([options.keys] if options.keys else [])]
+    read = [*options.inputs, *options.failed, *([options.keys] if options.keys else [])]
     cli.check_files(parser, read)
     cli.check_paths(parser, options, read)
     if options.keys is not None and options.keys.is_dir():
@@ -197,11 +215,11 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if not has_folds(options):
             parser.error("--splits-dir needs --splits K or --leave-out project")
         cli.check_folder(parser, options.splits_dir, options)
-    if options.cases is not None:
-        cli.check_side_output(parser, options.cases, options, read)
+    tables = [path for path in (options.cases, options.measures) if path is not None]
+    for number, path in enumerate(tables):
+        cli.check_side_output(parser, path, options, [*read, *tables[:number]])
     if options.report is not None:
-        beside = [*read, *([options.cases] if options.cases else [])]
-        cli.check_side_output(parser, options.report, options, beside)
+        cli.check_side_output(parser, options.report, options, [*read, *tables])
     if options.export_nnunet is not None:
         cli.check_folder(parser, options.export_nnunet, options)
         if (options.dataset_id or 1) > nnunet.LARGEST_ID:
@@ -243,6 +261,8 @@ class MergePlan:
         What `--export-nnunet` writes; else empty.
     projects : dict by hash
         Of projections; else empty.
+    failures : sequence of Failure
+        What the lists of `--failed` tell.
     """
 
     parameters: Mapping[str, Any]
@@ -252,6 +272,7 @@ class MergePlan:
     attributes: Mapping[str, Mapping[str, Any]]
     exported: Mapping[str, nnunet.StoredCase]
     projects: Mapping[str, str]
+    failures: Sequence[Failure]
 
 
 def merge(options: argparse.Namespace) -> list[Outcome]:
@@ -264,31 +285,48 @@ def merge(options: argparse.Namespace) -> list[Outcome]:
         if status == "written" and not options.allow_shrink:
             refuse_losses(options, plan)
         beside = functools.partial(write_what_goes_beside, options, plan, folds)
-        failed = write_merged(options, plan, versions, beside) if status == "written" else beside()
+        if status == "written":
+            failed = write_merged(options, plan, versions, beside)
+        else:
+            failed = beside(options.output)
+    merged = studies_of(plan.sources, plan.parameters)
     return [
-        failed.get(study, Outcome(study, status))
-        for study in studies_of(plan.sources, plan.parameters)
+        failed.get(study, Outcome(study, status)) for study in sorted({*merged, *failed.keys()})
     ]
 
 
 def write_what_goes_beside(
-    options: argparse.Namespace, plan: MergePlan, folds: Sequence[splits.Fold]
+    options: argparse.Namespace, plan: MergePlan, folds: Sequence[splits.Fold], path: Path
 ) -> dict[str, Outcome]:
-    """Write what is asked for besides the merged file, and return the studies that failed."""
+    """Write what is asked for besides the merged file, and return the studies that failed.
+
+    The merged file is at `path`, before it takes its place.
+    """
+    failed = {each.hash: Outcome(each.hash, "failed", each.reason) for each in plan.failures}
+    if options.failed:
+        list_failures(options.output, plan.failures)
     if content_of(plan.parameters) is not Content.VOLUMES:
         write_list(options.output, plan.sources, plan.projects)
     if has_folds(options):
         write_splits(options, folds)
     if options.cases is not None:
         write_table(options.cases, COLUMNS, cases(options, plan))
+    if options.measures is not None:
+        write_measures(options.measures, path)
     if options.report is not None:
         # Slow to load, and only for those who ask for it.
         from common.report.page import write_report
 
-        engine = Engine(options.jobs)
-        write_report(options.report, options.output.resolve(), plan.sources, [], engine, SOFTWARE)
+        write_report(
+            options.report,
+            options.output.resolve(),
+            plan.sources,
+            list(failed.values()),
+            Engine(options.jobs),
+            SOFTWARE,
+        )
     exported = export_nnunet(options, plan, folds) if options.export_nnunet is not None else []
-    return {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
+    return failed | {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
 
 
 def refuse_losses(options: argparse.Namespace, plan: MergePlan) -> None:
@@ -350,10 +388,11 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
     is_3d = content_of(parameters) is Content.VOLUMES
     if is_3d and not options.allow_mixed:
         merging.refuse_mixed_suv_types(found)
-    if not is_3d and (options.cases or options.report or options.export_nnunet):
+    of_volumes = options.cases, options.report, options.measures, options.export_nnunet
+    if not is_3d and any(of_volumes):
         raise StageError(
-            "--cases, --report and --export-nnunet need 3D files, not 2D ones: give files of "
-            "preprocessing.py"
+            "--cases, --measures, --report and --export-nnunet need 3D files, not 2D ones: give "
+            "files of preprocessing.py"
         )
     parted = needs_folds(options) or options.cases is not None
     return MergePlan(
@@ -364,6 +403,10 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         attributes=merging.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
         exported=nnunet.stored_cases(sources) if options.export_nnunet else {},
         projects={} if is_3d else read_listed_projects(options, sources, stacked=stacked),
+        failures=sorted(
+            (each for path in options.failed for each in read_failures(path)),
+            key=lambda failure: failure.hash,
+        ),
     )
 
 
@@ -454,7 +497,7 @@ def write_merged(
     options: argparse.Namespace,
     plan: MergePlan,
     versions: Sequence[tuple[int, int, int]],
-    beside: Callable[[], dict[str, Outcome]],
+    beside: Callable[[Path], dict[str, Outcome]],
 ) -> dict[str, Outcome]:
     """Replace the output by copies of, or links to, the studies in the plan.
 
@@ -477,7 +520,7 @@ def write_merged(
         for source, version in zip(options.inputs, versions, strict=True):
             if version_of(source) != version:
                 raise StageError(f"{source}: has been made anew since this run began: run again")
-        failed.update(beside())
+        failed.update(beside(path))
 
     replace_output(options.output, assemble, sources, before_replacing)
     return failed

@@ -18,6 +18,7 @@ import mergeh5
 import preprocessing
 import project_2d
 from common.report.case_table import COLUMNS, case_rows
+from common.run.output import write_table
 
 A, B, C, D = "aaaaaaa001", "aaaaaaa002", "ccccccc003", "ddddddd004"
 GROUPS = ("image", "mask", "mask_iso")
@@ -672,10 +673,40 @@ def test_the_page_of_a_merged_file_is_that_of_its_project(inputs, output, tmp_pa
     write_zip(archive, {key: study_images(seed) for key, seed in {A: 0, B: 1}.items()}, "one/")
     alone, merged = tmp_path / "alone.html", tmp_path / "merged.html"
     again = tmp_path / "all.h5"
-    options = ["-j", "1", *SMALL, "--report", str(alone)]
+    tables = [path.with_suffix(".csv") for path in (alone, merged)]
+    options = ["-j", "1", *SMALL, "--report", str(alone), "--measures", str(tables[0])]
     assert preprocessing.main([str(archive), "-o", str(again), *options]) == 0
-    assert run(inputs["one"], "-o", output, "--report", merged, "-j", 1) == 0
+    beside = "--report", merged, "--measures", tables[1]
+    assert run(inputs["one"], "-o", output, *beside, "-j", 1) == 0
     assert alone.read_bytes() == merged.read_bytes()
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+
+
+def test_a_study_without_measures_is_named_where_their_table_is_asked_for(inputs, output, capsys):
+    changed(inputs["one"], "image", A, lambda data: data.attrs.__delitem__("measures"))
+    assert run(inputs["one"], "-o", output, "--measures", output.with_suffix(".csv")) == 1
+    assert f"study {A} has no measures: make that file again" in capsys.readouterr().err
+    assert list(output.parent.iterdir()) == []
+
+
+def test_lists_of_failed_studies_are_joined_and_tell_the_status(inputs, output, capsys):
+    rows = {"one": [("eeeeeee005", "preprocessing", "NaN, there")], "two": [(A, "project_2d", "x")]}
+    lists = [inputs[name].with_name(f"{name}_failed.csv") for name in rows]
+    for path, told in zip(lists, rows.values(), strict=True):
+        write_table(path, ("hash", "stage", "reason"), told)
+    page = output.with_suffix(".html")
+    command = inputs["one"], inputs["two"], "-o", output, "--report", page
+    for status in ("written", "unchanged"):
+        assert run(*command, "--failed", *lists) == 3
+        assert f"5 studies: 3 {status}" in capsys.readouterr().out.replace("0 written, ", "")
+        with open(output.with_name(f"{output.stem}_failed.csv"), newline="") as stream:
+            assert list(csv.reader(stream))[1:] == [list(*rows["two"]), list(*rows["one"])]
+    assert "NaN, there" in page.read_text()
+    assert run(*command, "--failed", inputs["one"]) == 1
+    assert "is no list of failed studies" in capsys.readouterr().err
+    write_table(lists[1], ("hash", "stage", "reason"), [])
+    assert run(*command, "--failed", lists[1]) == 0
+    assert not output.with_name(f"{output.stem}_failed.csv").exists()
 
 
 def test_a_study_of_another_make_is_shown_without_what_its_file_does_not_tell(
@@ -712,7 +743,7 @@ def test_a_study_without_a_scale_is_named_and_the_others_are_shown(
 
 def test_projections_make_no_page(inputs, output, tmp_path, capsys):
     assert run(inputs["one 2d"], "-o", output, "--report", tmp_path / "page.html") == 1
-    assert "--report and --export-nnunet need 3D files" in capsys.readouterr().err
+    assert "--measures, --report and --export-nnunet need 3D files" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 
@@ -843,6 +874,9 @@ WRONG = {
     "output in the keys' place": ["one", "-o", "two", "--keys", "two"],
     "page in an input's place": ["one", "-o", "out", "--report", "one"],
     "page in the keys' place": ["one", "-o", "out", "--keys", "two", "--report", "two"],
+    "measures in the cases' place": ["one", "-o", "out", "--cases", "x", "--measures", "x"],
+    "a list that is missing": ["one", "-o", "out", "--failed", "nosuch"],
+    "verify joins no lists": ["--verify", "one", "--failed", "two"],
     "page in the table's place": ["one", "-o", "out", "--cases", "x", "--report", "x"],
     "verify takes no keys": ["--verify", "one", "--keys", "two"],
     "verify makes no page": ["--verify", "one", "--report", "x.html"],

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.errors import StageError
 from common.hdf5.studies import read_attributes, read_keys
 from common.run.output import write_table
 from common.run.pool import in_own_process
@@ -37,6 +38,8 @@ def measures_rows(studies_file: Path) -> list[list[str]]:
     )
     rows = []
     for key in keys:
+        if key not in measures:
+            raise StageError(f"{studies_file}: study {key} has no measures: make that file again")
         shared = {"hash": key, "project": projects[key]}
         found = json.loads(measures[key])
         total = _total_row(found) | {"warnings": " | ".join(json.loads(warnings[key]))}

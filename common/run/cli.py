@@ -19,10 +19,10 @@ from common.hashing import fingerprint
 from common.run import console
 from common.run.atomic import behind_links, lock_file
 from common.run.engine import Engine
+from common.run.failures import failures_file
 from common.run.machine import available_cpus, refuse_little_address_space
 from common.run.output import parts_folder
 from common.run.signals import interruptible
-from common.run.stage import failures_file
 from common.run.store import why_not_a_store
 from common.run.worker import (
     NOT_ENOUGH_MEMORY,

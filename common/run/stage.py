@@ -20,10 +20,10 @@ from common.run.atomic import (
     is_there,
     list_temporaries,
     remove_listed,
-    temporary_beside,
 )
 from common.run.console import PROGRESS
 from common.run.engine import Engine, run_studies
+from common.run.failures import Failure, list_failures
 from common.run.store import N_DIGITS, study_file, study_files, subfolder, sweep
 from common.run.worker import Cause, Job, Outcome, Worker
 
@@ -366,7 +366,10 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
     sources = {each: plan.held[each] for each in sorted(plan.kept | stay)}
     sources |= {o.hash: plan.parts[o.hash] for o in outcomes if o.status == "written"}
     if stage.name:
-        _list_failures(output, stage.name, outcomes)
+        list_failures(
+            output,
+            (Failure(o.hash, stage.name, o.reason) for o in outcomes if o.status == "failed"),
+        )
     lost = plan.finished.keys() - sources.keys()
     is_present = is_there(output)
     would_be_lost = is_present and not sources and (plan.finished or not plan.is_known)
@@ -432,24 +435,6 @@ def _remove_stale(stage: Stage, lost: Set[str]) -> None:
         path.unlink(missing_ok=True)
     if stale:
         logger.log(PROGRESS, "removed with them: %s", ", ".join(map(str, stale[:_MOST_NAMED])))
-
-
-def failures_file(output: Path) -> Path:
-    """Return where failed studies are listed."""
-    return output.with_name(f"{output.stem}_failed.csv")
-
-
-def _list_failures(output: Path, stage: str, outcomes: Sequence[Outcome]) -> None:
-    """Write ``OUTPUT_failed.csv``; where no study failed, there is none."""
-    path = failures_file(output)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if not failed:
-        for stale in (path, temporary_beside(path)):
-            stale.unlink(missing_ok=True)
-        return
-    rows = ((outcome.hash, stage, outcome.reason) for outcome in failed)
-    outputs.write_table(path, ("hash", "stage", "reason"), rows)
-    logger.log(PROGRESS, "failed studies are listed in %s", path)
 
 
 # --- what is said of studies -----------------------------------------------------------------
