@@ -9,8 +9,8 @@ raw/            project and layouts: the folders of a raw project; candidates, w
 hdf5/           studies: training files, 3D and 2D, of chunks; parts: of one study; merge, index
                 and stacks: of many; verify; crash_safe_file
 run/            how a stage runs, whatever its studies are: cli: options; stage: plan, compute,
-                replace; engine: pool or dask, each with worker; output, store, atomic, console,
-                signals, machine
+                replace; engine: pool or dask, each with worker; output, failures, store, atomic,
+                console, signals, machine
 project_zip     the zip of pseudonymised studies
 nifti           NIfTI files
 dicom/          files: which there are; attributes: of a header; series, pixels and uneven:
