@@ -7,7 +7,7 @@ what the functional groups of Enhanced PET say of each frame, then the series as
 import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydicom.dataset import Dataset
 
@@ -27,6 +27,13 @@ from common.dicom.attributes import (
     text,
     texts,
     utc_offset,
+)
+from common.dicom.rescale import (
+    Rescale,
+    mappings_of_rescaled,
+    real_world_mappings,
+    refuse_intercept,
+    rescale_of,
 )
 from common.errors import StudyError
 from common.suv.inputs import PetSeries, PetSlice
@@ -121,16 +128,6 @@ def common_fields(fields: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return first
 
 
-def require_no_intercept(header: Dataset) -> None:
-    """Refuse values that are offset, which DICOM forbids for PET."""
-    intercept = number(header, "RescaleIntercept")
-    if intercept:
-        raise StudyError(
-            f"the values are offset ({tag_of('RescaleIntercept')} of the PET is {intercept:g}): "
-            "export the original series"
-        )
-
-
 def _tracer_item(header: Dataset, tracer: int | None) -> Dataset:
     keyword = "RadiopharmaceuticalInformationSequence"
     tracers = items(header, keyword)
@@ -168,9 +165,6 @@ def _manufacturer(header: Dataset) -> str:
 
 # --- pet frames ------------------------------------------------------------------------------
 
-SAME_SLOPE = 1e-4
-"""Relative difference up to which two slopes are one: that of a rounded decimal string."""
-
 UNITS_OF_UCUM = {
     "Bq/ml": ("BQML", None),
     "{counts}": ("CNTS", None),
@@ -190,7 +184,14 @@ UNITS_OF_UCUM = {
 """Units and SUVType of the units of Enhanced PET (DICOM CID 84; the last one by IBSI's manual)."""
 
 
-def series_of_frames(
+class _Frame(NamedTuple):
+    """Where the functional groups of a frame are (its own, the shared, the object); its scale."""
+
+    groups: tuple[Dataset, Dataset, Dataset]
+    rescale: Rescale
+
+
+def _enhanced_series(
     headers: Sequence[Dataset], tracer: int | None, frame_order: Sequence[tuple[int, int]] | None
 ) -> PetSeries:
     """Read the headers of Enhanced PET objects that make up one series; see `read_pet_series`."""
@@ -201,13 +202,12 @@ def series_of_frames(
         slices=tuple(_slice_of_frame(frames[i][k]) for i, k in order),
         corrected_image=frozenset.intersection(*map(_frame_corrections, headers)),
         enhanced=True,
-        reinterpretations=_reinterpretations([groups for each in frames for groups in each]),
+        reinterpretations=_reinterpretations([frame for each in frames for frame in each]),
         **common_fields(fields),
     )
 
 
-def _frames(header: Dataset) -> list[tuple[Dataset, ...]]:
-    """Return where the functional groups of each frame are: its own, the shared, the object."""
+def _frames(header: Dataset) -> list[_Frame]:
     per_frame = items(header, "PerFrameFunctionalGroupsSequence")
     if not per_frame:
         raise StudyError(
@@ -215,12 +215,10 @@ def _frames(header: Dataset) -> list[tuple[Dataset, ...]]:
             "export the series anew"
         )
     shared = (items(header, "SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    return [(frame, shared, header) for frame in per_frame]
+    return [_Frame((each, shared, header), rescale_of(header, each)) for each in per_frame]
 
 
-def _fields(
-    header: Dataset, frames: Sequence[Sequence[Dataset]], tracer: int | None
-) -> dict[str, Any]:
+def _fields(header: Dataset, frames: Sequence[_Frame], tracer: int | None) -> dict[str, Any]:
     fields = series_fields(header, tracer)
     fields["units"], fields["suv_type"] = _units_of_frames(frames, fields)
     fields["decay_correction"] = {"YES": "START", "NO": "NONE"}.get(_decay_corrected(header) or "")
@@ -244,12 +242,10 @@ def _group(groups: Sequence[Dataset], keyword: str) -> list[Dataset]:
     return next(filter(None, (items(each, keyword) for each in groups)), [])
 
 
-def _slice_of_frame(groups: Sequence[Dataset]) -> PetSlice:
-    header = groups[-1]
+def _slice_of_frame(frame: _Frame) -> PetSlice:
+    header = frame.groups[-1]
     zone = utc_offset(header)
-    for rescaling in _group(groups, "PixelValueTransformationSequence"):
-        require_no_intercept(rescaling)
-    content = (_group(groups, "FrameContentSequence") or [Dataset()])[0]
+    content = (_group(frame.groups, "FrameContentSequence") or [Dataset()])[0]
     duration_ms = number(content, "FrameAcquisitionDuration")
     return PetSlice(
         acquisition=date_time(content, "FrameAcquisitionDateTime", zone),
@@ -259,7 +255,7 @@ def _slice_of_frame(groups: Sequence[Dataset]) -> PetSlice:
             if _decay_corrected(header) == "YES"
             else date_time(content, "FrameReferenceDateTime", zone)
         ),
-        real_world_slope=_real_world_slope(groups),
+        real_world_slope=frame.rescale.real_world_slope,
     )
 
 
@@ -275,8 +271,8 @@ def _frame_corrections(header: Dataset) -> frozenset[str]:
     )
 
 
-def _reinterpretations(frames: Sequence[Sequence[Dataset]]) -> tuple[str, ...]:
-    if not any(_unit_carriers(groups)[1] for groups in frames):
+def _reinterpretations(frames: Sequence[_Frame]) -> tuple[str, ...]:
+    if not any(_unit_carriers(frame)[1] for frame in frames):
         return ()
     return (
         f"{tag_of('RealWorldValueSlope')} is 1, unlike {tag_of('RescaleSlope')}: its unit is taken "
@@ -285,10 +281,10 @@ def _reinterpretations(frames: Sequence[Sequence[Dataset]]) -> tuple[str, ...]:
 
 
 def _units_of_frames(
-    frames: Sequence[Sequence[Dataset]], fields: dict[str, Any]
+    frames: Sequence[_Frame], fields: dict[str, Any]
 ) -> tuple[str | None, str | None]:
     """Units and SUVType; those of the header itself where the frames name none."""
-    found = {_units_of_frame(groups) for groups in frames}
+    found = set(map(_units_of_frame, frames))
     if len(found) > 1:
         raise StudyError(
             f"the frames differ in unit ({tag_of('MeasurementUnitsCodeSequence')}): "
@@ -298,9 +294,9 @@ def _units_of_frames(
     return units, suv_type or fields["suv_type"]
 
 
-def _units_of_frame(groups: Sequence[Dataset]) -> tuple[str, str | None] | None:
+def _units_of_frame(frame: _Frame) -> tuple[str, str | None] | None:
     """Units and SUVType of a frame's rescaled values, None where it names none."""
-    carriers, _ = _unit_carriers(groups)
+    carriers, _ = _unit_carriers(frame)
     names = {
         (text(unit, "CodeValue") or "").replace("mL", "ml")
         for each in carriers
@@ -314,53 +310,20 @@ def _units_of_frame(groups: Sequence[Dataset]) -> tuple[str, str | None] | None:
     return UNITS_OF_UCUM.get(names.pop(), ("UNKNOWN", None)) if names else None
 
 
-def _unit_carriers(groups: Sequence[Dataset]) -> tuple[list[Dataset], bool]:
+def _unit_carriers(frame: _Frame) -> tuple[Sequence[Dataset], bool]:
     """Return what may name the unit of rescaled values, and whether that is a reinterpretation."""
-    rescaling = _group(groups, "PixelValueTransformationSequence")
-    mappings = _group(groups, "RealWorldValueMappingSequence")
+    own, _, header = frame.groups
+    mappings = real_world_mappings(header, own)
     if not mappings:
-        return [*groups, *rescaling], False
-    slope = _rescale_slope(groups)
-    for expected in (slope, 1.0):
-        carriers = [each for each in mappings if _has_slope(each, expected)]
-        if carriers:
-            return carriers, expected != slope
-    if slope == 1:  # which says nothing: the mapping alone scales
-        return mappings, False
+        rescaling = _group(frame.groups, "PixelValueTransformationSequence")
+        return [*frame.groups, *rescaling], False
+    carriers, is_reinterpretation = mappings_of_rescaled(frame.rescale.slope, mappings)
+    if carriers:
+        return carriers, is_reinterpretation
     raise StudyError(
         f"the unit of the rescaled values is unknown ({tag_of('RealWorldValueSlope')} differs from "
         f"{tag_of('RescaleSlope')}): export the series as Bq/ml"
     )
-
-
-def _real_world_slope(groups: Sequence[Dataset]) -> float:
-    """Return the slope of the mapping where it alone scales the stored values, else 1."""
-    mappings = _group(groups, "RealWorldValueMappingSequence")
-    if not mappings or _rescale_slope(groups) != 1:
-        return 1.0
-    carriers, _ = _unit_carriers(groups)
-    slopes = {_or_one(number(each, "RealWorldValueSlope")) for each in carriers}
-    if len(slopes) > 1 or any(number(each, "RealWorldValueIntercept") for each in carriers):
-        raise StudyError(
-            "the values of a frame are scaled in several ways, or offset "
-            f"({tag_of('RealWorldValueSlope')}, {tag_of('RealWorldValueIntercept')}): "
-            "export the series as Bq/ml"
-        )
-    return slopes.pop()
-
-
-def _rescale_slope(groups: Sequence[Dataset]) -> float:
-    rescaling = _group(groups, "PixelValueTransformationSequence")
-    return _or_one(number(rescaling[0], "RescaleSlope") if rescaling else None)
-
-
-def _or_one(slope: float | None) -> float:
-    return 1.0 if slope is None else slope
-
-
-def _has_slope(mapping: Dataset, slope: float) -> bool:
-    own = number(mapping, "RealWorldValueSlope")
-    return own is None or abs(own - slope) <= SAME_SLOPE * abs(slope)
 
 
 # --- pet header ------------------------------------------------------------------------------
@@ -403,7 +366,7 @@ def read_pet_series(
             "give the one or the other"
         )
     if are_enhanced == {True}:
-        return series_of_frames(headers, tracer, frame_order)
+        return _enhanced_series(headers, tracer, frame_order)
     fields = common_fields(series_fields(header, tracer) for header in headers)
     filenames = [str(getattr(header, "filename", None) or "") for header in headers]
     return PetSeries(
@@ -443,7 +406,7 @@ def _require_pet(header: Dataset) -> None:
 
 
 def _slice(header: Dataset, manufacturer: str) -> PetSlice:
-    require_no_intercept(header)
+    refuse_intercept(header)
     zone = utc_offset(header)
     acquired = date_and_time(header, "AcquisitionDate", "AcquisitionTime", zone)
     if not isinstance(acquired, datetime):

@@ -99,14 +99,8 @@ def read_pet(stack: Stack, factors: NDArray[np.float64]) -> Image:
     Raises
     ------
     StudyError
-        A RescaleIntercept other than 0, or pixels that cannot be read.
+        Pixels that cannot be read.
     """
-    offset = next((item.intercept for item in stack.slices if item.intercept != 0), 0)
-    if offset:
-        raise StudyError(
-            f"{tag_of('RescaleIntercept')} of the PET is {offset:g}: DICOM demands 0 for PET; "
-            "export the original series"
-        )
     data = np.empty(_shape_of_slices(stack), np.float32, order="F")
     for k, stored, slope, intercept in _scaled_planes(stack, factors):
         _rescale(stored, slope, intercept, data[:, :, k])
@@ -134,7 +128,7 @@ def _scaled_planes(
 ) -> Iterator[tuple[int, Plane, float, float]]:
     """Yield the index of each slice, its stored values (columns, rows), slope and intercept."""
     for k, item, stored in _stored_planes(stack):
-        slope, intercept = item.slope * factors[k], item.intercept * factors[k]
+        slope, intercept = item.rescale.slope * factors[k], item.rescale.intercept * factors[k]
         # Some scanners give a slope of 0 to empty slices, which does no harm.
         is_lost = slope == 0 and stored.any()
         if is_lost or max(slope, abs(intercept)) > _IMPLAUSIBLE_SCALE:

@@ -16,7 +16,6 @@ from common.dicom.attributes import (
     items,
     joined_text,
     number,
-    required_number,
     required_numbers,
     tag_of,
     texts,
@@ -24,6 +23,7 @@ from common.dicom.attributes import (
     whole_number,
 )
 from common.dicom.files import DicomFile, Series
+from common.dicom.rescale import Rescale, rescale_of
 from common.errors import Kind, StudyError, Warning
 
 # --- dicom slices ----------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Slice:
         From row to row, and from column to column, as DICOM has it.
     matrix : (int, int)
         Columns, rows.
-    slope, intercept : float
+    rescale : Rescale
         From stored value to HU or the unit of the PET.
     """
 
@@ -58,8 +58,7 @@ class Slice:
     orientation: NDArray[np.float64]
     pixel_spacing_mm: NDArray[np.float64]
     matrix: tuple[int, int]
-    slope: float
-    intercept: float
+    rescale: Rescale
 
 
 def slices_of(file: DicomFile) -> list[Slice]:
@@ -80,7 +79,7 @@ def slices_of(file: DicomFile) -> list[Slice]:
             file.name,
         )
     header = file.header
-    return [_slice(file, 0, header, header, header, header)]
+    return [_slice(file, 0, header, header, header, rescale_of(header))]
 
 
 def _slices_of_frames(file: DicomFile, frames: Sequence[Dataset]) -> list[Slice]:
@@ -96,21 +95,9 @@ def _slices_of_frames(file: DicomFile, frames: Sequence[Dataset]) -> list[Slice]
         position, orientation, measures = (
             functional_group(file.header, frame, keyword) or Dataset() for keyword in keywords
         )
-        rescaling = _rescaling(file.header, frame)
-        slices.append(_slice(file, index, position, orientation, measures, rescaling))
+        rescale = rescale_of(file.header, frame)
+        slices.append(_slice(file, index, position, orientation, measures, rescale))
     return slices
-
-
-def _rescaling(header: Dataset, frame: Dataset) -> Dataset:
-    """Return what rescales a frame; of a PET whose mapping to real values stands alone, nothing."""
-    found = functional_group(header, frame, "PixelValueTransformationSequence")
-    if found is not None:
-        return found
-    identity = Dataset()
-    mapping = functional_group(header, frame, "RealWorldValueMappingSequence")
-    if mapping is not None and joined_text(header, "Modality") == "PT":
-        identity.RescaleSlope = 1
-    return identity
 
 
 def _slice(
@@ -119,9 +106,9 @@ def _slice(
     position: Dataset,
     orientation: Dataset,
     measures: Dataset,
-    rescaling: Dataset,
+    rescale: Rescale,
 ) -> Slice:
-    """Make a slice of the header, or of the functional groups, that tell its place and scale."""
+    """Make a slice of the header, or of the functional groups, that tell its place."""
     axes = required_numbers(orientation, "ImageOrientationPatient", 6).reshape(2, 3)
     pixel_spacing_mm = required_numbers(measures, "PixelSpacing", 2)
     if np.abs(axes @ axes.T - np.eye(2)).max() > _PERPENDICULAR_UNITS:
@@ -134,10 +121,10 @@ def _slice(
         raise StudyError(
             f"{tag_of('PixelSpacing')} is not positive: export the series again", file.name
         )
-    slope = required_number(rescaling, "RescaleSlope")
-    if slope < 0:
+    if rescale.slope < 0:
         raise StudyError(
-            f"{tag_of('RescaleSlope')} is {slope:g}, negative: export the series again", file.name
+            f"{tag_of('RescaleSlope')} is {rescale.slope:g}, negative: export the series again",
+            file.name,
         )
     return Slice(
         file,
@@ -146,17 +133,8 @@ def _slice(
         (axes / np.linalg.norm(axes, axis=1, keepdims=True)).ravel(),
         pixel_spacing_mm,
         (whole_number(file.header, "Columns"), whole_number(file.header, "Rows")),
-        slope,
-        _intercept(file, rescaling),
+        rescale,
     )
-
-
-def _intercept(file: DicomFile, rescaling: Dataset) -> float:
-    """Return the intercept; of a PET that lacks it 0, which is all that DICOM allows there."""
-    is_pet = joined_text(file.header, "Modality") == "PT"
-    if is_pet and number(rescaling, "RescaleIntercept") is None:
-        return 0.0
-    return required_number(rescaling, "RescaleIntercept")
 
 
 # --- dicom stack -----------------------------------------------------------------------------
