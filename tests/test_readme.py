@@ -147,7 +147,7 @@ def test_every_key_of_the_provenance_is_explained():
     text = (ROOT / "docs/formats.md").read_text()
     section = text.split("| key of `suv` |")[1].split("\n\n")[0]
     told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", section, re.MULTILINE)))
-    assert sorted(told) == sorted(already_suv(1).provenance.record)
+    assert sorted(told) == sorted(already_suv([1.0]).provenance.record)
 
 
 def sorted_as(columns, cells):

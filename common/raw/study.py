@@ -288,15 +288,16 @@ def _uneven_slices(
 def _suv(source: Series | Stack | None, conversion: Conversion, *, in_unit: bool) -> SuvConversion:
     """Return the factors to SUV of each slice, or of each header of values in its unit already."""
     if conversion.pet_units == "suv":
-        n_slices = len(source.slices) if isinstance(source, Stack) else 1
+        slices = source.slices if isinstance(source, Stack) else ()
+        scales = [1.0 if in_unit else each.rescale.real_world_slope for each in slices] or [1.0]
         series_if_readable = _series_if_readable(source, conversion)
-        return already_suv(n_slices, conversion.suv_type, series_if_readable, conversion.strict)
+        return already_suv(scales, conversion.suv_type, series_if_readable, conversion.strict)
     series = _pet_series(source, conversion)
     if conversion.pet_units == "bqml":
         series = dataclasses.replace(series, units="BQML")
     if in_unit:
-        slices = (dataclasses.replace(each, real_world_slope=1.0) for each in series.slices)
-        series = dataclasses.replace(series, slices=tuple(slices))
+        in_units = (dataclasses.replace(each, real_world_slope=1.0) for each in series.slices)
+        series = dataclasses.replace(series, slices=tuple(in_units))
     return suv_factors(series, conversion.suv_type, conversion.strict)
 
 

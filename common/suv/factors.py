@@ -16,7 +16,7 @@ Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, 
 pseudo-code; conformance statements of the vendors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,14 +304,17 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
 
 
 def already_suv(
-    n_slices: int, suv_type: str = "bw", series: PetSeries | None = None, strict: bool = False
+    per_rescaled: Sequence[float],
+    suv_type: str = "bw",
+    series: PetSeries | None = None,
+    strict: bool = False,
 ) -> SuvConversion:
-    """Take values as SUV of `suv_type` (`--pet-units suv`): all factors are 1.
+    """Take values as SUV of `suv_type` (`--pet-units suv`).
 
     Parameters
     ----------
-    n_slices : int
-        Number of slices.
+    per_rescaled : sequence of float
+        Value per rescaled value of each slice, as `PetSlice.real_world_slope`: nearly always 1.
     suv_type : str
         Type of SUV that the values are, as `suv_factors` takes it.
     series : PetSeries, optional
@@ -326,7 +329,7 @@ def already_suv(
     """
     _require_suv_type(suv_type)
     caveats = Caveats()
-    factors = np.ones(n_slices)
+    factors = np.array(per_rescaled, dtype=np.float64)
     weight_kg = None if series is None else _weight_kg(series, caveats)
     if strict:
         refuse_reinterpretations(caveats)

@@ -1205,15 +1205,15 @@ def test_alternatives_that_cannot_be_formed_are_null() -> None:
 
 def test_already_suv() -> None:
     series = read_pet_series(pet_headers(PatientWeight=70_000))
-    conversion = already_suv(3, "lbm-janma", series)
+    conversion = already_suv([1.0] * 3, "lbm-janma", series)
     assert (conversion.factors == np.ones(3)).all()
     assert conversion.provenance.record["rule"] == "given as SUV"
     assert conversion.provenance.record["suv_type"] == "lbm-janma"
     assert conversion.provenance.record["weight_kg"] == 70
     assert conversion.provenance.record.keys() == suv_factors(series).provenance.record.keys()
-    assert already_suv(3).provenance.record["weight_kg"] is None
+    assert already_suv([1.0] * 3).provenance.record["weight_kg"] is None
     with pytest.raises(StudyError, match="refused by --strict: PatientWeight"):
-        already_suv(3, "bw", series, strict=True)
+        already_suv([1.0] * 3, "bw", series, strict=True)
 
 
 def test_units_can_be_overridden() -> None:

@@ -211,6 +211,13 @@ def test_enhanced_pet_may_be_scaled_by_its_mapping_alone(
         np.testing.assert_allclose(volumes[name], PHANTOM, atol=5e-4, err_msg=name)
 
 
+def test_values_given_as_suv_keep_the_scale_of_a_mapping_alone(tmp_path: Path) -> None:
+    add_case(tmp_path / "raw", CASES["enhanced, GML"], without_slope)
+    status, _, volumes = run(tmp_path / "raw", "--pet-units", "suv")
+    assert status == 0
+    np.testing.assert_allclose(volumes["enhanced, GML"], PHANTOM, atol=5e-4)
+
+
 def test_strict_refuses_grams_and_megabecquerels_whatever_the_units(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     add_headers(raw, "plain")
