@@ -13,9 +13,9 @@ run/            how a stage runs, whatever its studies are: cli: options; stage:
                 console, signals, machine
 project_zip     the zip of pseudonymised studies
 nifti           NIfTI files
-dicom/          files: which there are; attributes: of a header; series, pixels and uneven:
-                slices to a volume; pet: a header to SUV inputs; masks: rtstruct by contours
-                and contour_gaps, seg by seg_planes
+dicom/          files: which there are; attributes: of a header; series, rescale, pixels and
+                uneven: slices to a volume; pet: a header to SUV inputs; masks: rtstruct by
+                contours and contour_gaps, seg by seg_planes
 suv/            factors: of a series, from inputs, by timeline, nuclides, decay and body;
                 provenance: how they came about; alternatives: what other rules give
 
