@@ -16,8 +16,8 @@ nifti           NIfTI files
 dicom/          files: which there are; attributes: of a header; series, rescale, pixels and
                 uneven: slices to a volume; pet: a header to SUV inputs; masks: rtstruct by
                 contours and contour_gaps, seg by seg_planes
-suv/            factors: of a series, from inputs, by timeline, nuclides, decay and body;
-                provenance: how they came about; alternatives: what other rules give
+suv/            factors: of a series, from inputs, by timeline, nuclides, vendors, decay and
+                body; provenance: how they came about; alternatives: what other rules give
 
 Pure: arrays and frozen dataclasses in, arrays out; no paths, no formats, no log.
 

@@ -10,7 +10,6 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from typing import Any
 
@@ -25,6 +24,7 @@ from pydicom.tag import BaseTag
 from pydicom.valuerep import AMBIGUOUS_VR, VR, PersonName
 
 from common.errors import StudyError
+from common.suv.vendors import PrivateTag
 
 # --- dicom values ----------------------------------------------------------------------------
 
@@ -53,15 +53,6 @@ _PLAIN_VALUES = {
 """What values of a VR look like that are ASCII, one or several, and nothing to be put right."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class PrivateTag:
-    """A private attribute: group, number within its block, and the block's creator."""
-
-    group: int
-    element: int
-    creator: str
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from pydicom.dataset import Dataset
 
 from common.dicom.attributes import (
-    PrivateTag,
     clock_time,
     code,
     date_and_time,
@@ -38,6 +37,7 @@ from common.dicom.rescale import (
 from common.errors import StudyError
 from common.suv.inputs import PetSeries, PetSlice
 from common.suv.nuclides import HALF_LIFE_S, nuclide_in
+from common.suv.vendors import PHILIPS_ACTIVITY_FACTOR, PHILIPS_SUV_FACTOR, STATED_REFERENCE
 
 # --- pet attributes --------------------------------------------------------------------------
 
@@ -64,13 +64,6 @@ NUCLIDE_OF_CODE = {
     **dict.fromkeys(("C-114A5", "40937006"), "I124"),
 }
 """Nuclides by SRT and SNOMED CT codes of DICOM CID 4020."""
-
-PHILIPS_SUV_FACTOR = PrivateTag(0x7053, 0x00, "Philips PET Private Group")
-PHILIPS_ACTIVITY_FACTOR = PrivateTag(0x7053, 0x09, "Philips PET Private Group")
-DECAY_REFERENCE = {
-    "GE": PrivateTag(0x0009, 0x0D, "GEMS_PETD_01"),
-    "SIEMENS": PrivateTag(0x0071, 0x22, "SIEMENS MED PT"),
-}
 
 _KEYWORD_OF_FIELD = {
     "units": "Units",
@@ -159,7 +152,7 @@ def _manufacturer(header: Dataset) -> str:
     if re.match(r"(GE|GEMS|GENERAL ELECTRIC)\b", name):
         return "GE"
     named = next((each for each in ("SIEMENS", "PHILIPS") if each in name), None)
-    creators = {**DECAY_REFERENCE, "PHILIPS": PHILIPS_SUV_FACTOR}
+    creators = {**STATED_REFERENCE, "PHILIPS": PHILIPS_SUV_FACTOR}
     return named or next((m for m, tag in creators.items() if has_creator(header, tag)), "OTHER")
 
 
@@ -411,7 +404,7 @@ def _slice(header: Dataset, manufacturer: str) -> PetSlice:
     acquired = date_and_time(header, "AcquisitionDate", "AcquisitionTime", zone)
     if not isinstance(acquired, datetime):
         acquired = date_time(header, "AcquisitionDateTime", zone) or acquired
-    stated = DECAY_REFERENCE.get(manufacturer)
+    stated = STATED_REFERENCE.get(manufacturer)
     by_philips = manufacturer == "PHILIPS"
     return PetSlice(
         acquisition=acquired,

@@ -37,6 +37,7 @@ from common.suv.timeline import (
     nearest_day_s,
     on_the_clock,
 )
+from common.suv.vendors import STATED_REFERENCE
 
 HOUR_S = 3_600.0
 
@@ -60,9 +61,6 @@ SHORTEST_WAIT_S = 60.0
 
 MOST_HALF_LIVES = 10.0
 """Uptake in half-lives beyond which one that no nuclide of PET has must be in another unit."""
-
-STATED_REFERENCE = {"GE": "decay reference (0009,100D)", "SIEMENS": "decay reference (0071,1022)"}
-"""Where vendors state the moment that values refer to."""
 
 _SERIES_CLOCK = "SeriesTime (0008,0031)"
 _ACQUISITION_CLOCK = "AcquisitionTime (0008,0032)"

@@ -30,6 +30,7 @@ from common.suv.inputs import Caveats, PetSeries, refuse_reinterpretations
 from common.suv.nuclides import SAME_NUCLIDE, is_half_life_of_pet
 from common.suv.provenance import Provenance, Rule, rounded, value_range
 from common.suv.timeline import Array, timeline
+from common.suv.vendors import PHILIPS_ACTIVITY_FACTOR, PHILIPS_SUV_FACTOR
 
 # --- pet units -------------------------------------------------------------------------------
 
@@ -38,8 +39,6 @@ LARGEST_WITNESS_DIFFERENCE = 0.01
 
 DECAY_CORRECTION = "DecayCorrection (0054,1102)"
 DECAY_CORRECTED = "DecayCorrected (0018,9758)"
-SUV_FACTOR = "SUV scale factor (7053,1000)"
-ACTIVITY_FACTOR = "activity concentration scale factor (7053,1009)"
 _UNITS = "Units (0054,1001)"
 _UNITS_OF_FRAMES = "MeasurementUnitsCodeSequence (0040,08EA)"
 _SUV_TYPE = "SUVType (0054,1006)"
@@ -123,8 +122,8 @@ def compare_with_vendor(series: PetSeries, factors: Array, caveats: Caveats) -> 
         caveats.warnings.append(
             Warning(
                 Kind.SUV,
-                f"vendor's factor disagrees: {SUV_FACTOR} over {ACTIVITY_FACTOR} differs by up to "
-                f"{difference:.1%}; it is not used",
+                f"vendor's factor disagrees: {PHILIPS_SUV_FACTOR} over "
+                f"{PHILIPS_ACTIVITY_FACTOR} differs by up to {difference:.1%}; it is not used",
             )
         )
     return float(np.median(suv / activity))
@@ -161,8 +160,8 @@ def _scale_of_counts(series: PetSeries) -> Scale:
     if activity is not None:
         return Scale(Rule.CNTS, None, activity)
     raise StudyError(
-        f"counts without scale ({_units(series)} is CNTS, but Philips' {SUV_FACTOR} and "
-        f"{ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
+        f"counts without scale ({_units(series)} is CNTS, but Philips' {PHILIPS_SUV_FACTOR} and "
+        f"{PHILIPS_ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
         f"{series.decay_correction}): export with private tags, or as BQML"
     )
 
@@ -496,7 +495,8 @@ def _require_positive(factors: Array) -> None:
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise StudyError(
             f"the factor to SUV is not a positive number ({_DOSE}, {_HALF_LIFE}, times of "
-            f"injection and scan, {SUV_FACTOR} or {ACTIVITY_FACTOR}): correct the header"
+            f"injection and scan, {PHILIPS_SUV_FACTOR} or {PHILIPS_ACTIVITY_FACTOR}): correct the "
+            "header"
         )
 
 
