@@ -489,9 +489,9 @@ def sources_of(outcome: Outcome, job: Job, known: mapping.Row | None) -> dict[st
     the files are named.
     """
     if outcome.made is not None:
-        taken = asdict(outcome.made.private)
+        taken = outcome.made.private
     elif known is not None and known.input == job.fingerprint:
-        taken = {name: getattr(known, name) for name in ("ct", "pet", "mask", "regions")}
+        taken = known.taken
     else:
         from common.raw import roles
         from common.raw.study import taken_from
@@ -499,12 +499,11 @@ def sources_of(outcome: Outcome, job: Job, known: mapping.Row | None) -> dict[st
         raw: RawStudy = job.work
         needed = raw.conversion.needs_header
         try:
-            taken = asdict(
-                taken_from(roles.find_roles(raw.folder, raw.patterns, header_needed=needed), ())
-            )
+            found = roles.find_roles(raw.folder, raw.patterns, header_needed=needed)
+            taken = taken_from(found, ())
         except StudyError:
             return {}
-    return {name: mapping.shortened(text) for name, text in taken.items()}
+    return {name: mapping.shortened(text) for name, text in asdict(taken).items()}
 
 
 # --- the dry run -----------------------------------------------------------------------------

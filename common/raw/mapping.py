@@ -20,6 +20,24 @@ from common.run.atomic import sync
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a study was read from, for the mapping alone: these names may identify.
+
+    Attributes
+    ----------
+    ct, pet, mask : str
+        Description and number of slices of a series, or the file below the study.
+    regions : str
+        Names of the regions or segments that are in the mask.
+    """
+
+    ct: str
+    pet: str
+    mask: str
+    regions: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One study.
 
@@ -30,8 +48,7 @@ class Row:
     hash, status, reason : str
         The pseudonym; "written", "skipped", "failed" or "gone"; why.
     ct, pet, mask, regions : str
-        What was taken: the description and number of slices of a series, or a file; names of
-        regions.
+        As in `Taken`.
     found : str
         Names and descriptions of the files and series in question.
     input, output, options : str
@@ -63,6 +80,11 @@ class Row:
     def key(self) -> tuple[str, str]:
         """What a study is known by: projects may hold the same folders."""
         return self.project, self.hash
+
+    @property
+    def taken(self) -> Taken:
+        """What the study was read from."""
+        return Taken(**{each.name: getattr(self, each.name) for each in fields(Taken)})
 
 
 COLUMNS = tuple(each.name for each in fields(Row) if each.name not in ("further", "notes"))

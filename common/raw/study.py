@@ -32,6 +32,7 @@ from common.plausibility import implausible_study, summary_of, weight_of
 from common.raw.candidates import Candidate, NiftiFile, NiftiFiles
 from common.raw.consistency import DrawnOn, check_frames, check_identity, find_drawn_on
 from common.raw.header_planes import check_planes_of, factors_on, planes_of_headers
+from common.raw.mapping import Taken
 from common.raw.roles import Roles
 from common.raw.sidecar import read_sidecar
 from common.raw.words import ROLE_NAMES
@@ -64,24 +65,6 @@ class Conversion:
     def needs_header(self) -> bool:
         """Whether a NIfTI PET needs a DICOM header."""
         return self.pet_units != "suv"
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a study was read from, for the private mapping alone: these names may identify.
-
-    Attributes
-    ----------
-    ct, pet, mask : str
-        Description and number of slices of a series, or the file below the study.
-    regions : str
-        Names of the regions or segments that are in the mask.
-    """
-
-    ct: str
-    pet: str
-    mask: str
-    regions: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,9 @@ from said import texts
 
 from common.errors import IncompleteStudy, StudyError
 from common.raw.candidates import Patterns
+from common.raw.mapping import Taken
 from common.raw.roles import find_roles
-from common.raw.study import Conversion, Taken, plan_study, read_study
+from common.raw.study import Conversion, plan_study, read_study
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
