@@ -26,7 +26,7 @@ JOBS = 3
 DAMAGED = "0000000003"
 BESIDE = ["--measures", "lesions.csv", "--report=page.html"]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def run(folder: Path, words: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:

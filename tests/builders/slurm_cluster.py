@@ -123,7 +123,7 @@ def state_of(job: str, environment: dict[str, str]) -> dict[str, str]:
     return dict(word.partition("=")[::2] for word in told.stdout.split())
 
 
-def await_end(job: str, environment: dict[str, str], patience_s: float = 100) -> dict[str, str]:
+def await_end(job: str, environment: dict[str, str], patience_s: float = 400) -> dict[str, str]:
     """Return what Slurm tells of a job that has ended."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
