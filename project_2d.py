@@ -310,7 +310,7 @@ def project_study(job: Job) -> Written:
         )
         if job.beside:
             # Slow to load, and only for those who ask for pictures.
-            from common.report.pictures import write_films
+            from common.report.films import write_films
 
             write_films(job.beside, mips, work.angles, attributes)
     return Written(turned_axis(attributes["orientation"]))

@@ -1,11 +1,12 @@
 """What the scripts share, in rooms. Imports run downwards on this map; nothing imports a script.
 
-report/         page: the quality-control page, its pictures; case_table, lesion_table and
-                projection_list: CSV; untrusted_json: attributes as any file may have them
+report/         page: the quality-control page, its pictures; films of one study; case_table,
+                lesion_table and projection_list: CSV; untrusted_json: attributes as any file may
+                have them
 nnunet          nnU-Net's raw layout
-raw/            project and layouts: the folders of a raw project; candidates, words and roles:
-                which file plays which role; study: one read and checked, by consistency,
-                header_planes and sidecar; pseudonyms and mapping: who is who
+raw/            project and layouts: the folders of a raw project; study_files, candidates,
+                words and roles: which file plays which role; study: one read and checked, by
+                consistency, header_planes and sidecar; pseudonyms and mapping: who is who
 hdf5/           studies: training files, 3D and 2D, of chunks; parts: of one study; merge, index
                 and stacks: of many; verify; crash_safe_file
 run/            how a stage runs, whatever its studies are: cli: options; stage: plan, compute,
@@ -13,11 +14,11 @@ run/            how a stage runs, whatever its studies are: cli: options; stage:
                 console, signals, machine
 project_zip     the zip of pseudonymised studies
 nifti           NIfTI files
-dicom/          files: which there are; attributes: of a header; series, rescale, pixels and
-                uneven: slices to a volume; pet: a header to SUV inputs; masks: rtstruct by
-                contours and contour_gaps, seg by seg_planes
-suv/            factors: of a series, from inputs, by timeline, nuclides, vendors, decay and
-                body; provenance: how they came about; alternatives: what other rules give
+dicom/          files and plain_headers: which there are; attributes: of a header; series,
+                rescale, pixels and uneven: slices to a volume; pet: a header to SUV inputs;
+                masks: rtstruct by contours and contour_gaps, seg by seg_planes
+suv/            factors: of a series, from inputs, by units, timeline, nuclides, vendors, decay
+                and body; provenance: how they came about; alternatives: what other rules give
 
 Pure: arrays and frozen dataclasses in, arrays out; no paths, no formats, no log.
 

@@ -46,7 +46,7 @@ from common.hashing import fingerprint
 from common.image_checks import check_labels
 from common.raw import mapping
 from common.raw.project import StudyFolder
-from common.raw.roles import read_files
+from common.raw.study_files import read_files
 from common.resampling import resample_nearest
 from common.run.output import writing_beside
 

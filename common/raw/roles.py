@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.dicom.attributes import joined_text, tag_of
-from common.dicom.files import DICOM_SUFFIXES, DicomFile, Series, group_series, read_dicom_file
+from common.dicom.files import DicomFile, Series, group_series
 from common.errors import IncompleteStudy, StudyError
-from common.nifti import is_nifti_name
 from common.raw.candidates import (
     Candidate,
     NiftiFile,
@@ -24,81 +23,10 @@ from common.raw.candidates import (
     kind_beside_others,
     private_name,
 )
-from common.raw.project import StudyFolder, files_of
+from common.raw.project import StudyFolder
 from common.raw.sidecar import sidecar_of
+from common.raw.study_files import StudyFiles, read_files
 from common.raw.words import CT_WORDS, MASK_WORDS, PET_WORDS, ROLE_NAMES, words
-
-# --- study files -----------------------------------------------------------------------------
-
-_OTHER_FORMATS = (
-    ".nrrd",
-    ".mha",
-    ".mhd",
-    ".hdr",
-    ".img",
-    ".mat",
-    ".zip",
-    ".7z",
-    ".rar",
-    ".tar",
-    ".gz",
-)
-
-
-@dataclass(frozen=True)
-class StudyFiles:
-    """The files of a study by kind, suffixes of other image formats, and warnings of the rest.
-
-    `lacks_files` as in `IncompleteStudy`.
-    """
-
-    nifti: Sequence[NiftiFile]
-    dicom: Sequence[DicomFile]
-    other_formats: Sequence[str]
-    warnings: tuple[str, ...]
-    lacks_files: bool = False
-
-
-def read_files(folder: StudyFolder) -> StudyFiles:
-    """Read the headers of all DICOM files below a study's folder, and list the NIfTI files.
-
-    Raises
-    ------
-    UnreachableStudy
-        A folder or file cannot be read.
-    StudyError
-        A DICOM file is damaged.
-    """
-    nifti: list[NiftiFile] = []
-    dicom: list[DicomFile] = []
-    other_formats: set[str] = set()
-    n_dangling = n_no_dicom = 0
-    role_of = {each.name: each.role for each in folder.members or ()}
-    files = files_of(folder)
-    for file in files:
-        path = os.path.join(folder.path, file.name)
-        if file.size is None:
-            n_dangling += 1
-        elif is_nifti_name(file.name):
-            nifti.append(NiftiFile(path, file.name, role_of.get(file.name, "")))
-        elif (found := read_dicom_file(path, file.name)) is not None:
-            dicom.append(found)
-        else:
-            n_no_dicom += file.name.lower().endswith(DICOM_SUFFIXES)
-            other_formats.update(s for s in _OTHER_FORMATS if file.name.lower().endswith(s))
-    warnings = []
-    if n_dangling:
-        warnings.append(
-            f"links that lead nowhere ({n_dangling}) are left out: restore their target"
-        )
-    if n_no_dicom:
-        warnings.append(
-            f"files named as DICOM ({n_no_dicom}) are left out, damaged or without "
-            f"{tag_of('Modality')}: check that no slice is lost"
-        )
-    lacks_files = not files or n_dangling > 0
-    return StudyFiles(nifti, dicom, sorted(other_formats), tuple(warnings), lacks_files)
-
 
 # --- role hints ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Pictures people look at: rotating projections as GIF and PNG, and those of the page's cards.
+"""Pictures people look at: how they are drawn, and those of the page's cards.
 
 Every picture says which side is which and what its shades and colours stand for. PET is in inverse
 grey, black from `BLACK_AT_SUV` on; PET over CT is in colours of rising lightness, the inferno map
@@ -9,7 +9,6 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,6 @@ from scipy import ndimage
 
 from common.geometry import Grid, reorient
 from common.lesions import label_lesions
-from common.run.output import writing_beside
 
 Array = NDArray[Any]
 
@@ -80,7 +78,7 @@ def _as_rgb(grey: Array) -> Array:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def _write(
+def write_text(
     picture: Image.Image,
     at: tuple[float, float],
     text: str,
@@ -99,7 +97,7 @@ def _write(
     )
 
 
-def _write_sides(
+def write_sides(
     picture: Image.Image,
     box: tuple[int, int, int, int],
     sides: str,
@@ -108,11 +106,11 @@ def _write_sides(
     """Write what is on the left and on the right of a part (left, top, right, bottom)."""
     left, top, right, bottom = box
     middle = (top + bottom) / 2
-    _write(picture, (left + 3, middle), sides[0], "lm", pixels)
-    _write(picture, (right - 3, middle), sides[1], "rm", pixels)
+    write_text(picture, (left + 3, middle), sides[0], "lm", pixels)
+    write_text(picture, (right - 3, middle), sides[1], "rm", pixels)
 
 
-def _draw_bar(
+def draw_bar(
     picture: Image.Image,
     left: int,
     top: int,
@@ -135,8 +133,8 @@ def _draw_bar(
     marks = (0.0, 0.5, 1.0) if height > 3 * pixels else (0.0, 1.0)
     for share in marks:
         suv_here = f"{BLACK_AT_SUV * (1 - share):g}"
-        _write(picture, (beside, top + share * height), suv_here, "lm", pixels)
-    _write(picture, (left - 2, top - pixels), "SUV", "lm", pixels)
+        write_text(picture, (beside, top + share * height), suv_here, "lm", pixels)
+    write_text(picture, (left - 2, top - pixels), "SUV", "lm", pixels)
 
 
 def _outlined(pixels: Array, mask: Array, contour: Array, width: int) -> None:
@@ -145,167 +143,11 @@ def _outlined(pixels: Array, mask: Array, contour: Array, width: int) -> None:
     pixels[contour & ~ndimage.binary_erosion(contour, iterations=width)] = CONTOUR_RGB
 
 
-def _in_units(values: Array, limits: Sequence[float]) -> NDArray[np.float32]:
+def in_units(values: Array, limits: Sequence[float]) -> NDArray[np.float32]:
+    """Return HU or SUV of values in [0, 1], by the limits that became 0 and 1."""
     low, high = limits
     result: NDArray[np.float32] = values.astype(np.float32) * (high - low) + low
     return result
-
-
-# --- films and stills ------------------------------------------------------------------------
-
-FRAME_MS = 80
-LEAST_HEIGHT = 400
-"""Pixels of a film's or still's projection from head to foot, at least."""
-
-OUTLINE_RGB = (214, 40, 40)
-
-_GREYS = 64
-"""Shades in a picture: more are not seen, and noise makes films of more twice as large."""
-
-_OUTLINE = _GREYS
-_MARGIN = 44
-"""Pixels on the right of a frame for the bar of SUVs."""
-
-
-def mip_frames(
-    pet: NDArray[np.floating],
-    masks: NDArray[np.unsignedinteger],
-    angles: Sequence[float],
-    suv_range: Sequence[float],
-    spacing_mm: Sequence[float],
-    orientation: str,
-) -> list[Image.Image]:
-    """Return one palette picture a projection, head up, seen from the front at angle 0.
-
-    Parameters
-    ----------
-    pet : (N, X, Z) array
-        Projections of PET normalised from `suv_range` to [0, 1].
-    masks : (N, X, Z) array
-    angles : sequence of N floats
-        Of the rotation about the body's axis [degrees].
-    suv_range : (float, float)
-    spacing_mm : (float, float)
-        Pixel size along x and z [mm]; pictures have square pixels, none larger than the smaller.
-    orientation : str
-        Where the axes of the volume pointed to, such as LAS.
-    """
-    frame = _framing(pet.shape[1:], spacing_mm)
-    return [
-        _frame(p, m, angle, suv_range, frame, orientation)
-        for p, m, angle in zip(pet, masks, angles, strict=True)
-    ]
-
-
-def _framing(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, int]:
-    """Return width and height [pixels] of a projection with square pixels."""
-    extent_mm = [n * mm for n, mm in zip(shape, spacing_mm, strict=True)]
-    per_mm = max(1 / min(spacing_mm), LEAST_HEIGHT / extent_mm[1])
-    width, height = (max(1, round(mm * per_mm)) for mm in extent_mm)
-    return width, height
-
-
-def _frame(
-    pet: NDArray[np.floating],
-    mask: NDArray[np.unsignedinteger],
-    angle: float,
-    suv_range: Sequence[float],
-    size: tuple[int, int],
-    orientation: str,
-) -> Image.Image:
-    shade = grey_of_suv(_in_units(pet, suv_range)).astype(np.uint8)
-    picture = _upright(shade, orientation).resize(size, Image.Resampling.BILINEAR)
-    shown = np.where(mask > 0, np.uint8(255), np.uint8(0))
-    lesion = _upright(shown, orientation).resize(size, Image.Resampling.NEAREST)
-    inside = np.asarray(lesion) > 0
-    canvas = Image.new("RGB", (size[0] + _MARGIN, size[1]), (255, 255, 255))
-    canvas.paste(picture.convert("RGB"), (0, 0))
-    # Half a turn on, right and left have changed places; at a quarter one looks from the side.
-    turned = np.cos(np.deg2rad(angle))
-    if abs(turned) > 0.5:
-        _write_sides(canvas, (0, 0, size[0], size[1]), "RL" if turned > 0 else "LR")
-    _write(canvas, (4, size[1] - 4), f"{angle:g}\u00b0", "lb")
-    _draw_bar(canvas, size[0] + 6, 24, min(160, size[1] - 40), overlay=False)
-    pixels = np.array(canvas.convert("L")) // np.uint8(256 // _GREYS)
-    outline = ndimage.binary_dilation(inside) & ~inside
-    pixels[:, : size[0]][outline] = _OUTLINE
-    frame = Image.fromarray(pixels, mode="L").convert("P")
-    greys = [level * 255 // (_GREYS - 1) for level in range(_GREYS) for _ in range(3)]
-    frame.putpalette([*greys, *OUTLINE_RGB])
-    return frame
-
-
-def _upright(plane: NDArray[np.uint8], orientation: str) -> Image.Image:
-    """Turn a projection (X, Z) into a picture: rows go down the body, columns to its left."""
-    rows = plane.T
-    if orientation[2] == "S":
-        rows = rows[::-1]
-    if orientation[0] == "R":
-        rows = rows[:, ::-1]
-    return Image.fromarray(np.ascontiguousarray(rows))
-
-
-def write_films(
-    paths: Sequence[Path],
-    mips: Mapping[str, Array],
-    angles: Sequence[float],
-    of_volume: Mapping[str, Any],
-) -> None:
-    """Write the rotating projection of one study as .gif, and its first frame as .png.
-
-    Parameters
-    ----------
-    paths : sequence of Path
-        One or both; each is replaced at once.
-    mips : dict of group to (N, C, X, Z) array
-        In [0, 1] and labels, from N angles.
-    angles : sequence of N floats
-        [degrees]
-    of_volume : dict
-        Attributes of the image that was projected.
-    """
-    pet, masks, angles = full_turn(mips["image"][:, 0], mips["mask"][:, 0], angles)
-    frames = mip_frames(
-        pet,
-        masks,
-        angles,
-        suv_range=of_volume["suv_range"],
-        spacing_mm=(of_volume["spacing"][0], of_volume["spacing"][2]),
-        orientation=of_volume["orientation"],
-    )
-    for path in paths:
-        with writing_beside(path) as temporary:
-            if path.suffix == ".gif":
-                write_gif(temporary, frames)
-            else:
-                write_png(temporary, frames[0])
-
-
-def write_png(path: Path, frame: Image.Image) -> None:
-    """Write one picture."""
-    frame.save(path, optimize=True)
-
-
-def write_gif(path: Path, frames: Sequence[Image.Image]) -> None:
-    """Write a film that plays on."""
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0, optimize=False
-    )
-
-
-def full_turn(
-    pet: Array, masks: Array, angles: Sequence[float]
-) -> tuple[Array, Array, Sequence[float]]:
-    """Complete half a turn of projections (N, X, Z) by its mirror images."""
-    step = angles[1] - angles[0] if len(angles) > 1 else 0.0
-    if len(angles) < 2 or abs(angles[-1] + step - angles[0] - 180) > 1e-6:
-        return pet, masks, angles
-    mirrored = [angle + 180 for angle in angles]
-    return (
-        np.concatenate([pet, pet[:, ::-1]]),
-        np.concatenate([masks, masks[:, ::-1]]),
-        [*angles, *mirrored],
-    )
 
 
 # --- the projections of a card ---------------------------------------------------------------
@@ -359,8 +201,8 @@ def volumes_of(
     )
     nx, ny, nz = pet.shape
     grid = Grid((nx, ny, nz), reorient(pet, affine, "LAS")[1])
-    suv = _in_units(pet, attributes["suv_range"])
-    return Volumes(suv, _in_units(ct, attributes["ct_range"]), mask, mask_iso > 0, grid)
+    suv = in_units(pet, attributes["suv_range"])
+    return Volumes(suv, in_units(ct, attributes["ct_range"]), mask, mask_iso > 0, grid)
 
 
 def projections(volumes: Volumes, marks: Mapping[int, Sequence[float]]) -> list[dict[str, str]]:
@@ -394,12 +236,12 @@ def projections(volumes: Volumes, marks: Mapping[int, Sequence[float]]) -> list[
             down_px = size[1] - (voxel[2] + 0.5) * spacing[2] / mm_per_pixel
             at = size[0] - across_px if mirrored else across_px
             beside = at + 8, max(down_px - 8, _LETTER_PIXELS + 4)
-            _write(picture, beside, str(number), "lb", _LETTER_PIXELS)
+            write_text(picture, beside, str(number), "lb", _LETTER_PIXELS)
         sides, words = _SIDES[name]
-        _write_sides(picture, (0, 0, *size), sides, _LETTER_PIXELS)
+        write_sides(picture, (0, 0, *size), sides, _LETTER_PIXELS)
         top = 2 * _LETTER_PIXELS
         length = min(240, canvas[1] - top - _LETTER_PIXELS)
-        _draw_bar(picture, width + 14, top, length, overlay=False, pixels=_LETTER_PIXELS)
+        draw_bar(picture, width + 14, top, length, overlay=False, pixels=_LETTER_PIXELS)
         text = f"PET maximum-intensity projection, {name}, lesions outlined and numbered; {words}"
         views.append(_embedded(picture, f"PET {name}", text))
     return views
@@ -511,11 +353,11 @@ def lesion_picture(volumes: Volumes, number: int, voxel: Sequence[int]) -> dict[
         positions.append(place)
         for panel, left, heading in zip(panels, lefts, headings, strict=True):
             picture.paste(Image.fromarray(panel), (left, top))
-            _write(picture, (left + 2, top - _HEADING / 2), heading, "lm")
-            _write_sides(picture, (left, top, left + side, top + side), _SIDES[name][0])
-            _write(picture, (left + 3, top + side - 3), place, "lb")
-        _draw_bar(picture, lefts[1] - bar, top + 20, side - 40, overlay=False)
-        _draw_bar(picture, lefts[2] + side + 6, top + 20, side - 40, overlay=True)
+            write_text(picture, (left + 2, top - _HEADING / 2), heading, "lm")
+            write_sides(picture, (left, top, left + side, top + side), _SIDES[name][0])
+            write_text(picture, (left + 3, top + side - 3), place, "lb")
+        draw_bar(picture, lefts[1] - bar, top + 20, side - 40, overlay=False)
+        draw_bar(picture, lefts[2] + side + 6, top + 20, side - 40, overlay=True)
     caption = f"Lesion {number}: " + "; ".join(positions)
     alt = (
         f"lesion {number} through its SUVmax: {'; '.join(positions)}; each as PET, CT and PET over "

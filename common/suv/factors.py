@@ -1,6 +1,7 @@
 """Standardised uptake values: a factor for each slice of a PET series, and its provenance.
 
-Pure. SUV = stored value * RescaleSlope * factor. The rules, as they are named in the provenance:
+Pure. SUV = stored value * RescaleSlope * factor. The rules, as they are named in the provenance
+(7 to 9 are told by `common.suv.units`):
 
     7    Units GML: SUV already; converted where another type is asked for
     8    Units CM2ML: SUV by body surface area already; likewise
@@ -16,7 +17,7 @@ Sources: the IBSI SUV manual (Vacha et al., 2026); the QIBA FDG-PET/CT profile, 
 pseudo-code; conformance statements of the vendors.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,157 +31,14 @@ from common.suv.inputs import Caveats, PetSeries, refuse_reinterpretations
 from common.suv.nuclides import SAME_NUCLIDE, is_half_life_of_pet
 from common.suv.provenance import Provenance, Rule, rounded, value_range
 from common.suv.timeline import Array, timeline
+from common.suv.units import (
+    DECAY_CORRECTED,
+    DECAY_CORRECTION,
+    compare_with_vendor,
+    scale_of_units,
+    state_of,
+)
 from common.suv.vendors import PHILIPS_ACTIVITY_FACTOR, PHILIPS_SUV_FACTOR
-
-# --- pet units -------------------------------------------------------------------------------
-
-LARGEST_WITNESS_DIFFERENCE = 0.01
-"""Relative difference between a factor and the vendor's own that is worth a warning."""
-
-DECAY_CORRECTION = "DecayCorrection (0054,1102)"
-DECAY_CORRECTED = "DecayCorrected (0018,9758)"
-_UNITS = "Units (0054,1001)"
-_UNITS_OF_FRAMES = "MeasurementUnitsCodeSequence (0040,08EA)"
-_SUV_TYPE = "SUVType (0054,1006)"
-
-_TYPE_OF_GML = {
-    None: "bw",
-    "BW": "bw",
-    "LBMJANMA": "lbm-janma",
-    "LBMJAMES128": "lbm-james",
-    "IBW": "ibw",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """What rescaled values times `per_unit` are.
-
-    Attributes
-    ----------
-    rule : Rule or None
-        The rule that fired; None for BQML.
-    suv_type : str or None
-        SUV of this type; None for activity concentration [Bq/ml].
-    per_unit : (n_slices,) array
-
-    """
-
-    rule: Rule | None
-    suv_type: str | None
-    per_unit: Array
-
-
-def scale_of_units(series: PetSeries) -> Scale:
-    """Find what the rescaled values are.
-
-    Raises
-    ------
-    StudyError
-        Nothing that can become SUV, or the header leaves open what.
-    """
-    in_units = np.array([each.real_world_slope for each in series.slices])
-    match series.units:
-        case "GML":
-            return Scale(Rule.GML, _type_of_gml(series), in_units)
-        case "CM2ML":
-            return Scale(Rule.CM2ML, "bsa", in_units)
-        case "BQML":
-            _require_decay_correction(series)
-            return Scale(None, None, in_units)
-        case "CNTS":
-            _require_decay_correction(series)
-            return _scale_of_counts(series)
-        case None:
-            raise StudyError(
-                f"the unit of the values is unknown ({_units(series)} is missing): add it to the "
-                "header, or name it by --pet-units"
-            )
-        case other:
-            raise StudyError(
-                f"such values can't become SUV ({_units(series)} {_state(other)}): "
-                "export the series as BQML"
-            )
-
-
-def compare_with_vendor(series: PetSeries, factors: Array, caveats: Caveats) -> float | None:
-    """Hold `factors` to SUVbw, (n_slices,), against those that Philips states beside BQML.
-
-    Returns
-    -------
-    vendor_factor : float or None
-        Median of the stated factors; None where there are none.
-    """
-    if series.units != "BQML":
-        return None
-    suv = _on_every_slice(each.philips_suv_factor for each in series.slices)
-    activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
-    if suv is None or activity is None:
-        return None
-    difference = float(np.abs(factors * activity / suv - 1).max())
-    if difference > LARGEST_WITNESS_DIFFERENCE:
-        caveats.warnings.append(
-            Warning(
-                Kind.SUV,
-                f"vendor's factor disagrees: {PHILIPS_SUV_FACTOR} over "
-                f"{PHILIPS_ACTIVITY_FACTOR} differs by up to {difference:.1%}; it is not used",
-            )
-        )
-    return float(np.median(suv / activity))
-
-
-def _type_of_gml(series: PetSeries) -> str:
-    if series.suv_type in _TYPE_OF_GML:
-        return _TYPE_OF_GML[series.suv_type]
-    where = _UNITS_OF_FRAMES if series.enhanced else _SUV_TYPE
-    why = ", which leaves the formula open" if series.suv_type == "LBM" else ""
-    raise StudyError(
-        f"the type of SUV is unknown ({where} {_state(series.suv_type)}{why}): export it as BQML"
-    )
-
-
-def _require_decay_correction(series: PetSeries) -> None:
-    if series.decay_correction not in ("START", "ADMIN", "NONE"):
-        where, codes = (
-            (DECAY_CORRECTED, "YES or NO")
-            if series.enhanced
-            else (DECAY_CORRECTION, "START, ADMIN or NONE")
-        )
-        raise StudyError(
-            f"the decay correction is unknown ({where} {_state(series.decay_correction)}): "
-            f"set it to {codes} in the header"
-        )
-
-
-def _scale_of_counts(series: PetSeries) -> Scale:
-    suv = _on_every_slice(each.philips_suv_factor for each in series.slices)
-    if suv is not None and series.decay_correction != "NONE":
-        return Scale(Rule.CNTS, "bw", suv)
-    activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
-    if activity is not None:
-        return Scale(Rule.CNTS, None, activity)
-    raise StudyError(
-        f"counts without scale ({_units(series)} is CNTS, but Philips' {PHILIPS_SUV_FACTOR} and "
-        f"{PHILIPS_ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
-        f"{series.decay_correction}): export with private tags, or as BQML"
-    )
-
-
-def _units(series: PetSeries) -> str:
-    return _UNITS_OF_FRAMES if series.enhanced else _UNITS
-
-
-def _state(code: str | None) -> str:
-    if code is None:
-        return "is missing"
-    return "is none that DICOM defines" if code == "UNKNOWN" else f"is {code}"
-
-
-def _on_every_slice(values: Iterable[float | None]) -> Array | None:
-    """Values as an array, None unless every slice has one other than 0."""
-    array = np.array([each or 0.0 for each in values])
-    return array if array.all() else None
-
 
 # --- conversion ------------------------------------------------------------------------------
 
@@ -386,7 +244,7 @@ def _require_corrections(series: PetSeries, caveats: Caveats) -> None:
             f"{DECAY_CORRECTED} is neither YES nor NO"
             if series.enhanced
             else f"{_CORRECTED_IMAGE} lacks DECY, but {DECAY_CORRECTION} "
-            f"{_state(series.decay_correction)}, not NONE"
+            f"{state_of(series.decay_correction)}, not NONE"
         )
         raise StudyError(
             f"it is unclear whether decay was corrected for ({state}): correct the header"

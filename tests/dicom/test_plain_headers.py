@@ -17,7 +17,8 @@ from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
 from common.dicom.attributes import items, text, texts
-from common.dicom.files import read_dicom_file, scan_header
+from common.dicom.files import read_dicom_file
+from common.dicom.plain_headers import scan_header
 from common.errors import StudyError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
