@@ -83,7 +83,7 @@ class NiftiHeader:
     voxels_at: int
 
 
-def header_size(beginning: bytes, role: str) -> int:
+def _header_size(beginning: bytes, role: str) -> int:
     """Return the size of a header [bytes], which its first four bytes tell."""
     for size in _MAGIC:
         if beginning.ljust(4, bytes(1)) in (size.to_bytes(4, "little"), size.to_bytes(4, "big")):
@@ -91,13 +91,13 @@ def header_size(beginning: bytes, role: str) -> int:
     raise StudyError(f"the {role} is not NIfTI (no NIfTI header): check the file")
 
 
-def parse_header(block: bytes, role: str) -> NiftiHeader:
+def _parse_header(block: bytes, role: str) -> NiftiHeader:
     """Return what a header says.
 
     Parameters
     ----------
     block : bytes
-        The header, as long as `header_size` says.
+        The header, as long as `_header_size` says.
     role : str
         What the image is in the study, for messages.
 
@@ -430,9 +430,9 @@ def stored_bytes(path: str | os.PathLike[str]) -> int:
 def _read_header(stream: Any, role: str) -> tuple[NiftiHeader, int]:
     """Return the header and its size [bytes]."""
     beginning = _up_to(4, stream)
-    block = bytearray(beginning + bytes(header_size(beginning, role) - len(beginning)))
+    block = bytearray(beginning + bytes(_header_size(beginning, role) - len(beginning)))
     _fill(memoryview(block)[len(beginning) :], stream, role)
-    return parse_header(bytes(block), role), len(block)
+    return _parse_header(bytes(block), role), len(block)
 
 
 def _read_plain(stream: Any, available: int, role: str) -> Image:

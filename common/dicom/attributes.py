@@ -132,7 +132,7 @@ def whole_number(header: Dataset, keyword: str) -> int:
     """
     value = required_number(header, keyword)
     if not value.is_integer():
-        raise malformed(tag_of(keyword), "a whole number")
+        raise _malformed(tag_of(keyword), "a whole number")
     return int(value)
 
 
@@ -150,7 +150,7 @@ def required_numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.fl
         raise StudyError(f"a value is missing in the header ({label}): export the series anew")
     if len(values) != count:
         expected = "a number" if count == 1 else f"{count} numbers"
-        raise malformed(label, expected)
+        raise _malformed(label, expected)
     return np.array([_parse_number(value, label) for value in values])
 
 
@@ -173,7 +173,7 @@ def items(header: Dataset, keyword: str) -> list[Dataset]:
     if value is None:
         return []
     if not isinstance(value, DicomSequence):
-        raise malformed(tag_of(keyword), "a sequence")
+        raise _malformed(tag_of(keyword), "a sequence")
     return list(value)
 
 
@@ -193,7 +193,7 @@ def has_creator(header: Dataset, private: PrivateTag) -> bool:
     return _block_tag(header, private) is not None
 
 
-def private_text(header: Dataset, private: PrivateTag) -> str | None:
+def _private_text(header: Dataset, private: PrivateTag) -> str | None:
     """Return a private value as text.
 
     Raises
@@ -207,7 +207,7 @@ def private_text(header: Dataset, private: PrivateTag) -> str | None:
 def private_number(header: Dataset, private: PrivateTag) -> float | None:
     """Return a private number; None where it is unreadable, too."""
     try:
-        value = private_text(header, private)
+        value = _private_text(header, private)
         return None if value is None else _parse_number(value, private.creator)
     except StudyError:
         return None
@@ -251,7 +251,7 @@ def _read(header: Dataset, tag: int, label: str, alike: tuple[Any, ...] | None) 
         element = header.get(tag) if alike is None else _converted(*alike)
         return None if element is None else element.value
     except Exception as error:  # pydicom converts on access, with errors of many types
-        raise malformed(label, "readable") from error
+        raise _malformed(label, "readable") from error
 
 
 def _sequence_alike(header: Dataset, tag: BaseTag, label: str) -> Any:
@@ -317,7 +317,7 @@ def _texts_alike(label: str, *alike: Any) -> tuple[str, ...]:
     try:
         value = _converted(*alike).value
     except Exception as error:
-        raise malformed(label, "readable") from error
+        raise _malformed(label, "readable") from error
     return _texts_of(value, label)
 
 
@@ -333,7 +333,7 @@ def _texts_of(value: Any, label: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, DicomSequence):
-        raise malformed(label, "a plain value")
+        raise _malformed(label, "a plain value")
     if isinstance(value, bytes):  # VR UN
         value = value.decode("latin-1")
     elif isinstance(value, PersonName):  # iterates over its characters
@@ -345,18 +345,18 @@ def _texts_of(value: Any, label: str) -> tuple[str, ...]:
 def _text(header: Dataset, tag: int, label: str) -> str | None:
     values = _texts(header, tag, label)
     if len(values) > 1:
-        raise malformed(label, "a single value")
+        raise _malformed(label, "a single value")
     return values[0] or None if values else None
 
 
 def _parse_number(value: str, label: str) -> float:
     parsed = float(value) if _NUMBER.fullmatch(value) else math.nan
     if not math.isfinite(parsed):
-        raise malformed(label, "a number")
+        raise _malformed(label, "a number")
     return parsed
 
 
-def malformed(label: str, expected: str) -> StudyError:
+def _malformed(label: str, expected: str) -> StudyError:
     """Return the error that an attribute is not what it should be."""
     return StudyError(
         f"malformed header ({label} is not {expected}): correct it, or export the series anew"
@@ -418,7 +418,7 @@ def private_date_time(
 ) -> datetime | None:
     """Return a private moment (DT); None where it is unreadable, too."""
     try:
-        value = private_text(header, private)
+        value = _private_text(header, private)
         return None if value is None else _parse_date_time(value, zone, private.creator)
     except StudyError:
         return None
@@ -427,14 +427,14 @@ def private_date_time(
 def _parse_time(value: str, label: str) -> time:
     match = _TIME.fullmatch(value)
     if match is None:
-        raise malformed(label, "a time of day")
+        raise _malformed(label, "a time of day")
     hour, minute, second, fraction = match.groups()
     microsecond = int((fraction or "").ljust(6, "0")[:6])
     try:
         # DICOM allows a leap second, which datetime does not.
         return time(int(hour), int(minute), min(int(second or 0), 59), microsecond)
     except ValueError as error:
-        raise malformed(label, "a time of day") from error
+        raise _malformed(label, "a time of day") from error
 
 
 def _parse_moment(day: str, clock: time, label: str) -> datetime:
@@ -443,7 +443,7 @@ def _parse_moment(day: str, clock: time, label: str) -> datetime:
         year, month, day_of_month = map(int, match.groups() if match else ())
         return datetime.combine(date(year, month, day_of_month), clock)
     except ValueError as error:
-        raise malformed(label, "a date") from error
+        raise _malformed(label, "a date") from error
 
 
 def _parse_date_time(value: str, zone: timezone | None, label: str) -> datetime | None:
@@ -451,7 +451,7 @@ def _parse_date_time(value: str, zone: timezone | None, label: str) -> datetime 
         return None
     match = _DATE_TIME.fullmatch(value)
     if match is None:
-        raise malformed(label, "a date-time")
+        raise _malformed(label, "a date-time")
     day, clock, offset = match.groups()
     own_zone = _parse_offset(offset, label) if offset else zone
     return _parse_moment(day, _parse_time(clock, label).replace(tzinfo=own_zone), label)
@@ -464,4 +464,4 @@ def _parse_offset(value: str, label: str) -> timezone:
         offset = timedelta(hours=int(hours), minutes=int(minutes))
         return timezone(-offset if sign == "-" else offset)
     except ValueError as error:
-        raise malformed(label, "a UTC offset") from error
+        raise _malformed(label, "a UTC offset") from error

@@ -82,7 +82,7 @@ _KEYWORD_OF_FIELD = {
 }
 
 
-def series_fields(header: Dataset, tracer: int | None) -> dict[str, Any]:
+def _series_fields(header: Dataset, tracer: int | None) -> dict[str, Any]:
     """Read what a header says of the series, by the names in `PetSeries`."""
     zone = utc_offset(header)
     tracer_item = _tracer_item(header, tracer)
@@ -103,7 +103,7 @@ def series_fields(header: Dataset, tracer: int | None) -> dict[str, Any]:
     }
 
 
-def common_fields(fields: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _common_fields(fields: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return what headers agree on.
 
     Raises
@@ -196,7 +196,7 @@ def _enhanced_series(
         corrected_image=frozenset.intersection(*map(_frame_corrections, headers)),
         enhanced=True,
         reinterpretations=_reinterpretations([frame for each in frames for frame in each]),
-        **common_fields(fields),
+        **_common_fields(fields),
     )
 
 
@@ -212,7 +212,7 @@ def _frames(header: Dataset) -> list[_Frame]:
 
 
 def _fields(header: Dataset, frames: Sequence[_Frame], tracer: int | None) -> dict[str, Any]:
-    fields = series_fields(header, tracer)
+    fields = _series_fields(header, tracer)
     fields["units"], fields["suv_type"] = _units_of_frames(frames, fields)
     fields["decay_correction"] = {"YES": "START", "NO": "NONE"}.get(_decay_corrected(header) or "")
     fields["series_start"] = None
@@ -360,7 +360,7 @@ def read_pet_series(
         )
     if are_enhanced == {True}:
         return _enhanced_series(headers, tracer, frame_order)
-    fields = common_fields(series_fields(header, tracer) for header in headers)
+    fields = _common_fields(_series_fields(header, tracer) for header in headers)
     filenames = [str(getattr(header, "filename", None) or "") for header in headers]
     return PetSeries(
         slices=tuple(_slice(header, fields["manufacturer"]) for header in headers),

@@ -61,7 +61,7 @@ class Slice:
     rescale: Rescale
 
 
-def slices_of(file: DicomFile) -> list[Slice]:
+def _slices_of(file: DicomFile) -> list[Slice]:
     """Return the slices of a file, one or one a frame.
 
     Raises
@@ -209,7 +209,7 @@ def stack_slices(series: Series, *, resample_uneven: bool = False) -> Stack:
     """
     role = {"PT": "PET", "CT": "CT"}[series.modality]
     refuse_moving(series)
-    slices = [item for file in series.files for item in slices_of(file)]
+    slices = [item for file in series.files for item in _slices_of(file)]
     _refuse_mixed(slices, role)
     normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
     slices.sort(key=lambda item: float(item.position_mm @ normal))

@@ -16,7 +16,7 @@ _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
 
 
 @contextmanager
-def steady_file(path: Path) -> Iterator["SteadyFile"]:
+def crash_safe_file(path: Path) -> Iterator["CrashSafeFile"]:
     """Create a file for `h5py.File`, which must be closed within.
 
     Raises
@@ -25,7 +25,7 @@ def steady_file(path: Path) -> Iterator["SteadyFile"]:
         At the end of the block, why writing failed first.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    stream = SteadyFile(descriptor)
+    stream = CrashSafeFile(descriptor)
     try:
         yield stream
     finally:
@@ -38,7 +38,7 @@ def steady_file(path: Path) -> Iterator["SteadyFile"]:
     stream.check()
 
 
-class SteadyFile:
+class CrashSafeFile:
     """What h5py's driver for Python files asks for; writing succeeds, if only in memory.
 
     Blocks that follow each other are gathered: few large ones are written in half the time.

@@ -194,7 +194,7 @@ def find_studies(
         A file can't be read; files hold a study with other content; there is no study.
     """
     stacked = content_of(parameters) is Content.STACK
-    is_same = same_row if stacked else same_content
+    is_same = same_row if stacked else _same_content
     chosen: dict[str, Found] = {}
     for path in inputs:
         found = (
@@ -285,7 +285,7 @@ def read_keys_of_any(path: Path) -> list[str]:
     return read_rows(path) if stacked else read_keys(path)
 
 
-def same_content(key: str, one: Path, other: Path) -> bool:
+def _same_content(key: str, one: Path, other: Path) -> bool:
     """Whether two files hold the same arrays and attributes under a key."""
     return _content(one, key) == _content(other, key)
 

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from common.errors import UNREACHABLE, StageError, StudyError, Unreachable
 from common.hashing import LONGEST_NAME, array_digest, can_name_study, fingerprint
 from common.hdf5.chunks import write_chunked
-from common.hdf5.crash_safe_file import steady_file
+from common.hdf5.crash_safe_file import crash_safe_file
 from common.projection import angle_name
 
 T = TypeVar("T")
@@ -450,7 +450,7 @@ def new_file(
     path: Path, parameters: Mapping[str, Any], software: str
 ) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
     """Create a file with its attributes; yield it, and what raises a failure to write so far."""
-    with steady_file(path) as stream, h5py.File(stream, "w", libver=_FORMAT) as file:
+    with crash_safe_file(path) as stream, h5py.File(stream, "w", libver=_FORMAT) as file:
         file.attrs["schema_version"] = SCHEMA_VERSION
         file.attrs["software"] = software
         file.attrs["parameters"] = json.dumps(parameters, sort_keys=True)

@@ -51,15 +51,15 @@ def find_studies(project: Path, patient: str | None = None) -> list[StudyFolder]
         The project can't be read, holds no study, or `patient` does not fit.
     """
     try:
-        if is_nnunet(project):
-            return nnunet_cases(project, patient)
-        if is_bids(project):
+        if _is_nnunet(project):
+            return _nnunet_cases(project, patient)
+        if _is_bids(project):
             if patient is not None:
                 raise StageError(
                     f"{project}: --patient is for layouts that do not tell the patient, but "
                     "BIDS does (sub-...): leave it out"
                 )
-            return bids_studies(project)
+            return _bids_studies(project)
     except OSError as error:
         raise StageError(
             f"the raw project cannot be read ({error.strerror}): check the folder and its "
@@ -136,12 +136,12 @@ _CHANNEL = re.compile(rf"^(?P<case>.+?)_+(?P<channel>\d{{4}}|CT|PET|PT|SUV){_NIF
 _LABEL = re.compile(rf"^(?P<case>.+){_NIFTI}", re.IGNORECASE)
 
 
-def is_nnunet(project: Path) -> bool:
+def _is_nnunet(project: Path) -> bool:
     """Tell whether a folder is nnU-Net's raw data of one dataset."""
     return is_folder(project / "imagesTr")
 
 
-def nnunet_cases(project: Path, patient: str | None) -> list[StudyFolder]:
+def _nnunet_cases(project: Path, patient: str | None) -> list[StudyFolder]:
     """Return a study for each case of ``imagesTr``, ordered by name.
 
     Parameters
@@ -227,14 +227,14 @@ PARTICIPANTS = "participants.tsv"
 """The table that may tell the body weight of BIDS subjects."""
 
 
-def is_bids(project: Path) -> bool:
+def _is_bids(project: Path) -> bool:
     """Tell whether a folder holds subjects of BIDS."""
     return any(
         entry.name.startswith("sub-") and is_folder(entry) for entry in sorted(project.iterdir())
     )
 
 
-def bids_studies(project: Path) -> list[StudyFolder]:
+def _bids_studies(project: Path) -> list[StudyFolder]:
     """Return a study for each session, or each subject without sessions, ordered by name."""
     derived = listed_files(project, "derivatives")
     studies = []

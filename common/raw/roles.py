@@ -34,22 +34,22 @@ MOST_LISTED = 4
 """Candidates for one role that are listed one by one; of more, how many are of each kind."""
 
 
-def is_header(file: DicomFile) -> bool:
+def _is_header(file: DicomFile) -> bool:
     """Tell whether a file is called a header."""
     return "header" in words(file.name)
 
 
-def passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+def _passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     """Say that a whole DICOM PET series serves as the header of a NIfTI PET."""
     return tuple(
         f"the NIfTI file is taken as the PET and the {kind(each)} as its header: if the series is "
         "meant, choose it with --pet PATTERN"
         for each in candidates
-        if isinstance(each, Series) and each.n_images > 1 and not all(map(is_header, each.files))
+        if isinstance(each, Series) and each.n_images > 1 and not all(map(_is_header, each.files))
     )
 
 
-def nameless_left_out(n_files: int) -> tuple[str, ...]:
+def _nameless_left_out(n_files: int) -> tuple[str, ...]:
     """Say that a complete study has more NIfTI files: one may be a second mask."""
     return (
         f"NIfTI files ({n_files}) have no word for a role in their path and are left out: if one "
@@ -57,7 +57,7 @@ def nameless_left_out(n_files: int) -> tuple[str, ...]:
     )
 
 
-def several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
+def _several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
     """Say that several candidates fit a role, and of what kinds they are."""
     kinds = [kind_beside_others(each) for each in candidates]
     if len(kinds) > MOST_LISTED:
@@ -78,7 +78,7 @@ def _is_one_slice(candidate: Candidate) -> bool:
     return isinstance(candidate, Series) and candidate.n_images == 1
 
 
-def several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator[str]:
+def _several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator[str]:
     """Say so where candidates are of several examinations."""
     examinations = {
         joined_text(
@@ -95,7 +95,7 @@ def several_examinations(fitting: Mapping[str, Sequence[Candidate]]) -> Iterator
         )
 
 
-def hints_of_roles(
+def _hints_of_roles(
     fitting: Mapping[str, Sequence[Candidate]],
     files: StudyFiles,
     patterns: Patterns,
@@ -140,7 +140,7 @@ def _other_modalities(files: StudyFiles) -> Iterator[str]:
             )
 
 
-def hints_of_folder(folder: str, files: StudyFiles) -> Iterator[str]:
+def _hints_of_folder(folder: str, files: StudyFiles) -> Iterator[str]:
     """Yield what a study's folder tells of why roles may be missing."""
     if files.other_formats:
         yield f"{', '.join(files.other_formats)} files are not read: convert or unpack them"
@@ -264,18 +264,18 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
         warnings += left_out
     if nifti_pet and "pet" not in patterns.by_role:
         # DICOM beside a NIfTI PET is its header, be it one file or the whole series.
-        warnings += passed_over(fitting["pet"])
+        warnings += _passed_over(fitting["pet"])
         fitting["pet"] = [*nifti_pet]
     for role in [role for role in ("pet", "header") if role in fitting]:
         fitting[role], left_out = _without_uncorrected(fitting[role])
         warnings += left_out
     nameless = [file.name for file in files.nifti if not file.roles and not patterns.name_any(file)]
     if nameless and all(fitting.values()):
-        warnings += nameless_left_out(len(nameless))
+        warnings += _nameless_left_out(len(nameless))
     names = [private_name(role, each) for role, found in candidates.items() for each in found]
     hints = (
-        *hints_of_roles(fitting, files, patterns, len(nameless)),
-        *hints_of_folder(folder.path, files),
+        *_hints_of_roles(fitting, files, patterns, len(nameless)),
+        *_hints_of_folder(folder.path, files),
     )
     return Survey(fitting, warnings, hints, (*names, *nameless), files.lacks_files)
 
@@ -300,9 +300,9 @@ def choose(found: Survey, named_by: str = "the mapping file names them") -> Role
     missing = [role for role, each in fitting.items() if not each]
     several = [role for role, each in fitting.items() if len(each) > 1]
     reasons = [", ".join(f"no {ROLE_NAMES[role]}" for role in missing)] if missing else []
-    reasons += [several_candidates(role, fitting[role]) for role in several]
+    reasons += [_several_candidates(role, fitting[role]) for role in several]
     if several:
-        reasons += [*filter(None, [named_by]), *several_examinations(fitting)]
+        reasons += [*filter(None, [named_by]), *_several_examinations(fitting)]
     if missing:
         reasons += [*found.hints, *found.warnings]
         raise IncompleteStudy(
@@ -346,7 +346,7 @@ def _files_for_header_alone(
         if (
             patterns.name("header", file)
             if "header" in patterns.by_role
-            else is_header(file) or file in copies
+            else _is_header(file) or file in copies
         )
         and not patterns.name(role, file)
     ]

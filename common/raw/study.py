@@ -305,10 +305,10 @@ def _pet_series(source: Series | Stack | None, conversion: Conversion) -> PetSer
 def _read_ct(source: NiftiFile | Stack) -> Image:
     if isinstance(source, Stack):
         return read_ct(source)
-    return compact_ct(read_nifti_file(source.path, "CT"))
+    return _compact_ct(read_nifti_file(source.path, "CT"))
 
 
-def compact_ct(ct: Image) -> Image:
+def _compact_ct(ct: Image) -> Image:
     """Return a CT as int16 where every value is a whole number in its range, else as float32."""
     limits = np.iinfo(np.int16)
     if limits.min <= ct.data.min() and ct.data.max() <= limits.max:
@@ -339,7 +339,7 @@ def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) ->
 # --- the mask --------------------------------------------------------------------------------
 
 
-class ReadMask(NamedTuple):
+class _ReadMask(NamedTuple):
     """A mask, what was put right, and the names of the regions that were taken (private)."""
 
     image: Image
@@ -347,7 +347,7 @@ class ReadMask(NamedTuple):
     regions: tuple[str, ...] = ()
 
 
-def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) -> ReadMask:
+def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) -> _ReadMask:
     source = plan.mask
     roi = conversion.roi_pattern
     grids = [images["pet"].grid, images["ct"].grid]
@@ -355,14 +355,14 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
         text = "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
         unmet = (Warning(Kind.MASK, text),)
         nifti, warnings = _read_nifti_mask(source)
-        return ReadMask(completed(nifti, *grids), (*warnings, *(unmet if roi else ())))
+        return _ReadMask(completed(nifti, *grids), (*warnings, *(unmet if roi else ())))
     if plan.uneven is not None:
         mask = read_mask_of_uneven(source, plan.uneven, roi)
-        return ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
+        return _ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
     if plan.drawn_on is not None:
         grid = images[plan.drawn_on.role].grid
         mask = read_rtstruct(source.header, grid.shape, grid.affine, roi)
-        return ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
+        return _ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
     names_ct, names_pet = (_names_series(source, image) for image in (plan.ct, plan.pet))
     if names_ct:
         grids.reverse()
@@ -370,7 +370,7 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
     mask = read_seg(source.path, roi, grids, is_of_images=names_no_other)
     # A SEG may leave out empty planes of the image that it was drawn on.
     whole = embedded(Image(mask.labels, mask.affine), images["pet"].grid, images["ct"].grid)
-    return ReadMask(completed(whole, *grids), mask.warnings, mask.regions)
+    return _ReadMask(completed(whole, *grids), mask.warnings, mask.regions)
 
 
 def _names_series(mask: DicomFile, image: NiftiFile | Stack) -> bool:

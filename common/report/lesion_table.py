@@ -27,10 +27,10 @@ def write_measures(path: Path, studies_file: Path) -> None:
     SUVmax and SUVpeak, and the measures of the study as a whole. Units are in the columns' names;
     SUV in g/ml.
     """
-    write_table(path, COLUMNS, in_own_process(measures_rows, studies_file))
+    write_table(path, COLUMNS, in_own_process(_measures_rows, studies_file))
 
 
-def measures_rows(studies_file: Path) -> list[list[str]]:
+def _measures_rows(studies_file: Path) -> list[list[str]]:
     """Return the rows of the table below its heading."""
     keys = read_keys(studies_file)
     projects, measures, warnings = (

@@ -114,7 +114,7 @@ def render_card(job: Job) -> None:
     mask, _ = read_dataset(card.studies_file, "mask", card.key)
     mask_iso, of_contour = read_dataset(card.studies_file, "mask_iso", card.key)
     attributes = {**of_contour, **attributes}
-    check_place(attributes)
+    _check_place(attributes)
     texts, kinds = (json_array(attributes.get(name)) for name in ("warnings", "warning_kinds"))
     html = study_card(
         card.key,
@@ -135,7 +135,7 @@ def render_card(job: Job) -> None:
 # --- what the file tells, whoever made it ----------------------------------------------------
 
 
-def check_place(attributes: Mapping[str, Any]) -> None:
+def _check_place(attributes: Mapping[str, Any]) -> None:
     """Raise `StudyError` where an image does not tell its place, or what its values stand for."""
     for name, shape in (("affine", (4, 4)), ("suv_range", (2,)), ("ct_range", (2,))):
         try:

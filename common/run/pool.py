@@ -68,7 +68,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         Its process ended by itself, or from outside.
     """
     with uninterrupted() as raise_interruption:
-        with clear_start_errors():
+        with _clear_start_errors():
             receiver, sender = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(target=_answer, args=(sender, function, arguments))
             process.start()
@@ -84,7 +84,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
             about = f"{arguments[0]}: " if isinstance(next(iter(arguments), None), Path) else ""
             from_outside = -process.exitcode in (signal.SIGKILL, signal.SIGTERM)
             ended = WorkerKilled if from_outside else WorkerCrashed
-            raise ended(about + why_it_ended(process.exitcode)) from None
+            raise ended(about + _why_it_ended(process.exitcode)) from None
         finally:
             process.kill()
             process.join()
@@ -97,7 +97,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    lines = become_worker()
+    lines = _become_worker()
     result: Any = None
     error: OSError | StageError | None = None
     try:
@@ -115,7 +115,7 @@ def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...
 
 
 @contextmanager
-def clear_start_errors() -> Iterator[None]:
+def _clear_start_errors() -> Iterator[None]:
     """Say what to do where the system grants no processes."""
     try:
         yield
@@ -126,7 +126,7 @@ def clear_start_errors() -> Iterator[None]:
         ) from error
 
 
-def why_it_ended(exit_code: int | None) -> str:
+def _why_it_ended(exit_code: int | None) -> str:
     """Return why a worker process ended that should not have, and the remedy."""
     if exit_code == -signal.SIGPROF:
         return "reading it never ends, it is damaged: make it again"
@@ -144,7 +144,7 @@ def why_it_ended(exit_code: int | None) -> str:
 # --- what a worker process is ----------------------------------------------------------------
 
 
-def become_worker() -> list[Line]:
+def _become_worker() -> list[Line]:
     """Make this process a worker, and return the list that its log lines go to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -223,7 +223,7 @@ _lines: list[Line]
 def _initialise(worker: Worker, running: Any) -> None:
     global _worker, _running, _lines
     _worker, _running = worker, running
-    _lines = become_worker()
+    _lines = _become_worker()
 
 
 def _attempt_in_worker(
@@ -318,14 +318,14 @@ def _until_breakdown(
 def _killed(job: Job, process: BaseProcess | None) -> Outcome:
     # One that was born and died between two looks is not known.
     code = process.exitcode if process is not None else None
-    return broken_off(job, why_it_ended(code))
+    return broken_off(job, _why_it_ended(code))
 
 
 @contextmanager
 def _pool(worker: Worker, n_jobs: int, n_workers: int) -> Iterator[tuple[Pool, Any]]:
     """Yield a pool and the array that its workers mark the jobs in, and end both."""
     others = set(multiprocessing.active_children())
-    with clear_start_errors():
+    with _clear_start_errors():
         running = CONTEXT.RawArray("l", n_jobs)
         pool = CONTEXT.Pool(n_workers, _initialise, (worker, running))
     try:

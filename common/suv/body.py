@@ -20,7 +20,7 @@ TALLEST_M = 3.0
 """Height [m] beyond which a PatientSize can't be in metres."""
 
 
-def james_lean_mass_kg(weight_kg: float, height_cm: float, sex: str) -> float:
+def _james_lean_mass_kg(weight_kg: float, height_cm: float, sex: str) -> float:
     """Lean body mass [kg] after James, with the multiplier 128 for men (`sex` "M" or "F").
 
     Source: James WPT (1976), Research on obesity, HMSO; DICOM PS3.3 C.8.9.1 (LBMJAMES128).
@@ -29,7 +29,7 @@ def james_lean_mass_kg(weight_kg: float, height_cm: float, sex: str) -> float:
     return slope * weight_kg - curvature * (weight_kg / height_cm) ** 2
 
 
-def janmahasatian_lean_mass_kg(weight_kg: float, height_cm: float, sex: str) -> float:
+def _janmahasatian_lean_mass_kg(weight_kg: float, height_cm: float, sex: str) -> float:
     """Lean body mass [kg] after Janmahasatian (`sex` "M" or "F").
 
     Source: Janmahasatian S et al. (2005), Clin Pharmacokinet 44:1051-65.
@@ -39,7 +39,7 @@ def janmahasatian_lean_mass_kg(weight_kg: float, height_cm: float, sex: str) -> 
     return 9270.0 * weight_kg / (intercept + slope * bmi)
 
 
-def ideal_weight_kg(weight_kg: float, height_cm: float, sex: str) -> float:
+def _ideal_weight_kg(weight_kg: float, height_cm: float, sex: str) -> float:
     """Ideal body weight [kg] after Sugawara, of height alone (`sex` "M" or "F").
 
     Source: Sugawara Y et al. (1999), Radiology 213:521-5.
@@ -48,15 +48,15 @@ def ideal_weight_kg(weight_kg: float, height_cm: float, sex: str) -> float:
     return weight_at_152_cm + kg_per_cm * (height_cm - 152.0)
 
 
-def surface_area_m2(weight_kg: float, height_cm: float) -> float:
+def _surface_area_m2(weight_kg: float, height_cm: float) -> float:
     """Body surface area [m2] after Du Bois and Du Bois (1916), Arch Intern Med 17:863-71."""
     return float(0.007184 * height_cm**0.725 * weight_kg**0.425)
 
 
 _MASS_KG: dict[str, Callable[[float, float, str], float]] = {
-    "lbm-janma": janmahasatian_lean_mass_kg,
-    "lbm-james": james_lean_mass_kg,
-    "ibw": ideal_weight_kg,
+    "lbm-janma": _janmahasatian_lean_mass_kg,
+    "lbm-james": _james_lean_mass_kg,
+    "ibw": _ideal_weight_kg,
 }
 
 
@@ -85,7 +85,7 @@ def body_quantity(
         return weight_kg * 1e3
     height_cm = _height_cm(height_m)
     if suv_type == "bsa":
-        return surface_area_m2(weight_kg, height_cm) * 1e4
+        return _surface_area_m2(weight_kg, height_cm) * 1e4
     mass_kg = _MASS_KG[suv_type]
     masses_kg = [mass_kg(weight_kg, height_cm, each) for each in _sexes(sex)]
     if min(masses_kg) <= 0:

@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from common.hdf5 import crash_safe_file as steady_file_module
-from common.hdf5.crash_safe_file import steady_file
+from common.hdf5 import crash_safe_file as module
+from common.hdf5.crash_safe_file import crash_safe_file
 
 VOLUME = np.random.default_rng(0).integers(0, 255, (1, 20, 20, 20), np.uint8)
 
@@ -27,15 +27,15 @@ def fill(file: h5py.File) -> None:
 
 
 def write(path: Path) -> None:
-    with steady_file(path) as stream, h5py.File(stream, "w", libver=("v108", "v108")) as file:
+    with crash_safe_file(path) as stream, h5py.File(stream, "w", libver=("v108", "v108")) as file:
         fill(file)
 
 
 def test_the_bytes_are_those_of_hdf5s_own_file(tmp_path):
     with h5py.File(tmp_path / "own.h5", "w", libver=("v108", "v108")) as file:
         fill(file)
-    write(tmp_path / "steady.h5")
-    assert (tmp_path / "steady.h5").read_bytes() == (tmp_path / "own.h5").read_bytes()
+    write(tmp_path / "written.h5")
+    assert (tmp_path / "written.h5").read_bytes() == (tmp_path / "own.h5").read_bytes()
 
 
 def test_an_older_longer_file_is_replaced(tmp_path):
@@ -56,9 +56,9 @@ def test_the_disk_is_asked_to_write_large_blocks_meanwhile(tmp_path, monkeypatch
             ranges.append((offset.value, size.value))
             assert libc.sync_file_range(descriptor, offset, size, flags) == 0, ctypes.get_errno()
 
-    monkeypatch.setattr(steady_file_module.ctypes, "CDLL", lambda name: Watched)
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: Watched)
     block = bytes(1 << 20)
-    with steady_file(tmp_path / "a") as stream:
+    with crash_safe_file(tmp_path / "a") as stream:
         for _ in range(10):
             stream.write(block)
     assert ranges == [(number << 20, 1 << 20) for number in range(10)]
@@ -88,7 +88,7 @@ def test_a_failure_can_be_asked_for_before_the_end(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with suppress(OSError), steady_file(tmp_path / "a.h5") as stream:
+    with suppress(OSError), crash_safe_file(tmp_path / "a.h5") as stream:
         stream.check()
         monkeypatch.setattr(os, "pwrite", full)
         stream.write(b"abc")
@@ -107,5 +107,5 @@ def test_a_failure_that_closing_tells_of_is_raised(tmp_path, monkeypatch):
         close(descriptor)
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    with pytest.raises(OSError, match="quota"), steady_file(tmp_path / "a.h5"):
+    with pytest.raises(OSError, match="quota"), crash_safe_file(tmp_path / "a.h5"):
         monkeypatch.setattr(os, "close", over_quota)
