@@ -22,7 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,9 @@ from common.raw.project import (
 from common.raw.pseudonyms import studies_by_hash
 from common.raw.words import ROLE_NAMES, WORDS
 from common.run import cli, console, stage
-from common.run.atomic import behind_links, locked
+from common.run.atomic import behind_links
 from common.run.engine import run_studies
+from common.run.lock import locked
 from common.run.output import exclusive, writing_part
 from common.run.worker import Job, Outcome, Status, Written, refused
 from common.suv.body import SUV_UNITS
@@ -450,8 +451,7 @@ def write_mapping(
     jobs = {study.hash: study for study in studies}
     made_with = fingerprint(options_of_value(options))
     archived = project_zip.read_directory(zip_path) if zip_path is not None else {}
-    lock = locked(behind_links(options.mapping), MAPPING_PATIENCE_S)
-    with lock if options.lock else nullcontext():
+    with locked(behind_links(options.mapping), MAPPING_PATIENCE_S, lock=options.lock):
         old = mapping.read(options.mapping)
         known = {row.hash: row for row in old if row.project == options.name}
         new = []

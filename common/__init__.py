@@ -10,8 +10,8 @@ raw/            project and layouts: the folders of a raw project; study_files, 
 hdf5/           studies: training files, 3D and 2D, of chunks; parts: of one study; merge, index
                 and stacks: of many; verify; crash_safe_file
 run/            how a stage runs, whatever its studies are: cli: options; stage: plan, compute,
-                replace; engine: pool or dask, each with worker; output, failures, store, atomic,
-                console, signals, machine
+                replace; engine: pool or dask, each with worker; output, failures, store, lock,
+                atomic, console, signals, machine
 project_zip     the zip of pseudonymised studies
 nifti           NIfTI files
 dicom/          files and plain_headers: which there are; attributes: of a header; series,

@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 from common.errors import StageError, counted
 from common.hashing import fingerprint
 from common.run import console
-from common.run.atomic import behind_links, lock_file
+from common.run.atomic import behind_links
 from common.run.engine import Engine
 from common.run.failures import failures_file
+from common.run.lock import lock_file
 from common.run.machine import available_cpus, refuse_little_address_space
 from common.run.output import parts_folder
 from common.run.signals import interruptible
@@ -128,7 +129,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, cluster: bool = True) ->
         "--no-lock",
         dest="lock",
         action="store_false",
-        help="for file systems without locks: you see to it that no other run writes the output",
+        help="for file systems without locks: signs of life in OUTPUT.lock alone keep another run "
+        "away",
     )
     run.add_argument("-v", "--verbose", action="count", default=0, help="say more; -vv still more")
     run.add_argument("-q", "--quiet", action="store_true", help="errors only")

@@ -18,12 +18,12 @@ from common.run.atomic import (
     PARTS_SUFFIX,
     behind_links,
     clear_write_errors,
-    locked,
     remove_listed,
     sync,
     temporary_beside,
     writing,
 )
+from common.run.lock import confirm_lease, locked
 from common.run.pool import in_own_process
 from common.run.store import holding_store, sync_folders
 
@@ -112,9 +112,11 @@ def replace_output(
             temporary_path = real.with_name(f".{real.name}.{_here()}.tmp")
         with writing(real, temporary_path) as temporary:
             in_own_process(_assemble, output, assemble, temporary, sources)
+            confirm_lease(output)
             before_replacing(temporary)
             if links:
                 sync_folders(sources.values())
+            confirm_lease(output)
         # The new file is there; some file systems can't make sure of a folder.
         with suppress(OSError):
             sync(real.parent)
@@ -137,7 +139,7 @@ def exclusive(
     """Hold the lock of an output, ``OUTPUT.lock``, and of its store, while the body runs.
 
     With `force` the parts of an interrupted run are thrown away first. At success no parts are
-    left. Without `lock` the caller sees to it that no other run writes the output.
+    left. Without `lock` there is the lease alone, see `locked`.
 
     Raises
     ------
@@ -147,7 +149,7 @@ def exclusive(
     """
     parts, real = parts_folder(output), behind_links(output)
     with (
-        locked(real) if lock else nullcontext(),
+        locked(real, lock=lock),
         holding_store(store, output, lock=lock) if store is not None else nullcontext(),
     ):
         remove_listed(parts)

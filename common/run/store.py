@@ -12,7 +12,7 @@ import glob
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import StageError
@@ -20,11 +20,11 @@ from common.hashing import fingerprint
 from common.run.atomic import (
     behind_links,
     clear_write_errors,
-    locked,
     sync,
     temporary_beside,
     writing,
 )
+from common.run.lock import locked
 
 N_DIGITS = 16
 """Digits of a fingerprint that the name of a study's file tells."""
@@ -88,7 +88,7 @@ def holding_store(store: Path, output: Path, *, lock: bool) -> Iterator[None]:
     store = behind_links(store)
     with clear_write_errors(store):
         store.mkdir(parents=True, exist_ok=True)
-    with locked(store) if lock else nullcontext():
+    with locked(store, lock=lock):
         if fault := why_not_a_store(store, output):
             raise StageError(f"{store}: {fault}")
         if _owner(store) != behind_links(output):

@@ -1,0 +1,233 @@
+"""One run at a time on an output: ``OUTPUT.lock``, locked by the kernel, and a lease besides.
+
+Locks of some file systems reach no other machine (Lustre with localflock, NFS with local_lock),
+some have none (--no-lock). So the file tells who holds it, and its time of change moves every few
+seconds for as long as that run lives: a run on another machine looks for this sign of life. A run
+that was taken for dead, for it was only suspended, finds another's name and replaces nothing.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from common.errors import StageError
+from common.run.atomic import behind_links
+
+logger = logging.getLogger("tumorvolume")
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+_ORPHANS_END_S = 5.0
+"""Time in which the workers of a killed run have ended."""
+
+_BEAT_S = 5.0
+
+_LEASE_S = 40.0
+"""A run on another machine without a sign of life for so long is dead. Clients of file servers
+may see one late."""
+
+_held: dict[Path, str] = {}
+"""What this process has written into the lock files that it holds."""
+
+
+def lock_file(output: Path) -> Path:
+    """Return the file that is locked while a run writes an output."""
+    return output.with_name(output.name + ".lock")
+
+
+@contextmanager
+def locked(output: Path, patience_s: float = 0.0, *, lock: bool = True) -> Iterator[None]:
+    """Hold ``OUTPUT.lock`` in the body; the kernel frees it where this process is killed.
+
+    Another run may hold it for `patience_s`. Without `lock` there is the lease alone, where the
+    file can be made.
+
+    Raises
+    ------
+    StageError
+        Another run holds it, or it cannot be created, or the file system has no locks.
+    """
+    path, descriptor = lock_file(output), None
+    try:
+        descriptor = _open_locked(path, patience_s, lock=lock)
+    except OSError as error:
+        if lock and error.errno in _NO_LOCKS:
+            with suppress(OSError):
+                path.unlink()
+            raise StageError(
+                f"{path}: the file system has no locks ({error.strerror}): see to it that no "
+                "other run writes this output, and add --no-lock"
+            ) from error
+        if lock:
+            raise StageError(
+                f"{path}: cannot be created ({error.strerror}): choose a folder that you may write "
+                "to"
+            ) from error
+    if descriptor is None:
+        yield
+        return
+    ended = threading.Event()
+    try:
+        told = f"process {os.getpid()} on {socket.gethostname()}\nof {_machine()}\n"
+        # Who holds it is for people, too: on a full disk the lock holds all the same.
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, told.encode(), 0)
+            os.fsync(descriptor)
+            _held[path] = told
+        # Where the system grants no thread there is the lock alone.
+        with suppress(RuntimeError):
+            threading.Thread(target=_show_life, args=(descriptor, ended), daemon=True).start()
+        yield
+    finally:
+        is_taken = _is_taken_over(path)
+        _held.pop(path, None)
+        ended.set()
+        # The output may have been replaced by now: what follows changes nothing of it.
+        if not is_taken:
+            with suppress(OSError):
+                path.unlink()
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+def confirm_lease(output: Path) -> None:
+    """Make sure, before an output is replaced, that no other run has taken it over.
+
+    Raises
+    ------
+    StageError
+        One has, for this run gave no sign of life: it was suspended, say.
+    """
+    path = lock_file(behind_links(output))
+    if _is_taken_over(path):
+        raise StageError(
+            f"{output}: another run on it ({_read(path) or 'ended by now'}) has taken this one for "
+            "dead: left as that makes it; see that one run at a time writes it"
+        )
+
+
+def _is_taken_over(path: Path) -> bool:
+    if path not in _held:
+        return False
+    try:
+        return path.read_text(errors="replace") != _held[path]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        # A server that does not answer tells nothing.
+        return False
+
+
+def _show_life(descriptor: int, ended: threading.Event) -> None:
+    while not ended.wait(_BEAT_S):
+        with suppress(OSError):
+            os.utime(descriptor)
+
+
+def _machine() -> str:
+    """Return what tells this machine from others, of the same name too."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _open_locked(path: Path, patience_s: float, *, lock: bool) -> int:
+    begin = time.monotonic()
+    watch: tuple[float, object] | None = None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            if lock:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace")
+            os.close(descriptor)
+            wait_s = max(patience_s, _ORPHANS_END_S if _is_dead(holder) else 0.0)
+            if time.monotonic() < begin + wait_s:
+                time.sleep(0.05)
+                continue
+            raise _in_use(path, holder) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        # The last holder may have removed the file between our opening and locking it.
+        status = os.fstat(descriptor)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(status, os.stat(path)):
+                holder = os.read(descriptor, 200).decode(errors="replace")
+                if not _may_live(holder, lock=lock):
+                    return descriptor
+                seen = holder, status.st_mtime_ns, status.st_ino
+                now = time.monotonic()
+                if watch is None:
+                    logger.warning(
+                        "%s: %s may be writing this output: waiting for a sign of life of it",
+                        path,
+                        _first_line(holder),
+                    )
+                    watch = now, seen
+                elif seen != watch[1]:
+                    if now > begin + patience_s:
+                        os.close(descriptor)
+                        raise _in_use(path, holder)
+                    watch = now, seen
+                elif now > watch[0] + _LEASE_S:
+                    logger.warning("%s: there was none in %g s: it is dead", path, _LEASE_S)
+                    return descriptor
+        os.close(descriptor)
+        time.sleep(min(_BEAT_S, 0.5) if watch else 0)
+
+
+def _in_use(path: Path, holder: str) -> StageError:
+    return StageError(
+        f"{path}: another run writes this output ({_first_line(holder) or 'unknown process'}): "
+        "wait for it to end"
+    )
+
+
+def _first_line(holder: str) -> str:
+    return holder.strip().partition("\n")[0]
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError):
+        return _first_line(path.read_text(errors="replace"))
+    return ""
+
+
+_HOLDER = re.compile(r"process (\d+) on (\S+)\nof (\S+)\n")
+
+
+def _may_live(holder: str, *, lock: bool) -> bool:
+    """Tell whether the run that a lock file names may be at work, though the file can be locked."""
+    told = _HOLDER.fullmatch(holder)
+    if told is None:
+        return False
+    if told[3] != _machine():
+        return True
+    # Locks reach all processes of a machine.
+    return not lock and not _is_dead(holder)
+
+
+def _is_dead(holder: str) -> bool:
+    """Tell whether a run of this machine has ended; its workers, which share its lock, will."""
+    told = _HOLDER.fullmatch(holder)
+    if told is None or told[3] != _machine():
+        return False
+    try:
+        os.kill(int(told[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False
