@@ -12,6 +12,7 @@ on the file system that all workers share.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -36,7 +37,7 @@ import threadpoolctl
 
 from common.errors import StageError, Unreachable
 from common.run.atomic import clear_write_errors
-from common.run.pool import keep_memory
+from common.run.pool import give_back_memory, keep_memory
 from common.run.signals import uninterrupted
 from common.run.worker import (
     Job,
@@ -62,6 +63,9 @@ MOST_DEATHS = 3
 _MATTERING = ("numpy", "scipy", "nibabel", "nilearn", "h5py", "deflate", "pydicom", "scikit-image")
 """Packages of which another version may give other bytes."""
 
+_MOST_KEPT = 0.5
+"""Part of a worker's limit that it may hold between studies: from 0.8 on dask pauses it."""
+
 _one_at_a_time = threading.Lock()
 """Log lines, the descriptors of stdout and stderr, and libhdf5 are the process's."""
 
@@ -84,7 +88,8 @@ def attempt_on_worker(
                 work, study = cloudpickle.loads(worker), cloudpickle.loads(job)
             except Exception as error:
                 raise StageError(
-                    f"a dask worker cannot load the work ({type(error).__name__}): restart it"
+                    f"the dask worker on {socket.gethostname()} cannot load the work "
+                    f"({type(error).__name__}): restart it"
                 ) from error
             outcome = _attempt_noted(work, study, note) if note else _attempt(work, study)
         except Unreachable as error:
@@ -92,7 +97,19 @@ def attempt_on_worker(
         except StageError as error:
             # Without what led to it, which holds paths.
             outcome = StageError(*error.args)
+        _give_back_much()
         return outcome, lines
+
+
+def _give_back_much() -> None:
+    """Give back what is free where dask would soon pause this worker for what it keeps."""
+    import distributed
+
+    here = distributed.get_worker()
+    limit = here.memory_manager.memory_limit
+    if limit and here.monitor.get_process_memory() > _MOST_KEPT * limit:
+        gc.collect()
+        give_back_memory()
 
 
 def _attempt(worker: Worker, job: Job) -> Outcome:
@@ -377,11 +394,14 @@ def _local_cluster(n_workers: int) -> Iterator[Any]:
 def _room(client: Any, most: int | None) -> Iterator[int]:
     """Yield how many studies may be under way: `most`, or two a worker, so that none waits."""
     n_workers, last_look, last_seen, last_told = 0, 0.0, time.monotonic(), 0.0
+    told_of: set[str] = set()
     while True:
         now = time.monotonic()
         if now - last_look > _LOOK_S:
             last_look = now
-            n_workers = _count_workers(client)
+            threads = _threads_of_workers(client)
+            n_workers = len(threads)
+            _warn_of_threads(threads, told_of)
         if n_workers:
             last_seen = now
         elif now - last_seen > NO_WORKER_S:
@@ -395,9 +415,24 @@ def _room(client: Any, most: int | None) -> Iterator[int]:
         yield max(1, most or 0, 0 if most else 2 * n_workers)
 
 
-def _count_workers(client: Any) -> int:
+def _warn_of_threads(threads: Mapping[str, int], told_of: set[str]) -> None:
+    """Say once of which machines the workers have threads that stay idle."""
+    several = {
+        address.split("://")[-1].rpartition(":")[0] for address, n in threads.items() if n > 1
+    }
+    if several - told_of:
+        logger.warning(
+            "dask workers on %s have several threads, and do one study at a time: start more "
+            "workers, with --nthreads 1",
+            ", ".join(sorted(several - told_of)),
+        )
+        told_of |= several
+
+
+def _threads_of_workers(client: Any) -> dict[str, int]:
+    """Return the threads of each worker by its address."""
     try:
-        return len(client.sync(client.scheduler.ncores, callback_timeout=_ANSWER_S))
+        return dict(client.sync(client.scheduler.ncores, callback_timeout=_ANSWER_S))
     except (OSError, TimeoutError, AttributeError) as error:
         # A client that has given up has no scheduler.
         raise _scheduler_gone() from error
@@ -473,6 +508,7 @@ def _portable(worker: bytes) -> Callable[[bytes, Path | None], Answer | str]:
     expected = environment()
 
     def attempt_there(job: bytes, note: Path | None) -> Answer | str:
+        import socket
         import sys
 
         if root not in sys.path:
@@ -481,8 +517,9 @@ def _portable(worker: bytes) -> Callable[[bytes, Path | None], Answer | str]:
             from common.run.dask import attempt_on_worker
         except Exception as error:
             return (
-                f"a dask worker cannot load this software ({type(error).__name__}): workers need "
-                "the file system and the packages of this machine"
+                f"the dask worker on {socket.gethostname()} cannot load this software "
+                f"({type(error).__name__}): workers need the file system and the packages of this "
+                "machine"
             )
         return attempt_on_worker(worker, job, note, expected)
 

@@ -11,6 +11,7 @@ from common.errors import IncompleteStudy, StageError, StudyError
 from common.run.worker import Written
 
 SECRET = "Doe^Jane"
+STAYING: list[bytes] = []
 
 ERRORS = {
     "StudyError": StudyError("no weight: give one", "private text"),
@@ -43,6 +44,11 @@ def behave(job):
         die(*argument)
     elif kind == "pid":
         return Written((str(os.getpid()),))
+    elif kind == "fill":
+        # The C library keeps what is free between what is not.
+        pieces = [(b"x" * 1_000_000, b"x" * 2000) for _ in range(argument)]
+        STAYING.extend(small for _, small in pieces)
+        del pieces
     elif kind == "status":
         return Written((Path("/proc/self/status").read_text(),))
     return Written()

@@ -307,6 +307,29 @@ def test_workers_handle_memory_as_those_of_the_pool_do(cluster, tmp_path):
     assert "THP_enabled:\t0" in status
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
+def test_a_worker_with_a_limit_gives_back_what_it_keeps_and_idle_threads_are_said(
+    scheduler, tmp_path, caplog
+):
+    """Dask pauses it from 80 % on for good, also where all of that is free."""
+    limited = ["--scheduler-file", scheduler[0].address, "--nthreads", "2", "--no-dashboard"]
+    limited += ["--memory-limit", "700MB", "--local-directory", str(tmp_path)]
+    builders = str(ROOT / "tests/builders")
+    with running(
+        {"limited": ["worker", *limited]}, tmp_path, scheduler[0].logs, PYTHONPATH=builders
+    ):
+        studies = ("fill", 400), ("sleep", 1.5), ("status", "")
+        *_, outcome = run_studies(scheduler[0], None, *studies)
+    [status] = outcome.warnings
+    held = re.search(r"VmRSS:\s*(\d+) kB", status)
+    assert held is not None
+    assert int(held[1]) < 350_000
+    assert [line for line in caplog.messages if "threads" in line] == [
+        "dask workers on 127.0.0.1 have several threads, and do one study at a time: start more "
+        "workers, with --nthreads 1"
+    ]
+
+
 @pytest.fixture(scope="module")
 def project_zip(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zip")
