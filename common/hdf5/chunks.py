@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import Unreachable
+
 COMPRESSIONS = ("gzip", "lzf", "blosc", "none")
 """gzip, the default, is read by every HDF5; lzf by every h5py; blosc where hdf5plugin is."""
 
@@ -65,13 +67,60 @@ def write_chunked(group: h5py.Group, name: str, array: NDArray[Any], compression
 
 def write_row(stack: h5py.Dataset, row: int, array: NDArray[Any]) -> None:
     """Write an array (C, X, Z) as a row of a stack that has none yet, as `write_chunked` does."""
-    write = _write_gzipped if stack.compression == "gzip" else _write_block
+    write = _write_gzipped if _has_our_gzip(stack) else _write_block
     for channel, plane in enumerate(array):
         values = np.ascontiguousarray(plane)[None, None]
         if values.view(f"u{array.itemsize}").any():
             corner = (row, channel, 0, 0)
             block = tuple(slice(at, at + n) for at, n in zip(corner, values.shape, strict=True))
             write(stack, block, values)
+
+
+def _has_our_gzip(dataset: h5py.Dataset) -> bool:
+    """Whether a dataset has the filters of `_write_gzipped`; tools that repack set others."""
+    shuffle = [h5py.h5z.FILTER_SHUFFLE] if dataset.dtype.itemsize > 1 else []
+    codes = [code for code, *_ in filters_of(dataset)]
+    return codes == [*shuffle, h5py.h5z.FILTER_DEFLATE]
+
+
+def filters_of(dataset: h5py.Dataset) -> list[tuple[Any, ...]]:
+    """Return code, flags, options and name of each filter that a dataset's chunks go through."""
+    properties = dataset.id.get_create_plist()
+    return [properties.get_filter(number) for number in range(properties.get_nfilters())]
+
+
+def read_values(dataset: h5py.Dataset, at: tuple[int, ...] = ()) -> NDArray[Any]:
+    """Return all values of a dataset, or those at its leading indices.
+
+    Raises
+    ------
+    Unreachable
+        They are compressed by what is not installed.
+    OSError
+        A chunk is damaged.
+    """
+    _load_filters(dataset)
+    return np.asarray(dataset[at])
+
+
+def _load_filters(dataset: h5py.Dataset) -> None:
+    """Have HDF5 know the filters of a dataset that h5py brings none for, such as blosc."""
+    if all(h5py.h5z.filter_avail(code) for code, *_ in filters_of(dataset)):
+        return
+    path = dataset.file.filename
+    try:
+        # Slow to load, and not there for those who never asked for such a compression.
+        import hdf5plugin  # noqa: F401
+    except ImportError as error:
+        raise Unreachable(
+            f"{path}: its compression needs hdf5plugin: pip install hdf5plugin, and run again"
+        ) from error
+    for code, _, _, name in filters_of(dataset):
+        if not h5py.h5z.filter_avail(code):
+            raise Unreachable(
+                f"{path}: is compressed by {name!r:.40} (HDF5 filter {code}), which hdf5plugin "
+                "does not know: make it again with another --compression"
+            )
 
 
 def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

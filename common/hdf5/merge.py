@@ -16,6 +16,7 @@ import h5py
 
 from common.errors import StageError, blaming
 from common.hashing import array_digest, as_hash_lengths, fingerprint
+from common.hdf5.chunks import read_values
 from common.hdf5.index import holds_links, read_links
 from common.hdf5.stacks import assemble_stack, common_length, holds_rows, read_rows, same_row
 from common.hdf5.studies import (
@@ -296,7 +297,7 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
         for group in GROUPS:
             dataset = dataset_in(file, group, key)
             attributes = all_attributes(dataset)
-            attributes["sha256"] = array_digest(dataset[()])
+            attributes["sha256"] = array_digest(read_values(dataset))
             # Where the values came from may differ between equal ones: other compression, say,
             # or an older version, which told less of it.
             for name in _ORIGIN:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from common.errors import StageError, blaming
 from common.hashing import LONGEST_NAME, array_digest, can_name_study, fingerprint
-from common.hdf5.chunks import write_row
+from common.hdf5.chunks import filters_of, read_values, write_row
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
     DAMAGE,
@@ -206,15 +206,17 @@ def _write_projection(
     source: h5py.Dataset, at: tuple[int, ...], stack: h5py.Dataset, row: int
 ) -> None:
     """Write what a dataset holds as a row: its chunks, or its values where those do not fit."""
-    if source.shape[-2:] == stack.shape[-2:] and _filters(source) == _filters(stack):
+    if _layout(source) == _layout(stack):
         _copy_chunks(source, at, stack, row)
     else:
-        write_row(stack, row, _padded_row(source[at], stack.shape[-1]))
+        write_row(stack, row, _padded_row(read_values(source, at), stack.shape[-1]))
 
 
-def _filters(dataset: h5py.Dataset) -> list[Any]:
-    properties = dataset.id.get_create_plist()
-    return [properties.get_filter(number) for number in range(properties.get_nfilters())]
+def _layout(dataset: h5py.Dataset) -> tuple[Any, ...]:
+    """Return how a plane lies: its pixels, whether one is one chunk, and the filters."""
+    *leading, n_x, n_z = dataset.shape
+    is_one_chunk = dataset.chunks == (*(1 for _ in leading), n_x, n_z)
+    return n_x, n_z, is_one_chunk, filters_of(dataset)
 
 
 def _copy_chunks(source: h5py.Dataset, at: tuple[int, ...], stack: h5py.Dataset, row: int) -> None:
@@ -262,7 +264,7 @@ class _Projections:
     def values(self, key: str) -> list[NDArray[Any]]:
         """Return the projection in each group, (C, X, Z)."""
         found = (self.find(group, key) for group in GROUPS)
-        return [np.asarray(dataset[at]) for dataset, at in found]
+        return [read_values(dataset, at) for dataset, at in found]
 
     def digest(self, key: str, length: int | None = None) -> NDArray[np.uint8]:
         """Return the digest of the projection's values, as it was kept with them.

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from common.errors import UNREACHABLE, StageError, StudyError, Unreachable
 from common.hashing import LONGEST_NAME, array_digest, can_name_study, fingerprint
-from common.hdf5.chunks import write_chunked
+from common.hdf5.chunks import read_values, write_chunked
 from common.hdf5.crash_safe_file import crash_safe_file
 from common.projection import angle_name
 
@@ -326,7 +326,7 @@ def read_dataset(path: Path, group: str, key: str) -> tuple[NDArray[Any], dict[s
     with open_file(path) as file:
         try:
             dataset = dataset_in(file, group, key)
-            array, attributes = dataset[()], all_attributes(dataset)
+            array, attributes = read_values(dataset), all_attributes(dataset)
         except DAMAGE as error:
             _raise_if_unreachable(path, error)
             raise StudyError(f"{group} is damaged in the HDF5 file: make the file again") from error
@@ -411,7 +411,7 @@ def dataset_in(file: h5py.File, group: str, key: str) -> h5py.Dataset:
 
 def digest_of(dataset: h5py.Dataset) -> str:
     """Return the digest of a dataset's values, as it is kept with them or else is computed."""
-    return attribute(dataset, "sha256") or array_digest(dataset[()])
+    return attribute(dataset, "sha256") or array_digest(read_values(dataset))
 
 
 # --- attributes ------------------------------------------------------------------------------

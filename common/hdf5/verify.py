@@ -9,9 +9,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import StageError
+from common.errors import StageError, Unreachable
 from common.geometry import orientation_of
 from common.hashing import array_digest
+from common.hdf5.chunks import read_values
 from common.hdf5.stacks import KEYS, row_digest, stack_digest
 from common.hdf5.studies import (
     ATTRIBUTES_DIGEST,
@@ -80,7 +81,9 @@ def _study_faults(file: h5py.File, key: str, parameters: Mapping[str, Any]) -> l
     for group in GROUPS:
         try:
             dataset = dataset_in(file, group, key)
-            arrays[group], attributes[group] = dataset[()], all_attributes(dataset)
+            arrays[group], attributes[group] = read_values(dataset), all_attributes(dataset)
+        except Unreachable:
+            raise
         except (*DAMAGE, StageError):
             faults.append(f"{group} cannot be read")
             continue
@@ -194,7 +197,7 @@ def _stack_faults(file: h5py.File, parameters: Mapping[str, Any]) -> list[str]:
             return [f"{group} has not a row a key"]
     for row, name in enumerate(names):
         try:
-            values = [file[group][row] for group in GROUPS]
+            values = [read_values(file[group], (row,)) for group in GROUPS]
         except DAMAGE:
             faults.append(f"{name} cannot be read")
             continue

@@ -11,6 +11,8 @@ import pytest
 import mergeh5
 import preprocessing
 import project_2d
+from common.hdf5.merge import assemble_merged
+from common.hdf5.stacks import read_rows
 
 GROUPS = ("image", "mask", "mask_iso")
 GRID = ("--spacing", 4, 4, 4, "--shape", 8, 8)
@@ -138,6 +140,46 @@ def test_stacks_of_other_compression_merge_by_value(compression, folder, tmp_pat
             for group in GROUPS:
                 np.testing.assert_array_equal(file[group][()], expected[group][()])
         assert merge("--verify", merged) == 0
+
+
+def repacked(path: Path, source: Path, plane_chunk, **filters) -> Path:
+    """A stack as another tool packs it: other chunks, or other filters."""
+    with h5py.File(source) as old, h5py.File(path, "w") as new:
+        new.attrs.update(old.attrs)
+        for name, stack in old.items():
+            chunks = {"chunks": plane_chunk(stack.shape), **filters} if name in GROUPS else {}
+            copy = new.create_dataset(name, data=stack[()], dtype=stack.dtype, **chunks)
+            copy.attrs.update(stack.attrs)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("plane_chunk", "filters"),
+    [
+        (lambda shape: (1, 1, *shape[2:]), {"shuffle": False}),
+        (lambda shape: (1, 1, *shape[2:]), {"shuffle": True, "fletcher32": True}),
+        (lambda shape: (1, 1, shape[2] // 2, shape[3]), {"shuffle": True}),
+        (lambda shape: (2, *shape[1:]), {"shuffle": True}),
+    ],
+    ids=["no shuffle", "checksums", "half planes", "several rows"],
+)
+def test_repacked_stacks_merge_by_value(plane_chunk, filters, folder, tmp_path):
+    """What was written for our own filters and chunks held 64736 and inf, at status 0."""
+    packed = repacked(
+        tmp_path / "packed.h5",
+        folder / "short_stack.h5",
+        plane_chunk,
+        compression="gzip",
+        **filters,
+    )
+    made_by = {"parameters": {"angles": [0, 180, 60], "stack": True}, "software": "test 1"}
+    for stacks, name in (((packed, folder / "long_stack.h5"), "all"), ((packed,), "short")):
+        merged = tmp_path / f"{name}.h5"
+        sources = {key: path for path in stacks for key in read_rows(path)}
+        assemble_merged(merged, sources, **made_by)
+        with h5py.File(merged) as file, h5py.File(folder / f"{name}_stack.h5") as expected:
+            for group in GROUPS:
+                np.testing.assert_array_equal(file[group][()], expected[group][()])
 
 
 def test_rows_in_two_stacks_are_one_row_however_long_they_are_padded(folder, tmp_path):

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -65,6 +67,43 @@ def test_blosc_is_read_back_with_its_plugin(tmp_path):
     path = write(tmp_path / "a.h5", {"a": arrays}, "blosc")
     for group, array in arrays.items():
         np.testing.assert_array_equal(stored.read_dataset(path, group, "a")[0], array)
+
+
+READING = """
+import sys
+from pathlib import Path
+from common.errors import StageError
+from common.hdf5 import studies, verify
+
+{before}
+path = Path({path!r})
+for read in (
+    lambda: studies.read_dataset(path, "image", "a")[0].sum(),
+    lambda: verify.faults_of(path, "a", studies.read_parameters(path)),
+):
+    try:
+        print(read())
+    except StageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not chunks.is_available("blosc"), reason="hdf5plugin is not installed")
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_blosc_is_read_by_another_process_than_wrote_it(is_installed, tmp_path):
+    """Sound files were called damaged, for only writing loaded the plugin."""
+    path = sound_file(tmp_path / "a.h5", compression="blosc")
+    before = "" if is_installed else "sys.modules['hdf5plugin'] = None"
+    code = READING.format(before=before, path=str(path))
+    environment = {k: v for k, v in os.environ.items() if k != "HDF5_PLUGIN_PATH"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True
+    ).stdout.splitlines()
+    if is_installed:
+        assert said == [str(study_arrays(shape=(12, 11, 10))["image"].sum()), "[]"]
+    else:
+        needs = "its compression needs hdf5plugin: pip install hdf5plugin, and run again"
+        assert said == [f"{path}: {needs}"] * 2
 
 
 def test_chunks_of_zeros_take_no_room(tmp_path):
@@ -169,10 +208,10 @@ def everything(path):
         return repr(found)
 
 
-def sound_file(path, key="a"):
+def sound_file(path, key="a", compression="gzip"):
     affine = np.diag([-2.0, 2.0, 3.0, 1.0])
     attributes = {"affine": affine, "spacing": [2, 2, 3], "orientation": "LAS"}
-    return write(path, {key: study_arrays(shape=(12, 11, 10))}, attributes=attributes)
+    return write(path, {key: study_arrays(shape=(12, 11, 10))}, compression, attributes)
 
 
 def faults_in(path):
