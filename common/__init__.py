@@ -18,7 +18,8 @@ dicom/          files and plain_headers: which there are; attributes: of a heade
                 rescale, pixels and uneven: slices to a volume; pet: a header to SUV inputs;
                 masks: rtstruct by contours and contour_gaps, seg by seg_planes
 suv/            factors: of a series, from inputs, by units, timeline, nuclides, vendors, decay
-                and body; provenance: how they came about; alternatives: what other rules give
+                and body; names: what messages call them; provenance: how they came about;
+                alternatives: what other rules give
 
 Pure: arrays and frozen dataclasses in, arrays out; no paths, no formats, no log.
 

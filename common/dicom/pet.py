@@ -35,7 +35,7 @@ from common.dicom.rescale import (
     rescale_of,
 )
 from common.errors import StudyError
-from common.suv.inputs import PetSeries, PetSlice
+from common.suv.inputs import PetSeries, PetSlice, Source
 from common.suv.nuclides import HALF_LIFE_S, nuclide_in
 from common.suv.vendors import PHILIPS_ACTIVITY_FACTOR, PHILIPS_SUV_FACTOR, STATED_REFERENCE
 
@@ -194,7 +194,7 @@ def _enhanced_series(
     return PetSeries(
         slices=tuple(_slice_of_frame(frames[i][k]) for i, k in order),
         corrected_image=frozenset.intersection(*map(_frame_corrections, headers)),
-        enhanced=True,
+        source=Source.ENHANCED,
         reinterpretations=_reinterpretations([frame for each in frames for frame in each]),
         **_common_fields(fields),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import StudyError, UnreachableStudy
 from common.raw.layouts import PARTICIPANTS
 from common.suv.decay import average_rate_time_s
-from common.suv.inputs import PetSeries, PetSlice
+from common.suv.inputs import PetSeries, PetSlice, Source
 from common.suv.nuclides import HALF_LIFE_S, nuclide_in
 
 _BQ_PER = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9}
@@ -91,6 +91,7 @@ def read_sidecar(path: str) -> PetSeries:
         "corrected_image": frozenset({"ATTN", "DECY"} if corrected else {"ATTN"}),
         "decay_correction": "START" if corrected else "NONE",
         "weight_kg": weight_kg,
+        "source": Source.BIDS,
     }
     if units in ("g/ml", "suv", "suvbw"):
         return PetSeries((PetSlice(),), "GML", suv_type="BW", **shared)
@@ -132,8 +133,6 @@ def read_sidecar(path: str) -> PetSeries:
         half_life_s=half_life_s,
         injection=injection,
         series_start=zero + timedelta(seconds=start_s),
-        # Its reference time is standard, as an enhanced object's.
-        enhanced=True,
         **shared,
     )
 

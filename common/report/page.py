@@ -212,7 +212,7 @@ _REFERENCE_OF_RULE = {
     "12b": "the start of the series",
     "12c": "the frame times, as the series was rewritten",
     "13": "each slice's own mid-scan time",
-    "15": "the enhanced object's reference time",
+    "15": "the reference time of the enhanced object, or of PET-BIDS",
 }
 _WORDS_OF_RULE = {
     "given as SUV": "The values came as SUV and are taken as they are.",
@@ -229,7 +229,8 @@ _WORDS_OF_RULE = {
     "its frames, and what was left of the dose then counts.",
     "13": "Rule 13: decay was not corrected, so that for each slice what was left of the dose at "
     "its own time counts.",
-    "15": "Rule 15: an enhanced PET, each of whose frames goes by these rules.",
+    "15": "Rule 15: an enhanced PET, or the JSON of PET-BIDS, each of whose frames goes by these "
+    "rules.",
 }
 
 Array = NDArray[Any]

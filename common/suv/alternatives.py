@@ -19,7 +19,7 @@ import numpy as np
 
 from common.errors import StudyError
 from common.suv.decay import average_rate_time_s, back_from_frames_s, uptake_s
-from common.suv.inputs import Caveats, PetSeries
+from common.suv.inputs import Caveats, PetSeries, Source
 from common.suv.timeline import Array, Timeline, timeline
 
 ALTERNATIVES = ("autopet", "qiba", "frame_based")
@@ -27,6 +27,8 @@ ALTERNATIVES = ("autopet", "qiba", "frame_based")
 
 def alternative_factors(series: PetSeries, per_suvbw: float | None) -> dict[str, float | None]:
     """Median factor of the series by each of the other rules; None where it can't be formed.
+
+    They are rules for single-frame headers.
 
     Parameters
     ----------
@@ -36,7 +38,7 @@ def alternative_factors(series: PetSeries, per_suvbw: float | None) -> dict[str,
         From SUVbw to the type of SUV asked for; None where it is unknown.
 
     """
-    if series.enhanced or per_suvbw is None:
+    if series.source is not Source.SINGLE_FRAME or per_suvbw is None:
         return dict.fromkeys(ALTERNATIVES)
     return {
         "autopet": _rounded(_autopet_factor(series), per_suvbw),

@@ -9,7 +9,7 @@ Pure. The rules, as they are named in the provenance of a study:
          acquisition - FrameReferenceTime (GE), acquisition + T_ave - FrameReferenceTime (others)
     13   NONE: acquisition + T_ave of each slice
     15   enhanced objects: DecayCorrectionDateTime; or of each frame FrameReferenceDateTime, else
-         FrameAcquisitionDateTime + T_ave
+         FrameAcquisitionDateTime + T_ave; likewise PET-BIDS
 
 T_ave is the time into a frame at which the activity equals its average over the frame.
 
@@ -25,7 +25,15 @@ from datetime import time
 import numpy as np
 
 from common.errors import Kind, StudyError, Warning
-from common.suv.inputs import Caveats, PetSeries
+from common.suv.inputs import Caveats, PetSeries, Source
+from common.suv.names import (
+    ACQUISITION_CLOCK,
+    HALF_LIFE,
+    NAMES,
+    SERIES_CLOCK,
+    START_DATETIME,
+    START_TIME,
+)
 from common.suv.nuclides import is_half_life_of_pet
 from common.suv.provenance import Rule
 from common.suv.timeline import (
@@ -62,15 +70,10 @@ SHORTEST_WAIT_S = 60.0
 MOST_HALF_LIVES = 10.0
 """Uptake in half-lives beyond which one that no nuclide of PET has must be in another unit."""
 
-_SERIES_CLOCK = "SeriesTime (0008,0031)"
-_ACQUISITION_CLOCK = "AcquisitionTime (0008,0032)"
-_SERIES_TIME = f"{SERIES_DATE}, {_SERIES_CLOCK}"
-_ACQUISITION_TIME = f"{ACQUISITION_DATE}, {_ACQUISITION_CLOCK}"
+_SERIES_TIME = f"{SERIES_DATE}, {SERIES_CLOCK}"
+_ACQUISITION_TIME = f"{ACQUISITION_DATE}, {ACQUISITION_CLOCK}"
 _FRAME_REFERENCE_TIME = "FrameReferenceTime (0054,1300)"
 _FRAME_DURATION = "ActualFrameDuration (0018,1242)"
-_START_DATETIME = "RadiopharmaceuticalStartDateTime (0018,1078)"
-_START_TIME = "RadiopharmaceuticalStartTime (0018,1072)"
-_HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
 
 
 def average_rate_time_s(duration_s: Array, half_life_s: float) -> Array:
@@ -117,10 +120,10 @@ def decay_reference(
     StudyError
         The header does not determine the moment.
     """
-    if series.enhanced:
-        reference_s = _enhanced_reference_s(series, times, half_life_s)
+    if series.source is not Source.SINGLE_FRAME:
+        reference_s = _standard_reference_s(series, times, half_life_s)
         _compare_with_acquisition(series, times, reference_s, half_life_s, caveats)
-        return Rule.ENHANCED, reference_s
+        return Rule.STANDARD_REFERENCE, reference_s
     if series.decay_correction == "NONE":
         return Rule.FRAME_AVERAGE, _frame_average_s(times, half_life_s)
     if np.isfinite(times.stated_reference_s).all():
@@ -199,32 +202,31 @@ def uptake_s(times: Timeline, reference_s: Array, half_life_s: float, caveats: C
     if not _are_uptakes(stated_s, half_life_s):
         # Slices whose stated uptake does fit have the same by the clock: it is below 23 h.
         found_s = _uptake_by_clock_s(times, reference_s, half_life_s)
-        _note_other_day(stated_s, found_s, caveats)
+        _note_other_day(stated_s, found_s, times, caveats)
     if np.ptp(found_s) > LONGEST_SCAN_S:
         raise StudyError(
             "the slices lie more than half a day apart, or on both sides of the injection "
-            f"({_ACQUISITION_TIME}, {_START_DATETIME}, {_START_TIME}): correct them in the header"
+            f"({_ACQUISITION_TIME}, {START_DATETIME}, {START_TIME}): correct them in the header"
         )
-    _check_uptake(on_the_clock(found_s), half_life_s, caveats)
+    _check_uptake(on_the_clock(found_s), half_life_s, times, caveats)
     waited_s = found_s + times.acquisition_s - reference_s
     if np.isfinite(waited_s).all() and np.abs([found_s, waited_s]).max() < SHORTEST_WAIT_S:
         caveats.warnings.append(
             Warning(
                 Kind.SUV,
                 "injection and scan are less than a minute apart: check that their times are no "
-                f"dummies ({_START_DATETIME}, {_START_TIME}, {_SERIES_CLOCK}, "
-                f"{_ACQUISITION_CLOCK})",
+                f"dummies ({NAMES[times.source].times})",
             )
         )
     return found_s
 
 
-def _check_uptake(uptake_s: Array, half_life_s: float, caveats: Caveats) -> None:
+def _check_uptake(uptake_s: Array, half_life_s: float, times: Timeline, caveats: Caveats) -> None:
     """Warn of uptakes that are odd for a scan; refuse those that can't be."""
     longest_s = float(uptake_s.max())
     if longest_s > MOST_HALF_LIVES * half_life_s and not is_half_life_of_pet(half_life_s):
         raise StudyError(
-            f"the half-life can't be right ({_HALF_LIFE} is {half_life_s:g}, which no nuclide of "
+            f"the half-life can't be right ({HALF_LIFE} is {half_life_s:g}, which no nuclide of "
             f"PET has, and the uptake lasted {longest_s / 60:.0f} min; minutes?): correct it in "
             "the header [s]"
         )
@@ -235,8 +237,7 @@ def _check_uptake(uptake_s: Array, half_life_s: float, caveats: Caveats) -> None
             Warning(
                 Kind.SUV,
                 f"the uptake lasted longer than two half-lives ({longest_s / 60:.0f} min): check "
-                f"the times of injection and scan ({_START_DATETIME}, {_START_TIME}, "
-                f"{_SERIES_CLOCK}, {_ACQUISITION_CLOCK})",
+                f"the times of injection and scan ({NAMES[times.source].times})",
             )
         )
 
@@ -249,7 +250,7 @@ def _are_uptakes(stated_s: Array, half_life_s: float) -> bool:
 def _series_starts_in_time(times: Timeline) -> bool:
     if np.isnan(times.series_start_s):
         raise StudyError(
-            f"the decay reference is unknown ({_SERIES_CLOCK} is missing, or has no minutes): "
+            f"the decay reference is unknown ({SERIES_CLOCK} is missing, or has no minutes): "
             "add it to the header as the scanner wrote it"
         )
     if np.isnan(times.acquisition_s).all():
@@ -341,8 +342,8 @@ def _compare_with_acquisition(
         caveats.warnings.append(
             Warning(
                 Kind.DECAY_REFERENCE,
-                "decay reference disagrees: DecayCorrectionDateTime (0018,9701), in BIDS "
-                f"ImageDecayCorrectionTime, is {_minutes(abs(late_s))} "
+                f"decay reference disagrees: {NAMES[series.source].decay_reference} is "
+                f"{_minutes(abs(late_s))} "
                 f"{'after' if late_s > 0 else 'before'} the first frame; it is used",
             )
         )
@@ -356,7 +357,7 @@ def _compare_among_frames(reference_s: Array, caveats: Caveats) -> None:
         caveats.warnings.append(
             Warning(
                 Kind.DECAY_REFERENCE,
-                f"decay reference disagrees: by {_ACQUISITION_CLOCK} and {_FRAME_REFERENCE_TIME} "
+                f"decay reference disagrees: by {ACQUISITION_CLOCK} and {_FRAME_REFERENCE_TIME} "
                 f"the slices refer to moments {_minutes(apart_s)} apart; each is taken at its own",
             )
         )
@@ -391,7 +392,7 @@ def _compare_injection_times(times: Timeline, caveats: Caveats) -> None:
         caveats.warnings.append(
             Warning(
                 Kind.SUV,
-                f"injection times disagree: {_START_DATETIME} and {_START_TIME} are "
+                f"injection times disagree: {START_DATETIME} and {START_TIME} are "
                 f"{_minutes(apart_s)} apart; the former is used",
             )
         )
@@ -408,8 +409,8 @@ def _with_undummied_clock(
     ):
         return times
     caveats.reinterpretations.append(
-        f"{_START_DATETIME} reads 00:00:00 and does not fit the scan: the time of day is that of "
-        f"{_START_TIME}"
+        f"{START_DATETIME} reads 00:00:00 and does not fit the scan: the time of day is that of "
+        f"{START_TIME}"
     )
     return replace(times, injection_s=times.injection_s + times.injection_clock_s)
 
@@ -423,7 +424,7 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
     clock_s = _injection_clock_s(times)
     if np.isnan(clock_s):
         raise StudyError(
-            f"the time of injection is unknown ({_START_DATETIME} and {_START_TIME} are missing, "
+            f"the time of injection is unknown ({START_DATETIME} and {START_TIME} are missing, "
             "or have no minutes): "
             "add one of them to the header"
         )
@@ -434,23 +435,24 @@ def _uptake_by_clock_s(times: Timeline, reference_s: Array, half_life_s: float) 
                 f"day ({SERIES_DATE} and {ACQUISITION_DATE} missing): add them to the header"
             )
         dated = not np.isnan(times.injection_s)
+        names = NAMES[times.source]
         trouble = "does not fit the date of the scan" if dated else "is missing"
         raise StudyError(
             "the day of injection is unknown, and with this half-life the uptake may exceed a day "
-            f"({_START_DATETIME} {trouble}): correct it in the header"
+            f"({names.injection} {trouble}): correct it in {names.place}"
         )
     return _since_clock_s(reference_s, clock_s)
 
 
-def _note_other_day(stated_s: Array, found_s: Array, caveats: Caveats) -> None:
+def _note_other_day(stated_s: Array, found_s: Array, times: Timeline, caveats: Caveats) -> None:
     if not np.isnan(stated_s).all() and np.abs(found_s - stated_s).max() > 1e-3:
         caveats.reinterpretations.append(
-            f"only the clock time of {_START_DATETIME} is used: "
+            f"only the clock time of {NAMES[times.source].injection} is used: "
             "its date does not fit the date of the scan"
         )
 
 
-def _enhanced_reference_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
+def _standard_reference_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
     found_s = times.stated_reference_s
     if series.decay_correction == "NONE":
         average_s = times.acquisition_s + average_rate_time_s(times.frame_duration_s, half_life_s)
@@ -461,7 +463,7 @@ def _enhanced_reference_s(series: PetSeries, times: Timeline, half_life_s: float
         "FrameReferenceDateTime (0018,9151), or FrameAcquisitionDateTime (0018,9074) and "
         "FrameAcquisitionDuration (0018,9220),"
         if series.decay_correction == "NONE"
-        else "DecayCorrectionDateTime (0018,9701)"
+        else NAMES[series.source].decay_reference
     )
     raise StudyError(f"the decay reference is unknown ({missing} is missing): add it to the header")
 
@@ -484,7 +486,7 @@ def _acquisition_s(times: Timeline) -> Array:
 
 def _no_acquisition_time() -> str:
     return (
-        f"the time of acquisition is unknown ({_ACQUISITION_CLOCK} is missing, or has no minutes): "
+        f"the time of acquisition is unknown ({ACQUISITION_CLOCK} is missing, or has no minutes): "
         "export the series from the scanner anew"
     )
 

@@ -27,13 +27,12 @@ from common.errors import Kind, StudyError, Warning
 from common.suv.alternatives import ALTERNATIVES, alternative_factors
 from common.suv.body import SUV_UNITS, body_quantity
 from common.suv.decay import decay_reference, uptake_s
-from common.suv.inputs import Caveats, PetSeries, refuse_reinterpretations
+from common.suv.inputs import Caveats, PetSeries, Source, refuse_reinterpretations
+from common.suv.names import DECAY_CORRECTED, DECAY_CORRECTION, HALF_LIFE, NAMES
 from common.suv.nuclides import SAME_NUCLIDE, is_half_life_of_pet
 from common.suv.provenance import Provenance, Rule, rounded, value_range
 from common.suv.timeline import Array, timeline
 from common.suv.units import (
-    DECAY_CORRECTED,
-    DECAY_CORRECTION,
     compare_with_vendor,
     scale_of_units,
     state_of,
@@ -99,9 +98,6 @@ POSSIBLE_DOSE_IN_BQ = (20e6, 5_000e6)
 SAME_HALF_LIFE = 0.01
 """Relative difference of a half-life from that of the nuclide that is worth a warning."""
 
-_WEIGHT = "PatientWeight (0010,1030)"
-_DOSE = "RadionuclideTotalDose (0018,1074)"
-_HALF_LIFE = "RadionuclideHalfLife (0018,1075)"
 _CORRECTED_IMAGE = "CorrectedImage (0028,0051)"
 _ATTENUATION_CORRECTED = "AttenuationCorrected (0018,9759)"
 
@@ -137,7 +133,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
     else:
         rule, uptake, vendor_factor = None, None, None
         factors = scale.per_unit * _ratio(suv_type, scale.suv_type, series, weight_kg)
-    _require_positive(factors)
+    _require_positive(factors, series)
     alternatives = _alternatives(suv_type, series, weight_kg)
     if rule is Rule.BACK_FROM_FRAMES:
         _compare_with_qiba(series, factors, alternatives["qiba"], caveats)
@@ -224,7 +220,8 @@ def _require_suv_type(suv_type: str) -> None:
 
 
 def _require_corrections(series: PetSeries, caveats: Caveats) -> None:
-    if not series.corrected_image and not series.enhanced:
+    is_enhanced = series.source is Source.ENHANCED
+    if not series.corrected_image and not is_enhanced:
         raise StudyError(
             f"it is unknown whether attenuation was corrected for ({_CORRECTED_IMAGE} is missing): "
             "add it to the header as the scanner wrote it, or export the series anew"
@@ -232,7 +229,7 @@ def _require_corrections(series: PetSeries, caveats: Caveats) -> None:
     if "ATTN" not in series.corrected_image:
         state = (
             f"{_ATTENUATION_CORRECTED} is not YES"
-            if series.enhanced
+            if is_enhanced
             else f"{_CORRECTED_IMAGE} lacks ATTN"
         )
         raise StudyError(
@@ -242,7 +239,7 @@ def _require_corrections(series: PetSeries, caveats: Caveats) -> None:
     if not decay_corrected and series.decay_correction != "NONE":
         state = (
             f"{DECAY_CORRECTED} is neither YES nor NO"
-            if series.enhanced
+            if is_enhanced
             else f"{_CORRECTED_IMAGE} lacks DECY, but {DECAY_CORRECTION} "
             f"{state_of(series.decay_correction)}, not NONE"
         )
@@ -262,14 +259,22 @@ def _weight_kg(series: PetSeries, caveats: Caveats) -> float | None:
         return None
     if weight < LEAST_WEIGHT_IN_GRAMS:
         return weight
-    caveats.reinterpretations.append(f"{_WEIGHT} is 1000 or more: it is taken as grams")
+    caveats.reinterpretations.append(
+        f"{NAMES[series.source].weight} is 1000 or more: it is taken as grams"
+    )
     return weight / 1000
 
 
 def _quantity(suv_type: str, series: PetSeries, weight_kg: float | None) -> float:
     if weight_kg is None:
         state = "is missing" if series.weight_kg is None else f"is {series.weight_kg:g}"
-        raise StudyError(f"no body weight ({_WEIGHT} {state}): set it in the header [kg]")
+        names = NAMES[series.source]
+        raise StudyError(f"no body weight ({names.weight} {state}): set it in {names.weight_place}")
+    if suv_type != "bw" and series.source is Source.BIDS:
+        raise StudyError(
+            f"SUV ({suv_type}) needs more than the weight, which PET-BIDS does not tell (height, "
+            "sex): give a DICOM header of the PET, or ask for --suv-type bw"
+        )
     return body_quantity(suv_type, weight_kg, series.height_m, series.sex)
 
 
@@ -299,21 +304,21 @@ def _injection_from(series: PetSeries) -> str | None:
 
 
 def _dose_bq(series: PetSeries, caveats: Caveats) -> float:
-    dose = series.dose_bq
+    dose, names = series.dose_bq, NAMES[series.source]
     if dose is None or dose <= 0:
         state = "is missing" if dose is None else f"is {dose:g}"
-        raise StudyError(f"no injected dose ({_DOSE} {state}): set it in the header [Bq]")
+        raise StudyError(f"no injected dose ({names.dose} {state}): set it in {names.dose_place}")
     in_mbq = dose < LEAST_DOSE_IN_BQ
     dose_bq = dose * 1e6 if in_mbq else dose
     least, largest = POSSIBLE_DOSE_IN_BQ
     if not least <= dose_bq <= largest:
         raise StudyError(
-            f"the injected dose can't be right ({_DOSE} is {dose:g}: neither as Bq nor as MBq is "
-            f"it within {least / 1e6:g} to {largest / 1e6:g} MBq; mCi or GBq?): "
-            "correct it in the header [Bq]"
+            f"the injected dose can't be right ({names.dose} is {dose:g}: neither as Bq nor as MBq "
+            f"is it within {least / 1e6:g} to {largest / 1e6:g} MBq; mCi or GBq?): "
+            f"correct it in {names.dose_place}"
         )
     if in_mbq:
-        caveats.reinterpretations.append(f"{_DOSE} is below 10000: it is taken as MBq")
+        caveats.reinterpretations.append(f"{names.dose} is below 10000: it is taken as MBq")
     return dose_bq
 
 
@@ -321,12 +326,12 @@ def _half_life_s(series: PetSeries, caveats: Caveats) -> float:
     half_life_s = series.half_life_s
     if half_life_s is None or half_life_s <= 0:
         state = "is missing" if half_life_s is None else f"is {half_life_s:g}"
-        raise StudyError(f"no half-life ({_HALF_LIFE} {state}): set it in the header [s]")
+        raise StudyError(f"no half-life ({HALF_LIFE} {state}): set it in the header [s]")
     of_nuclide_s = series.nuclide_half_life_s
     difference = abs(half_life_s / of_nuclide_s - 1) if of_nuclide_s else 0.0
     if difference > SAME_NUCLIDE:
         raise StudyError(
-            f"the half-life can't be right ({_HALF_LIFE} is {half_life_s:g}, that of the nuclide "
+            f"the half-life can't be right ({HALF_LIFE} is {half_life_s:g}, that of the nuclide "
             f"in RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; minutes?): "
             "correct it in the header [s]"
         )
@@ -334,7 +339,7 @@ def _half_life_s(series: PetSeries, caveats: Caveats) -> float:
         caveats.warnings.append(
             Warning(
                 Kind.SUV,
-                f"half-life disagrees: {_HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
+                f"half-life disagrees: {HALF_LIFE} is {half_life_s:g} s, that of the nuclide in "
                 f"RadionuclideCodeSequence (0054,0300) {of_nuclide_s:g} s; the former is used",
             )
         )
@@ -342,19 +347,21 @@ def _half_life_s(series: PetSeries, caveats: Caveats) -> float:
         caveats.warnings.append(
             Warning(
                 Kind.SUV,
-                f"the half-life may be wrong: {_HALF_LIFE} is {half_life_s:g} s, which no usual "
+                f"the half-life may be wrong: {HALF_LIFE} is {half_life_s:g} s, which no usual "
                 "nuclide of PET has, and RadionuclideCodeSequence (0054,0300) names none",
             )
         )
     return half_life_s
 
 
-def _require_positive(factors: Array) -> None:
+def _require_positive(factors: Array, series: PetSeries) -> None:
     if not (np.isfinite(factors).all() and (factors > 0).all()):
+        names = NAMES[series.source]
+        stated_in = f"{names.dose}, {names.half_life}, times of injection and scan"
+        if series.units == "CNTS":
+            stated_in = f"{PHILIPS_SUV_FACTOR} or {PHILIPS_ACTIVITY_FACTOR}, {stated_in}"
         raise StudyError(
-            f"the factor to SUV is not a positive number ({_DOSE}, {_HALF_LIFE}, times of "
-            f"injection and scan, {PHILIPS_SUV_FACTOR} or {PHILIPS_ACTIVITY_FACTOR}): correct the "
-            "header"
+            f"the factor to SUV is not a positive number ({stated_in}): correct {names.place}"
         )
 
 

@@ -5,6 +5,7 @@ Pure. Values are as the header has them: checked and reinterpreted only by the r
 
 from dataclasses import dataclass, field
 from datetime import datetime, time
+from enum import Enum, auto
 
 from common.errors import Kind, StudyError, Warning
 
@@ -52,6 +53,14 @@ def refuse_reinterpretations(caveats: Caveats) -> None:
 # --- pet series ------------------------------------------------------------------------------
 
 
+class Source(Enum):
+    """What a series was read from: it decides which values there are, and their names."""
+
+    SINGLE_FRAME = auto()
+    ENHANCED = auto()
+    BIDS = auto()
+
+
 @dataclass(frozen=True)
 class PetSlice:
     """Timing and scale of one slice, or of one frame of a multi-frame object.
@@ -68,13 +77,15 @@ class PetSlice:
     decay_reference : datetime or None
         The moment the values refer to, where the header states it: GE (0009,100D), Siemens
         (0071,1022); of an enhanced object DecayCorrectionDateTime if the values are corrected for
-        decay, else the frame's FrameReferenceDateTime.
+        decay, else the frame's FrameReferenceDateTime; of PET-BIDS ImageDecayCorrectionTime, else
+        the frame's mean time.
     philips_suv_factor : float or None
         (7053,1000) [g/ml per count].
     philips_activity_factor : float or None
         (7053,1009) [Bq/ml per count].
     real_world_slope : float
-        Value in the unit of the series per rescaled value; other than 1 only in enhanced objects.
+        Value in the unit of the series per rescaled value: other than 1 in enhanced objects, and
+        where PET-BIDS has kBq/ml or the like.
 
     """
 
@@ -123,8 +134,8 @@ class PetSeries:
         RadiopharmaceuticalStartTime.
     series_start : datetime, time or None
         SeriesDate and SeriesTime; the time alone where the date is missing.
-    enhanced : bool
-        An Enhanced PET object, in which `PetSlice.decay_reference` is standard.
+    source : Source
+        In all but `SINGLE_FRAME`, `PetSlice.decay_reference` is standard.
     reinterpretations : tuple of str
         Header values taken to mean something else than they say, already on reading.
     first_file : int
@@ -147,6 +158,6 @@ class PetSeries:
     injection: datetime | None = None
     injection_clock: time | None = None
     series_start: datetime | time | None = None
-    enhanced: bool = False
+    source: Source = Source.SINGLE_FRAME
     reinterpretations: tuple[str, ...] = ()
     first_file: int = 0

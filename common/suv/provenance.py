@@ -27,7 +27,7 @@ class Rule(StrEnum):
     SERIES_START = "12b"
     BACK_FROM_FRAMES = "12c"
     FRAME_AVERAGE = "13"
-    ENHANCED = "15"
+    STANDARD_REFERENCE = "15"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Provenance:
 
     @property
     def rule(self) -> str:
-        """The rules that fired in one word, as files name them; empty for Bq/ml given as SUV."""
+        """The rules that fired in one word, as files name them."""
         return "+".join(self.rules)
 
     @property

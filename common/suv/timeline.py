@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import StudyError
-from common.suv.inputs import Caveats, PetSeries
+from common.suv.inputs import Caveats, PetSeries, Source
 
 Array = NDArray[np.float64]
 
@@ -45,6 +45,8 @@ class Timeline:
         time of day of RadiopharmaceuticalStartDateTime, if that is there.
     is_dated : bool
         Some moment of the scan has a date.
+    source : Source
+        What they were read from, by which messages name them.
 
     """
 
@@ -56,6 +58,7 @@ class Timeline:
     injection_s: float
     injection_clock_s: float
     is_dated: bool
+    source: Source
 
 
 def timeline(series: PetSeries, caveats: Caveats) -> Timeline:
@@ -108,6 +111,7 @@ def timeline(series: PetSeries, caveats: Caveats) -> Timeline:
         injection_s=injection_s,
         injection_clock_s=injection_clock_s,
         is_dated=is_dated,
+        source=series.source,
     )
 
 

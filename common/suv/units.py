@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import Kind, StudyError, Warning
-from common.suv.inputs import Caveats, PetSeries
+from common.suv.inputs import Caveats, PetSeries, Source
+from common.suv.names import DECAY_CORRECTION, NAMES
 from common.suv.provenance import Rule
 from common.suv.timeline import Array
 from common.suv.vendors import PHILIPS_ACTIVITY_FACTOR, PHILIPS_SUV_FACTOR
@@ -17,11 +18,7 @@ from common.suv.vendors import PHILIPS_ACTIVITY_FACTOR, PHILIPS_SUV_FACTOR
 LARGEST_WITNESS_DIFFERENCE = 0.01
 """Relative difference between a factor and the vendor's own that is worth a warning."""
 
-DECAY_CORRECTION = "DecayCorrection (0054,1102)"
-DECAY_CORRECTED = "DecayCorrected (0018,9758)"
-_UNITS = "Units (0054,1001)"
-_UNITS_OF_FRAMES = "MeasurementUnitsCodeSequence (0040,08EA)"
-_SUV_TYPE = "SUVType (0054,1006)"
+_MANUFACTURER = "Manufacturer (0008,0070)"
 
 _TYPE_OF_GML = {
     None: "bw",
@@ -73,12 +70,12 @@ def scale_of_units(series: PetSeries) -> Scale:
             return _scale_of_counts(series)
         case None:
             raise StudyError(
-                f"the unit of the values is unknown ({_units(series)} is missing): add it to the "
-                "header, or name it by --pet-units"
+                f"the unit of the values is unknown ({NAMES[series.source].units} is missing): "
+                "add it to the header, or name it by --pet-units"
             )
         case other:
             raise StudyError(
-                f"such values can't become SUV ({_units(series)} {state_of(other)}): "
+                f"such values can't become SUV ({NAMES[series.source].units} {state_of(other)}): "
                 "export the series as BQML"
             )
 
@@ -112,7 +109,7 @@ def compare_with_vendor(series: PetSeries, factors: Array, caveats: Caveats) -> 
 def _type_of_gml(series: PetSeries) -> str:
     if series.suv_type in _TYPE_OF_GML:
         return _TYPE_OF_GML[series.suv_type]
-    where = _UNITS_OF_FRAMES if series.enhanced else _SUV_TYPE
+    where = NAMES[series.source].suv_type
     why = ", which leaves the formula open" if series.suv_type == "LBM" else ""
     raise StudyError(
         f"the type of SUV is unknown ({where} {state_of(series.suv_type)}{why}): export it as BQML"
@@ -121,14 +118,11 @@ def _type_of_gml(series: PetSeries) -> str:
 
 def _require_decay_correction(series: PetSeries) -> None:
     if series.decay_correction not in ("START", "ADMIN", "NONE"):
-        where, codes = (
-            (DECAY_CORRECTED, "YES or NO")
-            if series.enhanced
-            else (DECAY_CORRECTION, "START, ADMIN or NONE")
-        )
+        names = NAMES[series.source]
         raise StudyError(
-            f"the decay correction is unknown ({where} {state_of(series.decay_correction)}): "
-            f"set it to {codes} in the header"
+            f"the decay correction is unknown ({names.decay_correction} "
+            f"{state_of(series.decay_correction)}): "
+            f"set it to {names.decay_corrections} in {names.place}"
         )
 
 
@@ -139,15 +133,22 @@ def _scale_of_counts(series: PetSeries) -> Scale:
     activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
     if activity is not None:
         return Scale(Rule.CNTS, None, activity)
-    raise StudyError(
-        f"counts without scale ({_units(series)} is CNTS, but Philips' {PHILIPS_SUV_FACTOR} and "
-        f"{PHILIPS_ACTIVITY_FACTOR} are missing, zero or not usable with {DECAY_CORRECTION} "
-        f"{series.decay_correction}): export with private tags, or as BQML"
-    )
-
-
-def _units(series: PetSeries) -> str:
-    return _UNITS_OF_FRAMES if series.enhanced else _UNITS
+    is_cnts = f"{NAMES[series.source].units} is CNTS"
+    if series.source is Source.ENHANCED:
+        why, remedy = f"{is_cnts}, for which Enhanced PET states none", "export the series as Bq/ml"
+    elif series.manufacturer != "PHILIPS":
+        why = f"{is_cnts}, and {_MANUFACTURER} is not Philips, who alone state it"
+        remedy = "export the series as BQML"
+    elif suv is None:
+        why = f"{is_cnts}, but {PHILIPS_SUV_FACTOR} and {PHILIPS_ACTIVITY_FACTOR} are missing or 0"
+        remedy = "export with private tags, or as BQML"
+    else:
+        why = (
+            f"{is_cnts}, but {PHILIPS_ACTIVITY_FACTOR} is missing or 0, and {PHILIPS_SUV_FACTOR} "
+            f"does not hold where {DECAY_CORRECTION} is NONE"
+        )
+        remedy = "export with private tags, or as BQML"
+    raise StudyError(f"counts without scale ({why}): {remedy}")
 
 
 def state_of(code: str | None) -> str:

@@ -33,7 +33,7 @@ from pydicom.uid import ImplicitVRLittleEndian
 from common.dicom.pet import read_pet_series
 from common.errors import StudyError
 from common.suv.factors import suv_factors
-from common.suv.inputs import PetSeries
+from common.suv.inputs import PetSeries, Source
 
 LEGACY_CONVERTED = "1.2.840.10008.5.1.4.1.1.128.1"
 TRACERS = "RadiopharmaceuticalInformationSequence"
@@ -71,7 +71,7 @@ def test_every_attribute_is_read() -> None:
     assert [each.acquisition for each in series.slices] == [moment(REFERENCE_S)] * 2
     assert [each.frame_reference_time_s for each in series.slices] == [150.0, 450.5005]
     assert [each.frame_duration_s for each in series.slices] == [300.0] * 2
-    assert not series.enhanced
+    assert series.source is Source.SINGLE_FRAME
 
 
 def test_absent_and_empty_are_none() -> None:
@@ -440,7 +440,7 @@ def test_the_first_file_is_first_by_name(tmp_path: Path) -> None:
 def test_enhanced_object_from_a_file(tmp_path: Path) -> None:
     path = write_enhanced_pet(tmp_path / "pet.dcm", enhanced_pet_header(4), phantom_suv(4))
     series = read_pet_series([pydicom.dcmread(path)])
-    assert series.enhanced
+    assert series.source is Source.ENHANCED
     assert (series.units, series.decay_correction) == ("BQML", "START")
     assert series.corrected_image == {"ATTN", "DECY"}
     assert [each.decay_reference for each in series.slices] == [moment(REFERENCE_S)] * 4

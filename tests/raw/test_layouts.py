@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import layouts as raw
 import numpy as np
@@ -15,6 +16,7 @@ from common.raw.project import list_files
 from common.raw.roles import find_roles
 from common.raw.sidecar import read_sidecar
 from common.raw.study import Conversion, read_study
+from common.suv.factors import suv_factors
 
 FACTOR = 70_000 / (3e8 * 2 ** (-3600 / 6586.2))
 """SUVbw per Bq/ml of the sidecar, by hand."""
@@ -259,6 +261,32 @@ def test_a_pet_that_is_no_static_corrected_image_is_refused(tmp_path, changes, r
     write_bids(tmp_path, sidecar=SIDECAR | changes)
     with pytest.raises(StudyError, match=reason):
         read(find_studies(tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "suv_type", "said"),
+    [
+        ({"InjectedRadioactivity": 5}, "bw", "InjectedRadioactivity in Bq is 5e+06"),
+        ({"PatientWeight": 70000}, "bw", "PatientWeight is 1000 or more"),
+        ({"ImageDecayCorrectionTime": 7200}, "bw", "ImageDecayCorrectionTime is 60 min after"),
+        ({"InjectionStart": 3600}, "bw", "InjectionStart, FrameTimesStart, ImageDecayCorr"),
+        ({"InjectionStart": -100000}, "bw", "the clock time of InjectionStart is used"),
+        ({"PatientWeight": -1}, "bw", "(PatientWeight is -1): set it in the JSON sidecar"),
+        ({"InjectionStart": 90000, "TracerRadionuclide": "ZR89"}, "bw", "(InjectionStart does not"),
+        ({}, "ibw", "(height, sex): give a DICOM header"),
+    ],
+)
+def test_what_is_said_of_a_sidecar_names_its_fields(tmp_path, changes, suv_type, said):
+    """Attributes of DICOM were named, though no file has any."""
+    path = tmp_path / "a_pet.json"
+    path.write_text(json.dumps(SIDECAR | changes))
+    try:
+        conversion = suv_factors(read_sidecar(str(path)), suv_type)
+        told = "; ".join(map(str, conversion.warnings))
+    except StudyError as error:
+        told = str(error)
+    assert said in told
+    assert not re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)", told)
 
 
 def test_a_mask_of_another_session_is_not_taken(tmp_path):

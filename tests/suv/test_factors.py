@@ -62,7 +62,7 @@ from common.errors import StudyError
 from common.suv.body import body_quantity
 from common.suv.decay import average_rate_time_s
 from common.suv.factors import already_suv, spread_factors, suv_factors
-from common.suv.inputs import PetSeries, PetSlice
+from common.suv.inputs import PetSeries, PetSlice, Source
 from common.suv.provenance import Rule, coarse
 
 DRO = Path(__file__).parents[3] / "shared" / "data" / "suv_dro"
@@ -193,6 +193,33 @@ def test_corrections_that_are_missing_are_said_to_be(corrections: Any, tmp_path:
 )
 def test_refuses_more(change: dict[str, Any], what: str) -> None:
     assert what in refusal(replace(read_pet_series(pet_headers()), **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "are missing or 0): export with private tags, or as BQML"),
+        (
+            {"slices": (PetSlice(philips_suv_factor=1e-4),), "decay_correction": "NONE"},
+            "scale factor (7053,1009) is missing or 0, and SUV scale factor (7053,1000) does not "
+            "hold where DecayCorrection (0054,1102) is NONE): export with private tags, or as BQML",
+        ),
+        (
+            {"manufacturer": "SIEMENS"},
+            "Manufacturer (0008,0070) is not Philips, who alone state it): "
+            "export the series as BQML",
+        ),
+        ({"source": Source.ENHANCED}, "Enhanced PET states none): export the series as Bq/ml"),
+    ],
+)
+def test_counts_without_scale_are_refused_with_a_remedy_that_helps(
+    change: dict[str, Any], message: str
+) -> None:
+    """START was blamed, and private tags were asked for, where neither could help."""
+    plain = read_pet_series(pet_headers(1, Manufacturer=PHILIPS, CorrectedImage=["ATTN", "DECY"]))
+    series = replace(plain, **{"units": "CNTS", **change})
+    assert refusal(series).startswith("counts without scale (")
+    assert refusal(series).endswith(message)
 
 
 def test_a_time_missing_in_one_slice_refuses_the_frames() -> None:
