@@ -273,6 +273,7 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
             assemble=functools.partial(project_zip.assemble, project=options.name),
             read_finished=functools.partial(read_finished, known=known),
             write_beside=lambda path, done: write_mapping(path, everyone, studies, done, options),
+            write_without=lambda done: write_mapping(None, everyone, studies, done, options),
             known_skips={row.hash: row.reason for row in known.values() if row.status == "skipped"},
             read_absent=project_zip.read_absent,
             listed=listed,

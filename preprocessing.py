@@ -251,10 +251,10 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             make_folder(options.save_nifti)
         studies = plan(archived, recipe, options)
 
-        def write_what_goes_beside(path: Path | None, outcomes: Sequence[Outcome]) -> None:
-            if path is not None and options.measures is not None:
+        def write_what_goes_beside(path: Path, outcomes: Sequence[Outcome]) -> None:
+            if options.measures is not None:
                 write_measures(options.measures, path)
-            if path is not None and options.report is not None:
+            if options.report is not None:
                 # Slow to load, and only for those who ask for it.
                 from common.report.page import write_report
 

@@ -180,10 +180,6 @@ def project(options: argparse.Namespace) -> list[Outcome]:
         }
         studies = plan(options, source, parameters)
 
-        def list_projections(path: Path | None, outcomes: Sequence[Outcome]) -> None:
-            if path is not None:
-                list_held(options, source, outcomes)
-
         projecting = stage.Stage(
             output=options.output,
             studies=studies,
@@ -194,7 +190,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             read_finished=functools.partial(in_own_process, index.read_stored, store)
             if store
             else functools.partial(in_own_process, merge.read_projected),
-            write_beside=list_projections,
+            write_beside=lambda path, outcomes: list_held(options, source, outcomes),
             beside_of=functools.partial(pictures, options=options),
             name="project_2d",
             store=store,

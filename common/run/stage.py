@@ -33,17 +33,15 @@ ReadFinished = Callable[[Path], Mapping[str, str]]
 """Returns the fingerprints, by hash, of the studies that a present output holds; of one with a
 store their first digits, empty where the study's file is not in the store."""
 
-WriteBeside = Callable[[Path | None, Sequence[Outcome]], None]
+WriteBeside = Callable[[Path, Sequence[Outcome]], None]
 """Called with the path of the complete new output, before it takes its place, and the outcomes;
-with OUTPUT itself where nothing changed, with None where the old output is left for want of any
-study."""
-
+with OUTPUT itself where nothing changed."""
 
 MOST_IN_A_FOLDER = 2000
 """Parts of more studies than this are in subfolders."""
 
 
-def _write_nothing(path: Path | None, outcomes: Sequence[Outcome]) -> None:
+def _write_nothing(path: Path, outcomes: Sequence[Outcome]) -> None:
     pass
 
 
@@ -65,6 +63,8 @@ class Stage:
         See `ReadFinished`.
     write_beside : function
         See `WriteBeside`.
+    write_without : function
+        Called with the outcomes where the old output is left for want of any study.
     name : str
         Where failed studies are to be listed beside the output: what the list calls the stage.
     known_skips : dict of hash to reason
@@ -92,6 +92,7 @@ class Stage:
     assemble: outputs.Assemble
     read_finished: ReadFinished
     write_beside: WriteBeside = _write_nothing
+    write_without: Callable[[Sequence[Outcome]], None] = lambda outcomes: None
     name: str = ""
     known_skips: Mapping[str, str] = field(default_factory=dict)
     read_absent: Callable[[Path], Mapping[str, tuple[str, str]]] | None = None
@@ -114,6 +115,8 @@ class _Plan:
         Without finished parts.
     parts : dict of hash to Path
         Of all studies that are not kept.
+    replaced : sequence of Path
+        What a run with other options, that never ended, has put beside the output.
     finished : dict of hash to fingerprint
         What the old output holds; {} also where that is not known.
     held : dict of hash to Path
@@ -125,6 +128,7 @@ class _Plan:
     kept: Set[str]
     todo: Sequence[Job]
     parts: Mapping[str, Path]
+    replaced: Sequence[Path]
     finished: Mapping[str, str]
     held: Mapping[str, Path]
     is_known: bool
@@ -185,20 +189,23 @@ def _plan(stage: Stage, *, force: bool, allow_shrink: bool) -> _Plan:
         refuse_to_shrink(stage.output, finished.keys(), vanished)
     folder = outputs.parts_folder(stage.output) if stage.store is None else stage.store
     paths = {job.hash: _part(stage, folder, job.hash, job.fingerprint) for job in stage.studies}
-    if not force:
-        _remove_replaced(stage, folder, paths, finished)
+    replaced = {} if force else _made_otherwise(stage, folder, paths, finished)
+    usable = {
+        job.hash
+        for job in stage.studies
+        if not force and job.has_all_beside and job.hash not in replaced
+    }
     kept = {
         job.hash
         for job in stage.studies
-        if not force
+        if job.hash in usable
         and finished.get(job.hash, "")[:N_DIGITS] == job.fingerprint[:N_DIGITS]
-        and job.has_all_beside
     }
     parts = {job.hash: paths[job.hash] for job in stage.studies if job.hash not in kept}
     todo = [
         replace(job, part=parts[job.hash], beside=tuple(path.absolute() for path in job.beside))
         for job in stage.studies
-        if job.hash in parts and (force or not (parts[job.hash].exists() and job.has_all_beside))
+        if job.hash in parts and not (job.hash in usable and parts[job.hash].exists())
     ]
     _report_plan(stage, len(kept), len(todo), vanished)
     held = {
@@ -206,7 +213,8 @@ def _plan(stage: Stage, *, force: bool, allow_shrink: bool) -> _Plan:
         for each, made_from in finished.items()
         if stage.store is None or made_from
     }
-    return _Plan(kept, todo, parts, finished, held, present is not None)
+    stale = [path for paths_of_study in replaced.values() for path in paths_of_study]
+    return _Plan(kept, todo, parts, stale, finished, held, present is not None)
 
 
 def present_content(output: Path, read: ReadFinished, *, force: bool) -> Mapping[str, str] | None:
@@ -240,14 +248,15 @@ def _part(stage: Stage, folder: Path, study_hash: str, made_from: str) -> Path:
     return folder / study_file(study_hash, made_from, stage.output.suffix)
 
 
-def _remove_replaced(
+def _made_otherwise(
     stage: Stage, folder: Path, paths: Mapping[str, Path], finished: Mapping[str, str]
-) -> None:
-    """Remove what a run with other options, that never ended, has put beside OUTPUT.
+) -> dict[str, list[Path]]:
+    """Return by hash what a run with other options, that never ended, has put beside OUTPUT.
 
     Its part of the study tells; else OUTPUT would be kept with files beside it that do not fit.
     """
     suffix = stage.output.suffix
+    found: dict[str, list[Path]] = {}
     beside = {job.hash: job for job in stage.studies if job.beside}
     parts = [*sorted(folder.glob("*.*")), *study_files(folder, suffix)] if beside else []
     for part in parts:
@@ -256,8 +265,8 @@ def _remove_replaced(
             continue
         in_output = study_file(job.hash, finished.get(job.hash, ""), suffix)
         if part.name not in (paths[job.hash].name, in_output):
-            for path in (*job.beside, part):
-                path.unlink(missing_ok=True)
+            found.setdefault(job.hash, []).extend((*job.beside, part))
+    return found
 
 
 def _report_plan(stage: Stage, n_kept: int, n_todo: int, vanished: Set[str]) -> None:
@@ -303,6 +312,8 @@ def _compute(stage: Stage, plan: _Plan, engine: Engine) -> list[Outcome]:
         if plan.parts:
             for folder in (parts, *folders):
                 folder.mkdir(exist_ok=True)
+            for path in plan.replaced:
+                path.unlink(missing_ok=True)
             list_temporaries(parts, (path for job in plan.todo for path in job.beside))
     try:
         computed = run_studies(
@@ -352,7 +363,8 @@ def _make_anew(
     logger.warning("%s: its finished part is damaged and is made anew", damaged.hash)
     part.unlink(missing_ok=True)
     job = replace(damaged, part=part, beside=tuple(path.absolute() for path in damaged.beside))
-    again = {each.hash: each for each in _compute(stage, replace(plan, todo=[job]), engine)}
+    once_more = replace(plan, todo=[job], replaced=())
+    again = {each.hash: each for each in _compute(stage, once_more, engine)}
     return [again[job.hash] if each.hash == job.hash else each for each in outcomes]
 
 
@@ -361,39 +373,24 @@ def _make_anew(
 
 def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_shrink: bool) -> None:
     """Put a new output in OUTPUT's place, unless it would be the same, empty or much smaller."""
-    output = stage.output
-    stay = {outcome.hash for outcome in outcomes if _stays(stage, plan, outcome)}
-    sources = {each: plan.held[each] for each in sorted(plan.kept | stay)}
-    sources |= {o.hash: plan.parts[o.hash] for o in outcomes if o.status == "written"}
+    output, sources = stage.output, _sources(stage, plan, outcomes)
     if stage.name:
-        list_failures(
-            output,
-            (Failure(o.hash, stage.name, o.reason) for o in outcomes if o.status == "failed"),
-        )
-    lost = plan.finished.keys() - sources.keys()
-    is_present = is_there(output)
-    would_be_lost = is_present and not sources and (plan.finished or not plan.is_known)
-    is_unchanged = (
-        is_present
-        and plan.is_known
-        and not lost
-        and sources.keys() == plan.kept | stay
-        and stage.has_form(output)
-    )
-    if lost and not would_be_lost and not allow_shrink:
-        _refuse_losses(output, plan, outcomes, lost)
-    assemble = stage.assemble
-    if stage.read_absent is not None:
-        absent = {
-            outcome.hash: (outcome.status, outcome.reason)
-            for outcome in outcomes
-            if outcome.status in ("skipped", "failed") and outcome.hash not in sources
-        }
-        assemble = functools.partial(stage.assemble, absent=absent)  # type: ignore[call-arg]
-        is_unchanged = is_unchanged and stage.read_absent(output) == absent
-    if would_be_lost or is_unchanged:
+        failed = (Failure(o.hash, stage.name, o.reason) for o in outcomes if o.status == "failed")
+        list_failures(output, failed)
+    if is_there(output) and not sources and (plan.finished or not plan.is_known):
         with clear_write_errors(output):
-            stage.write_beside(None if would_be_lost else output, outcomes)
+            stage.write_without(outcomes)
+        raise StageError(f"{output}: left as it was, for no study could be written: see above")
+    lost = plan.finished.keys() - sources.keys()
+    if lost and not allow_shrink:
+        _refuse_losses(output, plan, outcomes, lost)
+    assemble, absent = stage.assemble, _absent(outcomes, sources)
+    if stage.read_absent is not None:
+        assemble = functools.partial(stage.assemble, absent=absent)  # type: ignore[call-arg]
+    is_new = any(outcome.status == "written" for outcome in outcomes)
+    if not (is_new or lost) and _tells_the_same(stage, plan, absent):
+        with clear_write_errors(output):
+            stage.write_beside(output, outcomes)
     else:
         _report_dropped(lost, outcomes)
 
@@ -401,17 +398,36 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
             stage.write_beside(path, outcomes)
             _remove_stale(stage, lost)
 
-        outputs.replace_output(
-            output,
-            assemble,
-            sources,
-            write_beside,
-            links=stage.store is not None,
-        )
-    if would_be_lost:
-        raise StageError(f"{output}: left as it was, for no study could be written: see above")
+        is_linked = stage.store is not None
+        outputs.replace_output(output, assemble, sources, write_beside, links=is_linked)
     if stage.store is not None:
         sweep(stage.store, output.suffix, sources.values())
+
+
+def _sources(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome]) -> dict[str, Path]:
+    """Return by hash the files to assemble: the old output or its store's, and finished parts."""
+    stay = {outcome.hash for outcome in outcomes if _stays(stage, plan, outcome)}
+    old = {each: plan.held[each] for each in sorted(plan.kept | stay)}
+    return old | {o.hash: plan.parts[o.hash] for o in outcomes if o.status == "written"}
+
+
+def _absent(outcomes: Sequence[Outcome], sources: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
+    """Return status and reason by hash of the studies that will not be in the output."""
+    return {
+        outcome.hash: (outcome.status, outcome.reason)
+        for outcome in outcomes
+        if outcome.status in ("skipped", "failed") and outcome.hash not in sources
+    }
+
+
+def _tells_the_same(stage: Stage, plan: _Plan, absent: Mapping[str, tuple[str, str]]) -> bool:
+    """Tell whether OUTPUT, whose studies are as they are to be, is so in all else."""
+    return (
+        is_there(stage.output)
+        and plan.is_known
+        and stage.has_form(stage.output)
+        and (stage.read_absent is None or stage.read_absent(stage.output) == absent)
+    )
 
 
 def _refuse_losses(output: Path, plan: _Plan, outcomes: Sequence[Outcome], lost: Set[str]) -> None:
