@@ -519,13 +519,6 @@ def test_volumes_and_values_of_a_row_are_those_of_the_images(labels, tmp_path, o
     assert {name: float(row[name]) for name in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
-def test_values_that_refer_to_injection_tell_no_uptake_time(tmp_path, output):
-    suv = {"suv_type": "bw", "decay_correction": "ADMIN", "minutes_to_reference": [0, 0]}
-    file = make(tmp_path / "admin.h5", {A: 0}, records={A: {"suv": suv}})
-    assert run(file, "-o", output, "--cases", tmp_path / "cases.csv") == 0
-    assert rows_of(tmp_path / "cases.csv")[0]["uptake_minutes"] == ""
-
-
 def test_who_the_patient_is_stays_open_where_nothing_tells_it(tmp_path, output, capsys):
     file = make(tmp_path / "foreign.h5", {"case1_a": 0})
     cases = tmp_path / "cases.csv"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from common.report.suv_words import uptake_minutes
 from common.report.untrusted_json import is_number, json_array, json_object
 from common.suv.provenance import coarse
 
@@ -51,20 +52,13 @@ def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
         "project": str(attributes.get("project", "")),
         "suv_type": str(attributes.get("suv_type", "")),
         "suv_rule": str(provenance.get("rule", "")),
-        "uptake_minutes": _number(_uptake_minutes(provenance)),
+        "uptake_minutes": _number(uptake_minutes(provenance)),
         "weight_kg": _number(provenance.get("weight_kg")),
         **spacings,
         "suv_max": _number(max(brightest, default=None)),
         **{name: _number(of_study.get(name)) for name in _OF_STUDY},
         "warnings": " | ".join(map(str, json_array(attributes.get("warnings")))),
     }
-
-
-def _uptake_minutes(provenance: Mapping[str, Any]) -> Any:
-    """Return the time from injection to the scan: none tells it where values refer to injection."""
-    if provenance.get("decay_correction") == "ADMIN":
-        return None
-    return next(iter(json_array(provenance.get("minutes_to_reference"))), None)
 
 
 def _number(value: Any) -> str:

@@ -29,14 +29,20 @@ from common.report.pictures import (
     projections,
     volumes_of,
 )
+from common.report.suv_words import (
+    WORDS_OF_RULE,
+    alternatives_sentence,
+    rule_sentences,
+    sound_provenance,
+    suv_sentence,
+    uptake_minutes,
+)
 from common.report.untrusted_json import is_number, json_array, json_object
 from common.run.atomic import clear_write_errors
 from common.run.engine import Engine, run_studies
 from common.run.output import parts_folder, writing_beside
 from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome
-from common.suv.body import SUV_UNITS
-from common.suv.provenance import coarse
 
 logger = logging.getLogger("tumorvolume")
 
@@ -165,28 +171,6 @@ def sound_measures(value: Any) -> Mapping[str, Any]:
     return {"lesions": lesions, "study": {**study, "dose_fraction": fraction}}
 
 
-def sound_provenance(value: Any) -> Mapping[str, Any]:
-    """Return how the SUV came about; empty where a file does not tell it in a known form."""
-    provenance = coarse(json_object(value))
-    texts = [provenance.get(name) for name in ("suv_type", "rule")]
-    factors, minutes, said = (
-        provenance.get(name) or []
-        for name in ("factor_range", "minutes_to_reference", "reinterpretations")
-    )
-    alternatives = provenance.get("alternatives") or {}
-    known_types = (
-        all(isinstance(text, str) for text in texts)
-        and all(isinstance(each, list) for each in (factors, minutes, said))
-        and isinstance(alternatives, dict)
-    )
-    if not known_types:
-        return {}
-    told = [provenance.get("weight_kg"), *alternatives.values()]
-    numbers = [*factors, *minutes, *(value for value in told if value is not None)]
-    known_types = all(map(is_number, numbers)) and all(isinstance(text, str) for text in said)
-    return provenance if known_types else {}
-
-
 # --- the markup ------------------------------------------------------------------------------
 
 TEMPLATE = "report.html.j2"
@@ -200,38 +184,6 @@ MANY_STUDIES, FEW_LESIONS, MANY_LESIONS = 100, 3, 10
 
 MOST_NUMBERS = 20
 """Lesions, the largest, that have their number in the projections."""
-
-_ALTERNATIVE_NAMES = {
-    "autopet": "first file's AcquisitionTime (autoPET script)",
-    "qiba": "QIBA",
-    "frame_based": "frame times",
-}
-_REFERENCE_OF_RULE = {
-    "11": "the dose as injected",
-    "12a": "the vendor's decay-reference time",
-    "12b": "the start of the series",
-    "12c": "the frame times, as the series was rewritten",
-    "13": "each slice's own mid-scan time",
-    "15": "the reference time of the enhanced object, or of PET-BIDS",
-}
-_WORDS_OF_RULE = {
-    "given as SUV": "The values came as SUV and are taken as they are.",
-    "6": "Rule 6: Bq/ml are divided by the dose that was left at the reference, per body weight.",
-    "7": "Rule 7: the scanner stored SUV, taken as it is, or brought to the type asked for.",
-    "8": "Rule 8: the scanner stored SUV per body surface, brought to the type asked for.",
-    "9": "Rule 9: the vendor's factor in the header makes SUV, or Bq/ml, of counts.",
-    "11": "Rule 11: decay was corrected to the injection, so that the dose counts as injected.",
-    "12a": "Rule 12a: decay was corrected to the time that the vendor's own element states, so "
-    "that what was left of the dose then counts.",
-    "12b": "Rule 12b: decay was corrected to the start of the series, so that what was left of the "
-    "dose then counts.",
-    "12c": "Rule 12c: the series was rewritten later, so that its start is found from the times of "
-    "its frames, and what was left of the dose then counts.",
-    "13": "Rule 13: decay was not corrected, so that for each slice what was left of the dose at "
-    "its own time counts.",
-    "15": "Rule 15: an enhanced PET, or the JSON of PET-BIDS, each of whose frames goes by these "
-    "rules.",
-}
 
 Array = NDArray[Any]
 
@@ -273,9 +225,7 @@ def study_card(
     by_label = mask.max() > 1 or (study is not None and study["lesion_count"] != len(lesions))
     marks = hottest_voxels(volumes, largest[:MOST_NUMBERS], by_label=by_label)
     shown = [each["label"] for each in largest[:n_lesions] if each["label"] in marks]
-    # Where the dose is meant as injected, the values do not tell how long the uptake was.
-    refers_to_scan = "11" not in str(provenance.get("rule", "")).split("+")
-    minutes = (provenance.get("minutes_to_reference") or []) if refers_to_scan else []
+    minutes = uptake_minutes(provenance)
     return _template("card").render(
         key=key,
         project=str(attributes.get("project", "")),
@@ -292,7 +242,7 @@ def study_card(
         fraction=study and study["dose_fraction"],
         contour=_contour(attributes),
         suv_max=max((lesion["suv_max"] for lesion in lesions), default=0.0),
-        minutes=round(float(np.mean(minutes))) if minutes else None,
+        minutes=None if minutes is None else round(minutes),
         weight_kg=provenance.get("weight_kg"),
     )
 
@@ -336,7 +286,7 @@ def write_page(stream: BinaryIO, title: str, mark: str, cards: Iterable[bytes]) 
         mark=mark,
         mask_rgb=MASK_RGB,
         contour_rgb=CONTOUR_RGB,
-        rules=_WORDS_OF_RULE.values(),
+        rules=WORDS_OF_RULE.values(),
     )
     head, tail = page.split("<!-- cards -->")
     stream.write(head.encode())
@@ -352,67 +302,3 @@ def _template(part: str) -> jinja2.Template:
     source = environment.loader.get_source(environment, TEMPLATE)[0]  # type: ignore[union-attr]
     marks = dict(zip(("page", "card", "failed"), source.split("{# ---- #}"), strict=True))
     return environment.from_string(marks[part])
-
-
-# --- sentences -------------------------------------------------------------------------------
-
-
-def suv_sentence(provenance: Mapping[str, Any]) -> str:
-    """Say in one sentence how the SUV came about."""
-    if not provenance:
-        return "How the SUV came about is not known: the zip had no studies.json."
-    units = provenance.get("units")
-    suv_type = provenance["suv_type"]
-    parts = [f"SUV ({suv_type}, {SUV_UNITS.get(suv_type, 'unknown unit')})"]
-    rules = provenance["rule"].split("+")
-    if units is None:
-        parts.append("as given")
-    elif "7" in rules or "8" in rules:
-        parts.append(f"as the scanner stored it (Units {units})")
-    else:
-        reference = next((_REFERENCE_OF_RULE[r] for r in rules if r in _REFERENCE_OF_RULE), None)
-        parts.append(f"from Units {units}")
-        if provenance.get("decay_correction"):
-            parts.append(f"DecayCorrection {provenance['decay_correction']}")
-        if reference:
-            parts.append(f"decay referred to {reference}")
-        minutes = provenance.get("minutes_to_reference")
-        if minutes and "11" not in rules:
-            parts.append(f"{_span(minutes, '.0f')} min after injection")
-        if provenance.get("factor_range"):
-            parts.append(f"factor {_span(provenance['factor_range'], '.6g')}")
-    if provenance.get("weight_kg"):
-        parts.append(f"body weight {provenance['weight_kg']:g} kg")
-    # What was given as SUV went by no rule of a number.
-    rule = "" if units is None else f" (rule {provenance['rule'] or '6'})"
-    sentence = ", ".join(parts) + rule + "."
-    if provenance.get("reinterpretations"):
-        sentence += " Reinterpreted: " + "; ".join(provenance["reinterpretations"]) + "."
-    return sentence
-
-
-def rule_sentences(provenance: Mapping[str, Any]) -> str:
-    """Say what the rules mean that made the SUV, one sentence each."""
-    rules = str(provenance["rule"] or "6").split("+") if provenance else []
-    return " ".join(_WORDS_OF_RULE[rule] for rule in rules if rule in _WORDS_OF_RULE)
-
-
-def alternatives_sentence(provenance: Mapping[str, Any]) -> str:
-    """Say how other rules in use would have scaled the same images; empty where none applies."""
-    middle = float(np.mean(provenance.get("factor_range") or [0.0]))
-    found = {
-        name: factor
-        for name in _ALTERNATIVE_NAMES
-        if (factor := (provenance.get("alternatives") or {}).get(name)) and middle > 0
-    }
-    if not found or provenance.get("units") not in ("BQML", "CNTS"):
-        return ""
-    return "Other rules would give: " + ", ".join(
-        f"{_ALTERNATIVE_NAMES[name]} {100 * (factor / middle - 1):+.1f} %"
-        for name, factor in found.items()
-    )
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    first, last = (format(value, form) for value in (values[0], values[-1]))
-    return first if first == last else f"{first} to {last}"

@@ -1,8 +1,9 @@
 """Standardised uptake values: a factor for each slice of a PET series, and its provenance.
 
 Pure. SUV = stored value * RescaleSlope * factor. The rules, as they are named in the provenance
-(7 to 9 are told by `common.suv.units`):
+(6 to 9 are told by `common.suv.units`):
 
+    6    Units BQML: activity concentrations; not named in files, as it goes without saying
     7    Units GML: SUV already; converted where another type is asked for
     8    Units CM2ML: SUV by body surface area already; likewise
     9    Units CNTS of Philips: (7053,1000) is the factor; else "9+", and (7053,1009) gives Bq/ml
@@ -141,7 +142,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         refuse_reinterpretations(caveats)
     return _conversion(
         suv_type,
-        tuple(each for each in (scale.rule, rule) if each is not None),
+        (scale.rule,) if rule is None else (scale.rule, rule),
         factors,
         weight_kg,
         caveats,

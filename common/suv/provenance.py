@@ -19,6 +19,7 @@ class Rule(StrEnum):
     """The rules by their numbers in docs/suv.md; see `common.suv.factors` and `.decay`."""
 
     GIVEN = "given as SUV"
+    BQML = "6"
     GML = "7"
     CM2ML = "8"
     CNTS = "9"
@@ -39,8 +40,7 @@ class Provenance:
     suv_type : str
         Type of the SUV, a key of `SUV_UNITS`.
     rules : tuple of Rule
-        What fired: what the values are, then the moment that they refer to; the former is not
-        named where the values are Bq/ml.
+        What fired: what the values are; then, unless they are SUV, the moment that they refer to.
     factor_range : (float, float)
         Least and largest factor from rescaled value to SUV.
     weight_kg : float or None
@@ -77,8 +77,8 @@ class Provenance:
 
     @property
     def rule(self) -> str:
-        """The rules that fired in one word, as files name them."""
-        return "+".join(self.rules)
+        """The rules that fired in one word, as files name them: 6 goes without saying."""
+        return "+".join(rule for rule in self.rules if rule is not Rule.BQML)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -107,6 +107,13 @@ def coarse(record: Mapping[str, Any]) -> dict[str, Any]:
     of other makes, stays.
     """
     return {name: _rounded(value, _ROUNDED.get(name)) for name, value in record.items()}
+
+
+def rules_of(record: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Return the rules that a record names, but for those that are unknown here."""
+    known = {rule.value: rule for rule in Rule}
+    named = str(record.get("rule", "")).split("+")
+    return tuple(known[each] for each in named if each in known)
 
 
 def minimal(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,15 +35,15 @@ class Scale:
 
     Attributes
     ----------
-    rule : Rule or None
-        The rule that fired; None for BQML.
+    rule : Rule
+        The rule that fired.
     suv_type : str or None
         SUV of this type; None for activity concentration [Bq/ml].
     per_unit : (n_slices,) array
 
     """
 
-    rule: Rule | None
+    rule: Rule
     suv_type: str | None
     per_unit: Array
 
@@ -64,7 +64,7 @@ def scale_of_units(series: PetSeries) -> Scale:
             return Scale(Rule.CM2ML, "bsa", in_units)
         case "BQML":
             _require_decay_correction(series)
-            return Scale(None, None, in_units)
+            return Scale(Rule.BQML, None, in_units)
         case "CNTS":
             _require_decay_correction(series)
             return _scale_of_counts(series)

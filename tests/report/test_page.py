@@ -19,7 +19,8 @@ from common import geometry, plausibility, quality_warnings
 from common.errors import Kind, Warning, warnings_from
 from common.geometry import Grid
 from common.report import page as page_module
-from common.report import pictures
+from common.report import pictures, suv_words
+from common.report.case_table import COLUMNS, case_rows
 from common.suv.provenance import Rule
 
 SHAPE = (24, 20, 30)
@@ -46,7 +47,7 @@ BQML = {
 }
 
 
-def a_card(key="0123456789", warnings=(), suv_max=8.0, tmtv_ml=12.0, mask=None):
+def a_card(key="0123456789", warnings=(), suv_max=8.0, tmtv_ml=12.0, mask=None, provenance=BQML):
     """A card of a study with one lesion at (18, 5, 25), left, behind and high up."""
     if mask is None:
         mask = np.zeros(SHAPE, np.uint8)
@@ -67,7 +68,7 @@ def a_card(key="0123456789", warnings=(), suv_max=8.0, tmtv_ml=12.0, mask=None):
     study = {"lesion_count": 1, "tmtv_ml": tmtv_ml, "dmax_mm": 0.0, "dose_fraction": 0.5}
     measures = {"lesions": [lesion] if mask.any() else [], "study": study}
     return page_module.study_card(
-        key, image, mask[None], mask[None], ATTRIBUTES, measures, BQML, warnings
+        key, image, mask[None], mask[None], ATTRIBUTES, measures, provenance, warnings
     )
 
 
@@ -81,40 +82,52 @@ def a_page(cards):
 
 
 def test_the_sentence_says_units_decay_time_factor_and_weight():
-    assert page_module.suv_sentence(BQML) == (
+    assert suv_words.suv_sentence(BQML) == (
         "SUV (bw, g/ml), from Units BQML, DecayCorrection START, decay referred to the start of "
         "the series, 62 min after injection, factor 0.0004, body weight 75 kg (rule 12b)."
     )
 
 
 def test_the_sentence_tells_reinterpretations():
-    sentence = page_module.suv_sentence({**BQML, "reinterpretations": ["weight taken as grams"]})
+    sentence = suv_words.suv_sentence({**BQML, "reinterpretations": ["weight taken as grams"]})
     assert sentence.endswith("Reinterpreted: weight taken as grams.")
 
 
+def test_page_and_table_of_cases_tell_one_uptake_and_none_where_values_refer_to_injection():
+    """The page took the mean of the slices, the table the least, each with its own ADMIN."""
+    beds = {**BQML, "rule": "13", "minutes_to_reference": [62.0, 92.0]}
+    injection = {**BQML, "rule": "9+11", "minutes_to_reference": [0.0, 0.0]}
+    for provenance, told in ((beds, "62"), (injection, "")):
+        assert f'data-minutes="{told}"' in a_card(provenance=provenance)
+        [cells] = case_rows([("a", "a", {"suv": json.dumps(provenance)})])
+        assert cells[COLUMNS.index("uptake_minutes")] == told
+    assert "62 to 92 min after injection" in suv_words.suv_sentence(beds)
+    assert "min after" not in suv_words.suv_sentence(injection)
+
+
 def test_without_provenance_the_sentence_says_so():
-    assert "not known" in page_module.suv_sentence({})
+    assert "not known" in suv_words.suv_sentence({})
 
 
 def test_alternatives_are_told_as_differences_in_percent():
-    assert page_module.alternatives_sentence(BQML) == (
+    assert suv_words.alternatives_sentence(BQML) == (
         "Other rules would give: first file's AcquisitionTime (autoPET script) +2.5 %, "
         "QIBA +0.0 %, frame times -12.5 %"
     )
 
 
 def test_values_that_are_suv_already_have_no_alternatives():
-    assert page_module.alternatives_sentence({**BQML, "units": "GML"}) == ""
+    assert suv_words.alternatives_sentence({**BQML, "units": "GML"}) == ""
 
 
 def test_each_rule_is_told_in_one_sentence_that_leads_to_the_docs():
-    assert set(page_module._WORDS_OF_RULE) == {*map(str, Rule), "6"}
-    for rule, sentence in page_module._WORDS_OF_RULE.items():
+    assert set(suv_words.WORDS_OF_RULE) == set(Rule)
+    for rule, sentence in suv_words.WORDS_OF_RULE.items():
         assert sentence.count(".") == 1
         assert rule in sentence or rule == Rule.GIVEN
-    both = page_module.rule_sentences({"rule": "9+12a"})
+    both = suv_words.rule_sentences({"rule": "9+12a"})
     assert [word[:-1] for word in both.split() if word.endswith(":")] == ["9", "12a"]
-    assert page_module.rule_sentences({}) == ""
+    assert suv_words.rule_sentences({}) == ""
     card = a_card()
     assert "Rule 12b: decay was corrected to the start of the series" in card
     docs = Path(__file__).parents[2] / "docs"
@@ -256,7 +269,7 @@ def test_with_labels_kept_a_row_is_shown_where_its_label_is_hottest():
 )
 def test_measures_and_provenance_of_another_make_are_left_out(value):
     assert page_module.sound_measures(value) == {}
-    assert page_module.sound_provenance(value) == {}
+    assert suv_words.sound_provenance(value) == {}
 
 
 @pytest.mark.parametrize(
@@ -273,9 +286,9 @@ def test_measures_and_provenance_of_another_make_are_left_out(value):
     ],
 )
 def test_provenance_of_odd_types_is_told_as_unknown(change):
-    record = page_module.sound_provenance(json.dumps({**BQML, **change}))
+    record = suv_words.sound_provenance(json.dumps({**BQML, **change}))
     assert record == {}
-    assert "not known" in page_module.suv_sentence(record)
+    assert "not known" in suv_words.suv_sentence(record)
 
 
 def test_a_lesion_lies_in_the_middle_of_each_panel_whatever_the_orientation_of_the_file():

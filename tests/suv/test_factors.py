@@ -979,7 +979,7 @@ def test_dropped_dates_keep_a_scan_together_whatever_the_vendors_date(stated: da
     }
     provenance = suv_factors(stating("GE", stated, **header)).provenance
     assert provenance.rules == (
-        (Rule.SERIES_START,) if stated.year == 1900 else (Rule.STATED_REFERENCE,)
+        (Rule.BQML, Rule.SERIES_START if stated.year == 1900 else Rule.STATED_REFERENCE)
     )
     assert provenance.minutes_to_reference == pytest.approx((60, 60))
     assert provenance.warnings == ()
