@@ -31,7 +31,7 @@ from common.errors import (
     WorkerKilled,
     counted,
 )
-from common.hdf5 import index
+from common.hdf5 import index, reading
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     Content,
@@ -39,6 +39,7 @@ from common.hdf5.studies import (
     read_all_attributes,
     read_attributes,
     read_parameters,
+    split_projection_key,
     studies_of,
     study_of,
 )
@@ -345,7 +346,7 @@ def refuse_losses(options: argparse.Namespace, plan: MergePlan) -> None:
 
 def held_studies(path: Path) -> dict[str, str]:
     """Return the studies that a file holds, each without what it was made from."""
-    return dict.fromkeys(studies_of(merging.read_keys_of_any(path), read_parameters(path)), "")
+    return dict.fromkeys(studies_of(reading.read_keys_of_any(path), read_parameters(path)), "")
 
 
 def version_of(path: Path) -> tuple[int, int, int]:
@@ -399,8 +400,8 @@ def plan_merge(options: argparse.Namespace) -> MergePlan:
         parameters,
         found,
         sources,
-        samples=merging.read_samples(sources, parameters) if parted else [],
-        attributes=merging.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
+        samples=reading.read_samples(sources, parameters) if parted else [],
+        attributes=reading.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
         exported=nnunet.stored_cases(sources) if options.export_nnunet else {},
         projects={} if is_3d else read_listed_projects(options, sources, stacked=stacked),
         failures=sorted(
@@ -424,15 +425,15 @@ def read_listed_projects(
     if listed in (options.output, options.keys, options.log_file):
         raise StageError(f"{listed}: the list of the projections goes there: choose another name")
     projects: dict[str, str] = {}
-    for path, keys in merging.keys_by_file(sources).items():
+    for path, keys in reading.keys_by_file(sources).items():
         if stacked:
             found = read_projects(path)
         else:
             # All projections of a study tell the same.
-            first = {key.rpartition("_")[0]: key for key in reversed(keys)}
+            first = {split_projection_key(key)[0]: key for key in reversed(keys)}
             of_keys = read_attributes(path, list(first.values()), "project")
             found = {study: str(of_keys.get(key, "")) for study, key in first.items()}
-        studies = {key.rpartition("_")[0] for key in keys}
+        studies = {split_projection_key(key)[0] for key in keys}
         if not studies <= found.keys():
             logger.warning(
                 "%s does not list all of its studies: their projects stay empty in %s",
@@ -465,7 +466,7 @@ def wanted_keys(
         # A hash in a list stands for all projections of its study.
         return key in listed or study_of(key, parameters) in listed
 
-    present = {key for source in options.inputs for key in merging.read_keys_of_any(source)}
+    present = {key for source in options.inputs for key in reading.read_keys_of_any(source)}
     studies = set(studies_of(present, parameters))
     unknown = sorted(listed - present - studies)
     taken = set(studies_of(filter(is_wanted, present), parameters))

@@ -27,7 +27,7 @@ import numpy as np
 
 from common.errors import StageError
 from common.hashing import fingerprint
-from common.hdf5 import index, merge
+from common.hdf5 import index, merge, reading
 from common.hdf5.chunks import COMPRESSIONS, is_available
 from common.hdf5.parts import read_as_planned, read_volume, write_projections
 from common.hdf5.studies import (
@@ -65,7 +65,7 @@ class StoredStudy:
     """What a worker needs to project one study.
 
     `length` along z is what to pad to, for stacking; None for projections as long as they are.
-    `digests` are those of the study as it was planned with (`merge.read_digests`).
+    `digests` are those of the study as it was planned with (`reading.read_digests`).
     """
 
     path: Path
@@ -189,7 +189,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             else functools.partial(merge.assemble_projections, **made_by),
             read_finished=functools.partial(in_own_process, index.read_stored, store)
             if store
-            else functools.partial(in_own_process, merge.read_projected),
+            else functools.partial(in_own_process, reading.read_projected),
             write_beside=lambda path, outcomes: list_held(options, source, outcomes),
             beside_of=functools.partial(pictures, options=options),
             name="project_2d",
@@ -216,7 +216,7 @@ def read_source(path: Path, shard: tuple[int, int]) -> Source:
         if (spacing_mm := attribute(image, "spacing")) is not None:
             spacings_mm[key] = spacing_mm
         if key in mine:
-            digests[key] = merge.digests_of(datasets)
+            digests[key] = reading.digests_of(datasets)
             projects[key] = attribute(image, "project") or ""
         return tuple(image.shape)
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from common.errors import StageError, StudyError
 from common.geometry import Grid, Image
 from common.hashing import fingerprint
-from common.hdf5.merge import keys_by_file, read_digests
+from common.hdf5.reading import keys_by_file, read_digests
 from common.hdf5.studies import read_attributes, read_dataset, read_shapes
 from common.nifti import is_sheared, load_library, write_nifti_file
 from common.run.engine import Engine, run_studies

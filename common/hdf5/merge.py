@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 
 from common.errors import StageError, blaming
-from common.hashing import array_digest, as_hash_lengths, fingerprint
+from common.hashing import array_digest, fingerprint
 from common.hdf5.chunks import read_values
 from common.hdf5.index import holds_links, read_links
 from common.hdf5.stacks import assemble_stack, common_length, holds_rows, read_rows, same_row
@@ -33,15 +33,12 @@ from common.hdf5.studies import (
     keeping_open,
     new_file,
     open_file,
-    open_studies,
     opened,
     projection_key,
     read_each,
     read_keys,
     read_parameters,
-    study_of,
 )
-from common.splits import Sample
 
 _ORIGIN = ("fingerprint", "hash_lengths", "ct_spacing", "pet_spacing", ATTRIBUTES_DIGEST)
 """Attributes of an image that do not tell what it shows."""
@@ -277,15 +274,6 @@ def links_to(path: Path, parameters: Mapping[str, Any], found: Mapping[str, Foun
     return read_parameters(path) == parameters and read_links(path) == files
 
 
-# --- what files hold -------------------------------------------------------------------------
-
-
-def read_keys_of_any(path: Path) -> list[str]:
-    """Return the keys of a file of studies, stacked or not, in order."""
-    stacked = content_of(read_parameters(path)) is Content.STACK
-    return read_rows(path) if stacked else read_keys(path)
-
-
 def _same_content(key: str, one: Path, other: Path) -> bool:
     """Whether two files hold the same arrays and attributes under a key."""
     return _content(one, key) == _content(other, key)
@@ -304,83 +292,3 @@ def _content(path: Path, key: str) -> list[dict[str, Any]]:
                 attributes.pop(name, None)
             content.append(attributes)
         return content
-
-
-def read_digests(sources: Mapping[str, Path]) -> dict[str, list[Any]]:
-    """Return fingerprint and digests of each key's datasets, from the file that `sources` names."""
-    digests = {}
-    for path, keys in keys_by_file(sources).items():
-        with open_studies(path) as file:
-            for key in keys:
-                digests[key] = digests_of([dataset_in(file, group, key) for group in GROUPS])
-    return digests
-
-
-def digests_of(datasets: Sequence[h5py.Dataset]) -> list[str]:
-    """Return fingerprint and digests of an image and its masks."""
-    return [str(attribute(datasets[0], "fingerprint")), *map(digest_of, datasets)]
-
-
-def read_image_attributes(
-    sources: Mapping[str, Path], names: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Return those attributes of each key's image that are there, by key and name."""
-    found = {}
-    for path, keys in keys_by_file(sources).items():
-        with open_studies(path) as file:
-            for key in keys:
-                image = dataset_in(file, "image", key)
-                found[key] = {name: attribute(image, name) for name in names if name in image.attrs}
-    return found
-
-
-def read_samples(sources: Mapping[str, Path], parameters: Mapping[str, Any]) -> list[Sample]:
-    """Return what decides the fold of each key, in order of key.
-
-    Parameters
-    ----------
-    sources : dict of key to file
-    parameters : dict
-        Of the files; they tell 2D from 3D.
-    """
-    samples = []
-    for path, keys in keys_by_file(sources).items():
-        with open_studies(path) as file:
-            for key in keys:
-                image, study = dataset_in(file, "image", key), study_of(key, parameters)
-                # Whoever made the file may have put anything there.
-                lengths = as_hash_lengths(attribute(image, "hash_lengths"), study)
-                samples.append(
-                    Sample(
-                        key,
-                        study,
-                        project=str(attribute(image, "project") or ""),
-                        digest=digest_of(image),
-                        patient_characters=lengths[0] if lengths is not None else None,
-                    )
-                )
-    return sorted(samples, key=lambda sample: sample.key)
-
-
-def keys_by_file(sources: Mapping[str, Path]) -> dict[Path, list[str]]:
-    """Return which keys each file is the source of."""
-    found: dict[Path, list[str]] = {}
-    for key, path in sources.items():
-        found.setdefault(path, []).append(key)
-    return found
-
-
-def read_projected(path: Path) -> dict[str, str]:
-    """Return the fingerprints of the studies in a 2D file, plain or stacked; unknown ones empty."""
-    found: dict[str, str] = {}
-    if content_of(read_parameters(path)) is Content.STACK:
-        with open_file(path) as file:
-            found = dict(json.loads(attribute(file["key"], "fingerprints")))
-            # Without digests it is of an older version.
-            return found if "sha256" in file["key"].attrs else dict.fromkeys(found, "")
-    with open_studies(path) as file:
-        for key in file["image"]:
-            study = key.rpartition("_")[0]
-            if study not in found:
-                found[study] = attribute(dataset_in(file, "image", key), "fingerprint") or ""
-    return found

@@ -94,7 +94,7 @@ def read_as_planned(
     ----------
     path, group, key
     digests : sequence of str
-        Of the study when the run was planned (`merge.read_digests`).
+        Of the study when the run was planned (`reading.read_digests`).
 
     Raises
     ------

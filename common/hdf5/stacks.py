@@ -32,6 +32,7 @@ from common.hdf5.studies import (
     new_file,
     open_file,
     opened,
+    split_projection_key,
 )
 from common.projection import padded
 
@@ -61,6 +62,15 @@ def read_rows(path: Path) -> list[str]:
         if not all(can_name_study(key, LONGEST_NAME + LONGEST_ANGLE) for key in stack.rows):
             raise StageError(f"{path}: holds a study whose name is no name: make it again")
         return list(stack.rows)
+
+
+def read_stacked(path: Path) -> dict[str, str]:
+    """Return the fingerprints of the studies in a stack; of one of an older version empty ones."""
+    with open_file(path) as file:
+        names = file[KEYS]
+        found = dict(json.loads(attribute(names, "fingerprints")))
+        # Only newer versions keep digests of the rows.
+        return found if "sha256" in names.attrs else dict.fromkeys(found, "")
 
 
 def common_length(paths: Sequence[Path]) -> int:
@@ -164,7 +174,7 @@ def assemble_stack(
                         if row == 0:
                             stacks[group] = _create_stack(target, group, dataset, len(keys), length)
                         _write_projection(dataset, at, stacks[group], row)
-                    fingerprints[key.rpartition("_")[0]] = projections.fingerprint(key)
+                    fingerprints[split_projection_key(key)[0]] = projections.fingerprint(key)
                     digests[row] = projections.digest(key, length)
                 except DAMAGE as error:
                     raise StageError(
@@ -280,5 +290,5 @@ class _Projections:
     def fingerprint(self, key: str) -> str:
         """Return the fingerprint of the study that the projection is of."""
         if self.rows:
-            return self._fingerprints[key.rpartition("_")[0]]
+            return self._fingerprints[split_projection_key(key)[0]]
         return attribute(dataset_in(self._file, "image", key), "fingerprint") or ""

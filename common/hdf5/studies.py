@@ -86,6 +86,12 @@ def projection_key(study_hash: str, angle: float) -> str:
     return f"{study_hash}_{angle_name(angle)}"
 
 
+def split_projection_key(key: str) -> tuple[str, str]:
+    """Return the study's hash and the angle's name from the key of a projection."""
+    study_hash, _, angle = key.rpartition("_")
+    return study_hash, angle
+
+
 def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
     """Return the hashes of the studies behind keys, in order."""
     return sorted({study_of(key, parameters) for key in keys})
@@ -93,7 +99,7 @@ def studies_of(keys: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
 
 def study_of(key: str, parameters: Mapping[str, Any]) -> str:
     """Return the hash of the study behind a key: the keys of a 2D file end in an angle."""
-    return key if content_of(parameters) is Content.VOLUMES else key.rpartition("_")[0]
+    return key if content_of(parameters) is Content.VOLUMES else split_projection_key(key)[0]
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from common.hdf5.studies import (
     read_keys,
     read_parameters,
     sound_attributes,
+    split_projection_key,
 )
 
 _COPIED = ("spacing", "orientation", "ct_range", "suv_range", "iso_threshold", "iso_suv")
@@ -167,13 +168,13 @@ def _volume_faults(
 def _slice_faults(
     key: str, attributes: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Any]
 ) -> Iterator[str]:
-    study, _, name = key.rpartition("_")
+    study, angle = split_projection_key(key)
     for group in GROUPS:
         found = attributes[group]
         try:
             sound = (
                 found["hash"] == study
-                and found["angle"] == float(name)
+                and found["angle"] == float(angle)
                 and len(found["spacing"]) == 2
                 and "project" in found
             )

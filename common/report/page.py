@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from common.errors import StudyError, Warning, warnings_from
 from common.geometry import voxel_ml
 from common.hashing import fingerprint
-from common.hdf5.merge import read_digests
+from common.hdf5.reading import read_digests
 from common.hdf5.studies import read_dataset
 from common.report.pictures import (
     CONTOUR_RGB,

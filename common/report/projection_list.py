@@ -4,6 +4,7 @@ import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from common.hdf5.studies import split_projection_key
 from common.run.output import write_table
 
 _COLUMNS = ("number", "hash", "angle", "project", "dataset")
@@ -18,7 +19,7 @@ def write_list(path: Path, keys: Iterable[str], projects: Mapping[str, str]) -> 
     """Write the list of a 2D file with those keys; projects are by hash."""
     rows = []
     for number, key in enumerate(sorted(keys)):
-        study, _, angle = key.rpartition("_")
+        study, angle = split_projection_key(key)
         rows.append((number, study, angle, projects.get(study, ""), key))
     write_table(list_beside(path), _COLUMNS, rows)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common.errors import DamagedSource, StageError, StudyError
-from common.hdf5 import chunks, merge, verify
+from common.hdf5 import chunks, merge, reading, verify
 from common.hdf5 import studies as stored
 from common.run.pool import in_own_process
 
@@ -353,6 +353,6 @@ def test_stack_has_a_row_a_key_and_can_be_stacked_again(tmp_path):
             assert file[group].dtype == expected.dtype
             np.testing.assert_array_equal(file[group][()], expected)
             assert file[group].attrs["spacing"].tolist() == [2, 3]
-    assert merge.read_projected(stacked) == {"a": "f", "b": "f"}
+    assert reading.read_projected(stacked) == {"a": "f", "b": "f"}
     merge.assemble_stack(again, dict.fromkeys(keys, stacked), **made_by)
     assert again.read_bytes() == stacked.read_bytes()
