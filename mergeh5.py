@@ -523,7 +523,7 @@ def write_merged(
                 raise StageError(f"{source}: has been made anew since this run began: run again")
         failed.update(beside(path))
 
-    replace_output(options.output, assemble, sources, before_replacing)
+    replace_output(options.output, assemble, sources, before_replacing, links=options.link)
     return failed
 
 

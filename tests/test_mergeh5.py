@@ -649,10 +649,13 @@ def cards_of(page):
 
 @pytest.mark.parametrize("how", [(), ("--link",)])
 def test_the_page_of_a_merged_file_or_an_index_shows_the_studies_of_all(how, inputs, output):
-    page = output.with_suffix(".html")
-    command = (inputs["one"], inputs["two"], "-o", output, "--report", page, "-j", 1, *how)
+    page, table = output.with_suffix(".html"), output.with_suffix(".csv")
+    beside = "--report", page, "--measures", table
+    command = (inputs["one"], inputs["two"], "-o", output, *beside, "-j", 1, *how)
     assert run(*command) == 0
     assert cards_of(page) == [A, B, C, D]
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["hash"] for row in rows if row["lesion"] == "total"] == [A, B, C, D]
     text = page.read_text()
     assert re.findall(r'data-project="(\w+)"', text) == ["one", "one", "two", "two"]
     assert text.count("<img src") > 8
