@@ -399,6 +399,7 @@ def _require_pet(header: Dataset) -> None:
 
 
 def _slice(header: Dataset, manufacturer: str) -> PetSlice:
+    # A header beside a NIfTI PET is rescaled, and so checked, nowhere else.
     refuse_intercept(header)
     zone = utc_offset(header)
     acquired = date_and_time(header, "AcquisitionDate", "AcquisitionTime", zone)

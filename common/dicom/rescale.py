@@ -50,15 +50,18 @@ def rescale_of(header: Dataset, frame: Dataset | None = None) -> Rescale:
         No slope; a PET that is offset, or whose frame is scaled in several ways; malformed values.
     """
     is_pet = joined_text(header, "Modality") == "PT"
-    if frame is None:
-        return Rescale(required_number(header, "RescaleSlope"), _intercept(header, is_pet=is_pet))
-    rescaling = functional_group(header, frame, "PixelValueTransformationSequence")
-    mappings = real_world_mappings(header, frame) if is_pet else []
-    if rescaling is None and mappings:
-        return Rescale(1.0, 0.0, _real_world_slope(1.0, mappings))
-    rescaling = rescaling or Dataset()
+    rescaling: Dataset | None = header
+    mappings: list[Dataset] = []
+    if frame is not None:
+        rescaling = functional_group(header, frame, "PixelValueTransformationSequence")
+        mappings = real_world_mappings(header, frame) if is_pet else []
+        if rescaling is None and mappings:
+            return Rescale(1.0, 0.0, _real_world_slope(1.0, mappings))
+        rescaling = rescaling or Dataset()
     slope = required_number(rescaling, "RescaleSlope")
-    intercept = _intercept(rescaling, is_pet=is_pet)
+    if is_pet:
+        refuse_intercept(rescaling)
+    intercept = 0.0 if is_pet else required_number(rescaling, "RescaleIntercept")
     return Rescale(slope, intercept, _real_world_slope(slope, mappings))
 
 
@@ -78,13 +81,6 @@ def refuse_intercept(rescaling: Dataset) -> None:
         )
 
 
-def _intercept(rescaling: Dataset, *, is_pet: bool) -> float:
-    if not is_pet:
-        return required_number(rescaling, "RescaleIntercept")
-    refuse_intercept(rescaling)
-    return 0.0
-
-
 # --- real world values -----------------------------------------------------------------------
 
 
@@ -99,14 +95,15 @@ def mappings_of_rescaled(
 ) -> tuple[Sequence[Dataset], bool]:
     """Return which mappings speak of rescaled values, and whether that is a reinterpretation.
 
-    They are those of the RescaleSlope's own slope, else those of a slope of 1, which is one: it
-    says that nothing is left to scale.
+    They are those whose RealWorldValueSlope is the RescaleSlope, as they map stored values just as
+    the rescale does. Without any, those whose RealWorldValueSlope is 1, which is a
+    reinterpretation: they must map rescaled values, as no scale is left. Without either, all of
+    them where the RescaleSlope is 1, so that the mapping alone scales; else none.
     """
     for expected in (slope, 1.0):
         found = [each for each in mappings if _has_slope(each, expected)]
         if found:
             return found, expected != slope
-    # A slope of 1 says nothing: the mapping alone scales.
     return (mappings if slope == 1 else ()), False
 
 

@@ -193,12 +193,26 @@ def without_rescaling(header: Dataset) -> None:
         del frame.PixelValueTransformationSequence
 
 
-@pytest.mark.parametrize("change", [without_slope, without_rescaling])
+def with_mapping_of_the_object(header: Dataset) -> None:
+    without_rescaling(header)
+    for frame in header.PerFrameFunctionalGroupsSequence:
+        header.RealWorldValueMappingSequence = frame.RealWorldValueMappingSequence
+        del frame.RealWorldValueMappingSequence
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("enhanced, several slopes", without_slope),
+        ("enhanced, several slopes", without_rescaling),
+        ("enhanced", with_mapping_of_the_object),
+    ],
+)
 def test_enhanced_pet_may_be_scaled_by_its_mapping_alone(
-    change: Callable[[Dataset], None], tmp_path: Path
+    name: str, change: Callable[[Dataset], None], tmp_path: Path
 ) -> None:
     raw = tmp_path / "raw"
-    case = CASES["enhanced, several slopes"]
+    case = CASES[name]
     add_case(raw, case, change)
     # A NIfTI PET is in the unit of its header already.
     study = raw / "NIfTI" / "scan"
@@ -216,6 +230,20 @@ def test_values_given_as_suv_keep_the_scale_of_a_mapping_alone(tmp_path: Path) -
     status, _, volumes = run(tmp_path / "raw", "--pet-units", "suv")
     assert status == 0
     np.testing.assert_allclose(volumes["enhanced, GML"], PHANTOM, atol=5e-4)
+
+
+@pytest.mark.parametrize("options", [[], ["--pet-units", "suv"]])
+def test_a_dry_run_refuses_values_that_are_offset_as_the_run_does(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_headers(tmp_path / "raw", "offset", RescaleIntercept=-5)
+    said = "the values are offset (RescaleIntercept (0028,1052) of the PET is -5)"
+    status, rows, _ = run(tmp_path / "raw", *options)
+    assert status == 3
+    assert said in rows["offset"]["reason"]
+    command = [str(tmp_path / "raw"), "-o", str(tmp_path / "dry.zip"), "-j1", "--dry-run"]
+    assert createproject.main([*command, *options]) == 3
+    assert said in capsys.readouterr().out
 
 
 def test_strict_refuses_grams_and_megabecquerels_whatever_the_units(tmp_path: Path) -> None:
