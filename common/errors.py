@@ -23,6 +23,7 @@ class Kind(StrEnum):
     DECAY_REFERENCE = "decay reference disagrees"
     REINTERPRETED = "reinterpreted header"
     SUV = "SUV header"
+    LEFT_OUT = "files left out"
     SERIES = "series"
     MASK = "mask as it was read"
     REGIONS = "regions united or left out"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from common.dicom.attributes import joined_text, tag_of
 from common.dicom.files import DicomFile, Series, group_series
-from common.errors import IncompleteStudy, StudyError
+from common.errors import IncompleteStudy, Kind, StudyError, Warning
 from common.raw.candidates import (
     Candidate,
     NiftiFile,
@@ -39,22 +39,26 @@ def _is_header(file: DicomFile) -> bool:
     return "header" in words(file.name)
 
 
-def _passed_over(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+def _passed_over(candidates: Sequence[Candidate]) -> tuple[Warning, ...]:
     """Say that a whole DICOM PET series serves as the header of a NIfTI PET."""
     return tuple(
-        f"the NIfTI file is taken as the PET and the {kind(each)} as its header: if the series is "
-        "meant, choose it with --pet PATTERN"
+        Warning(
+            Kind.SERIES,
+            f"the NIfTI file is taken as the PET and the {kind(each)} as its header: if the "
+            "series is meant, choose it with --pet PATTERN",
+        )
         for each in candidates
         if isinstance(each, Series) and each.n_images > 1 and not all(map(_is_header, each.files))
     )
 
 
-def _nameless_left_out(n_files: int) -> tuple[str, ...]:
+def _nameless_left_out(n_files: int) -> tuple[Warning, ...]:
     """Say that a complete study has more NIfTI files: one may be a second mask."""
-    return (
+    text = (
         f"NIfTI files ({n_files}) have no word for a role in their path and are left out: if one "
-        "is meant, choose it by pattern",
+        "is meant, choose it by pattern"
     )
+    return (Warning(Kind.LEFT_OUT, text),)
 
 
 def _several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
@@ -169,7 +173,7 @@ class Roles:
     header : Series or None
         PET DICOM files that give the SUV; None where PET is DICOM itself or needs no header.
         Given beside a DICOM PET, it must be of that very series.
-    warnings : tuple of str
+    warnings : tuple of Warning
         What was left out or decided; no identity.
     sidecar : str or None
         Path of the PET-BIDS sidecar that gives the SUV of a NIfTI PET without a DICOM header.
@@ -179,7 +183,7 @@ class Roles:
     pet: NiftiFile | Series
     mask: NiftiFile | NiftiFiles | DicomFile
     header: Series | None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Warning, ...] = ()
     sidecar: str | None = None
 
 
@@ -191,7 +195,7 @@ class Survey:
     ----------
     fitting : dict of role to list of candidates
         Without "header" where none is needed.
-    warnings : tuple of str
+    warnings : tuple of Warning
         What was left out or decided; no identity.
     hints : tuple of str
         Why roles may be missing; no identity.
@@ -202,7 +206,7 @@ class Survey:
     """
 
     fitting: Mapping[str, Sequence[Candidate]]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Warning, ...] = ()
     hints: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     lacks_files: bool = False
@@ -304,7 +308,7 @@ def choose(found: Survey, named_by: str = "the mapping file names them") -> Role
     if several:
         reasons += [*filter(None, [named_by]), *_several_examinations(fitting)]
     if missing:
-        reasons += [*found.hints, *found.warnings]
+        reasons += [*found.hints, *map(str, found.warnings)]
         raise IncompleteStudy(
             "; ".join(reasons), "; ".join(found.names), lacks_files=found.lacks_files
         )
@@ -399,7 +403,7 @@ def _one_file_a_lesion(masks: Sequence[Candidate], patterns: Patterns) -> list[C
 
 def _without_single_slices(
     candidates: Sequence[Candidate],
-) -> tuple[list[Candidate], tuple[str, ...]]:
+) -> tuple[list[Candidate], tuple[Warning, ...]]:
     """Leave out single slices beside volumes: scouts, headers and the like.
 
     One of the same plane and matrix as those of a series may have been torn from it: it stays,
@@ -415,12 +419,12 @@ def _without_single_slices(
     if not single or len(single) == len(candidates):
         return [*candidates], ()
     text = f"DICOM series of one {single[0].modality} slice ({len(single)}) are left out"
-    return [each for each in candidates if each not in single], (text,)
+    return [each for each in candidates if each not in single], (Warning(Kind.LEFT_OUT, text),)
 
 
 def _without_uncorrected(
     candidates: Sequence[Candidate],
-) -> tuple[list[Candidate], tuple[str, ...]]:
+) -> tuple[list[Candidate], tuple[Warning, ...]]:
     """Leave out PET series not corrected for attenuation beside one that is: they give no SUV."""
     series = [each for each in candidates if isinstance(each, Series)]
     uncorrected = [each for each in series if not is_corrected(each)]
@@ -430,7 +434,8 @@ def _without_uncorrected(
         f"PET series not corrected for attenuation ({len(uncorrected)}, "
         f"{tag_of('CorrectedImage')} lacks ATTN, or is missing) are left out"
     )
-    return [each for each in candidates if each not in uncorrected], (text,)
+    corrected = [each for each in candidates if each not in uncorrected]
+    return corrected, (Warning(Kind.LEFT_OUT, text),)
 
 
 def _geometry(series: Series) -> tuple[str, ...]:

@@ -185,7 +185,7 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         As `read_study`, but for what only voxels tell.
     """
     warnings = [
-        *(Warning(Kind.OTHER, text) for text in roles.warnings),
+        *roles.warnings,
         *check_identity(roles, trusted=conversion.trust_geometry),
     ]
     ct, pet = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.dicom.attributes import tag_of
 from common.dicom.files import DICOM_SUFFIXES, DicomFile, read_dicom_file
+from common.errors import Kind, Warning
 from common.nifti import is_nifti_name
 from common.raw.candidates import NiftiFile
 from common.raw.project import StudyFolder, files_of
@@ -35,7 +36,7 @@ class StudyFiles:
     nifti: Sequence[NiftiFile]
     dicom: Sequence[DicomFile]
     other_formats: Sequence[str]
-    warnings: tuple[str, ...]
+    warnings: tuple[Warning, ...]
     lacks_files: bool = False
 
 
@@ -66,15 +67,14 @@ def read_files(folder: StudyFolder) -> StudyFiles:
         else:
             n_no_dicom += file.name.lower().endswith(DICOM_SUFFIXES)
             other_formats.update(s for s in _OTHER_FORMATS if file.name.lower().endswith(s))
-    warnings = []
+    texts = []
     if n_dangling:
-        warnings.append(
-            f"links that lead nowhere ({n_dangling}) are left out: restore their target"
-        )
+        texts.append(f"links that lead nowhere ({n_dangling}) are left out: restore their target")
     if n_no_dicom:
-        warnings.append(
+        texts.append(
             f"files named as DICOM ({n_no_dicom}) are left out, damaged or without "
             f"{tag_of('Modality')}: check that no slice is lost"
         )
+    warnings = tuple(Warning(Kind.LEFT_OUT, text) for text in texts)
     lacks_files = not files or n_dangling > 0
-    return StudyFiles(nifti, dicom, sorted(other_formats), tuple(warnings), lacks_files)
+    return StudyFiles(nifti, dicom, sorted(other_formats), warnings, lacks_files)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pet_headers import PerSlice
 
 from common.dicom.files import DicomFile, Series
-from common.errors import IncompleteStudy, StageError, StudyError
+from common.errors import IncompleteStudy, Kind, StageError, StudyError, Warning
 from common.hashing import pseudonym
 from common.raw.candidates import NiftiFile, Patterns
 from common.raw.project import StudyFolder, list_files, list_studies
@@ -33,6 +33,10 @@ WORD_AND_ROLE = [(word, role) for role, words in WORDS.items() for word in words
 
 def roles_of(study, header_needed=True, **patterns):
     return find_roles(str(study), Patterns(patterns), header_needed=header_needed)
+
+
+def left_out(text):
+    return (Warning(Kind.LEFT_OUT, text),)
 
 
 def refusal(study, **patterns):
@@ -298,7 +302,7 @@ def test_a_single_slice_is_no_second_ct_unless_it_may_be_torn_from_the_first(
     if is_scout:
         found = roles_of(study)
         assert found.ct.n_images == layouts.N_SLICES
-        assert found.warnings == ("DICOM series of one CT slice (1) are left out",)
+        assert found.warnings == left_out("DICOM series of one CT slice (1) are left out")
     else:
         assert "2 candidates for CT (DICOM series of 1; DICOM" in str(refusal(study))
 
@@ -408,9 +412,9 @@ def uncorrected(study, **attributes):
 def test_an_uncorrected_series_is_no_rival_of_a_corrected_one(tmp_path, attributes):
     found = roles_of(uncorrected(layouts.subfolders(tmp_path), **attributes))
     assert {name.split("/")[0] for name in names(found.pet)} == {"PET"}
-    assert found.warnings == (
+    assert found.warnings == left_out(
         "PET series not corrected for attenuation (1, CorrectedImage (0028,0051) lacks ATTN, or is "
-        "missing) are left out",
+        "missing) are left out"
     )
 
 
@@ -481,9 +485,9 @@ def test_a_nifti_file_that_no_word_tells_is_not_lost_silently(tmp_path):
     shutil.copy(study / "MASK.nii.gz", study / "mask2.nii.gz")
     found = roles_of(study, header_needed=False)
     assert names(found.mask) == ["MASK.nii.gz"]
-    assert found.warnings == (
+    assert found.warnings == left_out(
         "NIfTI files (1) have no word for a role in their path and are left out: if one is meant, "
-        "choose it by pattern",
+        "choose it by pattern"
     )
 
 
@@ -599,14 +603,14 @@ def test_a_file_named_as_dicom_that_is_none_is_not_lost_silently(tmp_path):
     (study / "PET" / "pet_005.dcm").write_text("<html>404</html>" * 20)
     found = roles_of(study)
     assert found.pet.n_images == layouts.N_SLICES - 1
-    assert "check that no slice is lost" in found.warnings[0]
+    assert "check that no slice is lost" in str(found.warnings[0])
 
 
 def test_a_link_that_leads_nowhere_is_not_lost_silently(tmp_path):
     study = layouts.subfolders(tmp_path)
     (study / "PET" / "pet_006.dcm").symlink_to(tmp_path / "nowhere")
-    assert roles_of(study).warnings == (
-        "links that lead nowhere (1) are left out: restore their target",
+    assert roles_of(study).warnings == left_out(
+        "links that lead nowhere (1) are left out: restore their target"
     )
 
 
@@ -626,10 +630,11 @@ def test_a_dicom_pet_beside_a_nifti_pet_is_its_header_and_this_is_said(tmp_path)
     found = roles_of(study)
     assert isinstance(found.pet, NiftiFile)
     assert found.header.n_images == layouts.N_SLICES
-    assert found.warnings == (
+    text = (
         "the NIfTI file is taken as the PET and the DICOM series of 6 as its header: if the "
-        "series is meant, choose it with --pet PATTERN",
+        "series is meant, choose it with --pet PATTERN"
     )
+    assert found.warnings == (Warning(Kind.SERIES, text),)
     chosen = roles_of(study, pet="PET corr*")
     assert isinstance(chosen.pet, Series)
     assert chosen.header is None
@@ -683,7 +688,7 @@ def test_headers_of_the_ct_are_no_slices_of_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "warnings"),
-    [("CT_header.dcm", ()), ("info/1", ("DICOM series of one CT slice (1) are left out",))],
+    [("CT_header.dcm", ()), ("info/1", left_out("DICOM series of one CT slice (1) are left out"))],
 )
 def test_a_header_of_the_ct_beside_a_nifti_ct_is_no_second_ct(tmp_path, name, warnings):
     study = layouts.nifti_with_header(tmp_path)
