@@ -47,7 +47,7 @@ from common.raw.words import ROLE_NAMES, WORDS
 from common.run import cli, console, stage
 from common.run.atomic import behind_links
 from common.run.engine import run_studies
-from common.run.lock import locked
+from common.run.lock import locked, show_life
 from common.run.output import exclusive, writing_part
 from common.run.worker import Job, Outcome, Status, Written, refused
 from common.suv.body import SUV_UNITS
@@ -354,6 +354,7 @@ def plan(
     lengths, root = tuple(options.hash_length), options.raw_project.absolute()
     studies, outcomes = [], []
     for study_hash, folder in folders.items():
+        show_life()
         try:
             files = list_files(folder)
         except StudyError as error:

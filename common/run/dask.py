@@ -37,6 +37,7 @@ import threadpoolctl
 
 from common.errors import StageError, Unreachable
 from common.run.atomic import clear_write_errors
+from common.run.lock import show_life
 from common.run.pool import give_back_memory, keep_memory
 from common.run.signals import uninterrupted
 from common.run.worker import (
@@ -240,6 +241,7 @@ def _outcomes(
     room = _room(client, most)
     while waiting or under_way:
         raise_interruption()
+        show_life()
         at_once = next(room)
         while waiting and len(under_way) < at_once:
             index = waiting.popleft()

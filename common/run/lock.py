@@ -2,7 +2,7 @@
 
 Locks of some file systems reach no other machine (Lustre with localflock, NFS with local_lock),
 some have none (--no-lock). So the file tells who holds it, and its time of change moves every few
-seconds for as long as that run lives: a run on another machine looks for this sign of life. A run
+seconds for as long as that run works: a run on another machine looks for this sign of life. A run
 that was taken for dead, for it was only suspended, finds another's name and replaces nothing.
 """
 
@@ -12,10 +12,10 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import StageError
@@ -34,8 +34,17 @@ _LEASE_S = 40.0
 """A run on another machine without a sign of life for so long is dead. Clients of file servers
 may see one late."""
 
-_held: dict[Path, str] = {}
-"""What this process has written into the lock files that it holds."""
+
+@dataclass
+class _Lease:
+    """A lock file that this process holds: what it has written, and when it last showed life."""
+
+    descriptor: int
+    told: str
+    shown_s: float
+
+
+_held: dict[Path, _Lease] = {}
 
 
 def lock_file(output: Path) -> Path:
@@ -74,7 +83,6 @@ def locked(output: Path, patience_s: float = 0.0, *, lock: bool = True) -> Itera
     if descriptor is None:
         yield
         return
-    ended = threading.Event()
     try:
         told = f"process {os.getpid()} on {socket.gethostname()}\nof {_machine()}\n"
         # Who holds it is for people, too: on a full disk the lock holds all the same.
@@ -82,21 +90,30 @@ def locked(output: Path, patience_s: float = 0.0, *, lock: bool = True) -> Itera
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, told.encode(), 0)
             os.fsync(descriptor)
-            _held[path] = told
-        # Where the system grants no thread there is the lock alone.
-        with suppress(RuntimeError):
-            threading.Thread(target=_show_life, args=(descriptor, ended), daemon=True).start()
+            _held[path] = _Lease(descriptor, told, time.monotonic())
         yield
     finally:
         is_taken = _is_taken_over(path)
         _held.pop(path, None)
-        ended.set()
         # The output may have been replaced by now: what follows changes nothing of it.
         if not is_taken:
             with suppress(OSError):
                 path.unlink()
         with suppress(OSError):
             os.close(descriptor)
+
+
+def show_life() -> None:
+    """Move the time of change of the files held, where some seconds have passed.
+
+    Called by all that waits for workers. No thread or process does it: workers are forks, and
+    those of a process with threads may hang; who looks for workers finds no other process.
+    """
+    for lease in _held.values():
+        if time.monotonic() >= lease.shown_s + _BEAT_S:
+            lease.shown_s = time.monotonic()
+            with suppress(OSError):
+                os.utime(lease.descriptor)
 
 
 def confirm_lease(output: Path) -> None:
@@ -119,18 +136,12 @@ def _is_taken_over(path: Path) -> bool:
     if path not in _held:
         return False
     try:
-        return path.read_text(errors="replace") != _held[path]
+        return path.read_text(errors="replace") != _held[path].told
     except FileNotFoundError:
         return True
     except OSError:
         # A server that does not answer tells nothing.
         return False
-
-
-def _show_life(descriptor: int, ended: threading.Event) -> None:
-    while not ended.wait(_BEAT_S):
-        with suppress(OSError):
-            os.utime(descriptor)
 
 
 def _machine() -> str:
@@ -145,6 +156,7 @@ def _open_locked(path: Path, patience_s: float, *, lock: bool) -> int:
     begin = time.monotonic()
     watch: tuple[float, object] | None = None
     while True:
+        show_life()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             if lock:

@@ -24,6 +24,7 @@ from typing import Any
 import threadpoolctl
 
 from common.errors import StageError, StudyError, WorkerCrashed, WorkerKilled
+from common.run.lock import show_life
 from common.run.signals import uninterrupted
 from common.run.worker import (
     NOT_ENOUGH_MEMORY,
@@ -76,6 +77,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             while not receiver.poll(_CALL_POLL_S):
                 raise_interruption()
+                show_life()
             result, error, lines = receiver.recv()
         except EOFError:
             process.join()
@@ -289,6 +291,7 @@ def _until_breakdown(
         last_look = last_movement = time.monotonic()
         while left:
             raise_interruption()
+            show_life()
             with suppress(multiprocessing.TimeoutError):
                 index, outcome, lines = results.next(timeout=_POLL_S)
                 for level, line in lines:

@@ -1,10 +1,12 @@
 """The lease beside the kernel's lock: two machines, of which each sees its own locks alone."""
 
 import fcntl
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from tiny_studies import GRID
 import preprocessing
 from common.errors import StageError
 from common.run import lock as locks
-from common.run.lock import confirm_lease, locked
+from common.run.lock import confirm_lease, lock_file, locked
+from common.run.pool import in_own_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,3 +124,14 @@ def test_a_suspended_run_and_one_on_another_machine_make_one_whole_output(tmp_pa
     assert (tmp_path / "p_3d.h5").read_bytes() == whole.read_bytes()
     left = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("p_3d"))
     assert set(left) <= {"p_3d.h5", "p_3d.h5.parts"}
+
+
+def test_signs_of_life_come_from_no_thread_or_process_but_from_waiting(output):
+    """Forks of a process with a thread died on an emulated processor."""
+    before = threading.active_count(), multiprocessing.active_children()
+    with locked(output):
+        assert (threading.active_count(), multiprocessing.active_children()) == before
+        path = lock_file(output)
+        shown = path.stat().st_mtime_ns
+        in_own_process(time.sleep, 0.3)
+        assert path.stat().st_mtime_ns > shown
