@@ -206,7 +206,7 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         suv = _suv(source, conversion, in_unit=isinstance(pet, NiftiFile))
     for stack in (ct, pet):
         warnings += stack.warnings if isinstance(stack, Stack) else ()
-    warnings += suv.warnings
+    warnings += suv.provenance.told
     drawn_on = find_drawn_on(roles, conversion.mask_on)
     if drawn_on is not None:
         trusted = conversion.trust_geometry

@@ -20,7 +20,6 @@ pseudo-code; conformance statements of the vendors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -53,36 +52,10 @@ class SuvConversion:
         SUV per rescaled value.
     provenance : Provenance
         How they came about.
-    warnings : tuple of Warning
-        The reinterpretations and warnings of the provenance.
     """
 
     factors: Array
     provenance: Provenance
-    warnings: tuple[Warning, ...] = ()
-
-
-def _conversion(
-    suv_type: str,
-    rules: tuple[Rule, ...],
-    factors: Array,
-    weight_kg: float | None,
-    caveats: Caveats,
-    alternatives: dict[str, float | None],
-    **found: Any,
-) -> SuvConversion:
-    """Return a conversion; `found` are more of the attributes of `Provenance`."""
-    provenance = Provenance(
-        suv_type,
-        rules,
-        value_range(factors),
-        weight_kg,
-        tuple(caveats.reinterpretations),
-        tuple(warning.text for warning in caveats.warnings),
-        alternatives,
-        **found,
-    )
-    return SuvConversion(factors, provenance, caveats.as_warnings)
 
 
 # --- suv -------------------------------------------------------------------------------------
@@ -140,13 +113,14 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         _compare_with_qiba(series, factors, alternatives["qiba"], caveats)
     if strict:
         refuse_reinterpretations(caveats)
-    return _conversion(
-        suv_type,
-        (scale.rule,) if rule is None else (scale.rule, rule),
-        factors,
-        weight_kg,
-        caveats,
-        alternatives,
+    provenance = Provenance(
+        suv_type=suv_type,
+        rules=(scale.rule,) if rule is None else (scale.rule, rule),
+        factor_range=value_range(factors),
+        weight_kg=weight_kg,
+        reinterpretations=tuple(caveats.reinterpretations),
+        warnings=tuple(caveats.warnings),
+        alternatives=alternatives,
         units=series.units,
         header_suv_type=series.suv_type,
         decay_correction=series.decay_correction,
@@ -155,6 +129,7 @@ def suv_factors(series: PetSeries, suv_type: str = "bw", strict: bool = False) -
         minutes_to_reference=None if uptake is None else value_range(uptake / 60),
         vendor_factor=None if vendor_factor is None else rounded(vendor_factor),
     )
+    return SuvConversion(factors, provenance)
 
 
 def already_suv(
@@ -187,8 +162,16 @@ def already_suv(
     weight_kg = None if series is None else _weight_kg(series, caveats)
     if strict:
         refuse_reinterpretations(caveats)
-    alternatives = dict.fromkeys(ALTERNATIVES)
-    return _conversion(suv_type, (Rule.GIVEN,), factors, weight_kg, caveats, alternatives)
+    provenance = Provenance(
+        suv_type=suv_type,
+        rules=(Rule.GIVEN,),
+        factor_range=value_range(factors),
+        weight_kg=weight_kg,
+        reinterpretations=tuple(caveats.reinterpretations),
+        warnings=tuple(caveats.warnings),
+        alternatives=dict.fromkeys(ALTERNATIVES),
+    )
+    return SuvConversion(factors, provenance)
 
 
 def spread_factors(conversion: SuvConversion, n_slices: int) -> Array:

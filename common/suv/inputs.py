@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from datetime import datetime, time
 from enum import Enum, auto
 
-from common.errors import Kind, StudyError, Warning
+from common.errors import StudyError, Warning
 
 # --- caveats ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Caveats:
     """What of a header is taken otherwise, or is odd; none of it says who or when.
+
+    Not frozen: each rule that a series goes by adds its own.
 
     Attributes
     ----------
@@ -27,12 +29,6 @@ class Caveats:
 
     reinterpretations: list[str] = field(default_factory=list)
     warnings: list[Warning] = field(default_factory=list)
-
-    @property
-    def as_warnings(self) -> tuple[Warning, ...]:
-        """All of them, reinterpretations first."""
-        reinterpreted = (Warning(Kind.REINTERPRETED, text) for text in self.reinterpretations)
-        return (*reinterpreted, *self.warnings)
 
 
 def refuse_reinterpretations(caveats: Caveats) -> None:

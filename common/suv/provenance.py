@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import Kind, Warning
 from common.suv.body import SUV_UNITS
 
 
@@ -45,8 +46,10 @@ class Provenance:
         Least and largest factor from rescaled value to SUV.
     weight_kg : float or None
         Body weight.
-    reinterpretations, warnings : tuple of str
-        Sentences.
+    reinterpretations : tuple of str
+        Header values taken to mean something else than they say.
+    warnings : tuple of Warning
+        Contradictions that did not stop the conversion.
     alternatives : dict of str to float or None
         Median factors by other rules; see `common.suv.alternatives`.
     units, header_suv_type, decay_correction, manufacturer : str or None
@@ -65,7 +68,7 @@ class Provenance:
     factor_range: tuple[float, float]
     weight_kg: float | None
     reinterpretations: tuple[str, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[Warning, ...]
     alternatives: dict[str, float | None]
     units: str | None = None
     header_suv_type: str | None = None
@@ -81,9 +84,19 @@ class Provenance:
         return "+".join(rule for rule in self.rules if rule is not Rule.BQML)
 
     @property
+    def told(self) -> tuple[Warning, ...]:
+        """What the user should know of it: reinterpretations, then warnings."""
+        reinterpreted = (Warning(Kind.REINTERPRETED, text) for text in self.reinterpretations)
+        return (*reinterpreted, *self.warnings)
+
+    @property
     def record(self) -> dict[str, Any]:
         """What ``studies.json`` and the attribute ``suv`` say of it; see `coarse`."""
-        fields = asdict(self) | {"suv_units": SUV_UNITS[self.suv_type], "rule": self.rule}
+        fields = asdict(self) | {
+            "warnings": [warning.text for warning in self.warnings],
+            "suv_units": SUV_UNITS[self.suv_type],
+            "rule": self.rule,
+        }
         del fields["rules"]
         return coarse(
             {

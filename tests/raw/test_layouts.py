@@ -282,7 +282,7 @@ def test_what_is_said_of_a_sidecar_names_its_fields(tmp_path, changes, suv_type,
     path.write_text(json.dumps(SIDECAR | changes))
     try:
         conversion = suv_factors(read_sidecar(str(path)), suv_type)
-        told = "; ".join(map(str, conversion.warnings))
+        told = "; ".join(map(str, conversion.provenance.told))
     except StudyError as error:
         told = str(error)
     assert said in told

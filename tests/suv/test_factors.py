@@ -761,7 +761,7 @@ def test_a_half_life_in_minutes_or_hours_is_refused_without_a_code_too(half_life
 @pytest.mark.parametrize(("half_life_s", "warned"), [(65_862.0, True), (6586.2, False)])
 def test_a_half_life_of_no_nuclide_is_a_warning(half_life_s: float, warned: bool) -> None:
     series = read_pet_series(pet_headers(RadionuclideHalfLife=half_life_s))
-    warnings = suv_factors(series).provenance.warnings
+    warnings = suv_factors(series).provenance.record["warnings"]
     assert any("the half-life may be wrong" in each for each in warnings) is warned
 
 
@@ -791,7 +791,7 @@ def test_the_stated_decay_reference_is_held_against_series_and_frames(
     provenance = suv_factors(stating(vendor, stated, **header)).provenance
     assert provenance.rule == rule
     assert provenance.minutes_to_reference == pytest.approx([uptake_s / 60] * 2)
-    warned = [each for each in provenance.warnings if "decay reference disagrees" in each]
+    warned = [each for each in provenance.record["warnings"] if "decay reference disagrees" in each]
     assert bool(warned) is disagrees
     said = provenance.reinterpretations
     assert [REFERENCE_TAG[vendor] in each for each in [*warned, *said]] == [True] * (
@@ -853,7 +853,7 @@ def test_a_stated_decay_reference_far_from_whatever_else_tells_it_is_a_warning(
     if not with_frames:
         header["FrameReferenceTime"] = None
     provenance = suv_factors(stating(vendor, moment(REFERENCE_S + 7200), **header)).provenance
-    warned = [each for each in provenance.warnings if "decay reference disagrees" in each]
+    warned = [each for each in provenance.record["warnings"] if "decay reference disagrees" in each]
     assert provenance.rule == "12a"
     assert len(warned) == (named is not None)
     assert all(name in each for each in warned for name in named or ())
@@ -875,7 +875,7 @@ def test_frames_of_a_rewritten_series_that_refer_to_several_moments_are_a_warnin
     plain = suv_factors(read_pet_series(pet_headers(**rewritten))).provenance
     assert (plain.rule, plain.warnings) == ("12c", ())
     rewritten["FrameReferenceTime"] = PerSlice(1000, 1000, 1000, 1000)
-    warned = suv_factors(read_pet_series(pet_headers(**rewritten))).provenance.warnings
+    warned = suv_factors(read_pet_series(pet_headers(**rewritten))).provenance.record["warnings"]
     assert any("the slices refer to moments 6 min apart" in each for each in warned)
 
 
@@ -920,7 +920,7 @@ def test_the_decay_reference_of_an_enhanced_object_is_held_against_its_frames(
     header = enhanced_pet_header(2, DecayCorrectionDateTime=reference)
     for frame in header.PerFrameFunctionalGroupsSequence:
         frame.FrameContentSequence[0].FrameAcquisitionDateTime = dt(moment(REFERENCE_S))
-    warnings = suv_factors(read_pet_series([header])).provenance.warnings
+    warnings = suv_factors(read_pet_series([header])).provenance.record["warnings"]
     assert any("decay reference disagrees" in each for each in warnings) is warned
 
 
@@ -1056,7 +1056,7 @@ def test_an_injection_at_midnight_is_no_dummy() -> None:
 def test_times_that_are_one_dummy_are_a_warning() -> None:
     """All times overwritten by midnight: no decay at all, which was silent."""
     series = read_pet_series(pet_headers(**on_days(datetime(1900, 1, 1), datetime(1900, 1, 1))))
-    warnings = suv_factors(series).provenance.warnings
+    warnings = suv_factors(series).provenance.record["warnings"]
     assert any("less than a minute apart" in each for each in warnings)
 
 
