@@ -94,7 +94,7 @@ class RawStudy:
         Digest of the files that were there when the run began.
     project : str
         Name of the project in the zip.
-    lengths : (int, int)
+    hash_lengths : (int, int)
         As of `--hash-length`.
     patterns : Patterns
     conversion : Conversion
@@ -352,7 +352,7 @@ def plan(
     patterns, conversion = how_to_convert(options)
     fixed = options_of_value(options)
     lengths, root = tuple(options.hash_length), options.raw_project.absolute()
-    studies, outcomes = [], []
+    studies, outcomes, sizes = [], [], {}
     for study_hash, folder in folders.items():
         show_life()
         try:
@@ -363,25 +363,19 @@ def plan(
         seen = [[file.name, file.size, file.changed_ns] for file in files]
         there = replace(folder, path=os.path.abspath(folder.path))
         raw = RawStudy(there, root, listing(files), options.name, lengths, patterns, conversion)
-        studies.append(
-            Job(
-                study_hash,
-                fingerprint([*fixed, study_hash, seen]),
-                raw,
-                memory=sum(file.size or 0 for file in files),
-            )
-        )
-    return with_memory(studies), outcomes
+        studies.append(Job(study_hash, fingerprint([*fixed, study_hash, seen]), raw))
+        sizes[study_hash] = sum(file.size or 0 for file in files)
+    return with_memory(studies, sizes), outcomes
 
 
-def with_memory(studies: Sequence[Job]) -> list[Job]:
-    """Return studies whose size of files is replaced by what their workers take at most [bytes].
+def with_memory(studies: Sequence[Job], file_bytes: Mapping[str, int]) -> list[Job]:
+    """Return studies with what their workers take at most [bytes], by the size of their files.
 
     To look into every study would take longer than planning: those of the largest files stand
     for all.
     """
-    sizes = {study.hash: study.memory for study in studies}
-    for study in sorted(studies, key=lambda study: study.memory)[-N_LOOKED_INTO:]:
+    sizes = dict(file_bytes)
+    for study in sorted(studies, key=lambda study: sizes[study.hash])[-N_LOOKED_INTO:]:
         with suppress(StudyError):
             folder = study.work.folder
             sizes[study.hash] = image_bytes(folder.path, files_of(folder))
@@ -549,7 +543,7 @@ def foresee_study(job: Job) -> Foreseen:
     found = roles.survey(raw.folder, raw.patterns, header_needed=raw.conversion.needs_header)
     by_role = tuple(found.summary(role) for role in ROLE_NAMES)
     try:
-        planned = plan_study(roles.choose(found, named_by=""), raw.conversion)
+        planned = plan_study(roles.choose(found, has_mapping=False), raw.conversion)
     except StudyError as error:
         # Who may see the raw project may see names: a dry run writes no mapping to look them up.
         remarks = f"{error}; {error.private}" if error.private else str(error)

@@ -34,7 +34,8 @@ from common.nifti import encode_nifti, read_nifti
 from common.suv.provenance import coarse
 
 ROLES = ("ct", "petsuv", "mask")
-ROLE_NAMES = {"ct": "CT", "petsuv": "PET", "mask": "mask"}
+_IMAGE_NAMES = {"ct": "CT", "petsuv": "PET", "mask": "mask"}
+"""What messages call the image of each role."""
 
 _MEMBER = re.compile(
     r"(?:(?P<project>.+)/)?(?P<hash>[^/]+)/(?P=hash)_(?P<role>ct|petsuv|mask)\.nii\.gz"
@@ -93,7 +94,7 @@ class ArchivedStudy:
     @property
     def missing(self) -> tuple[str, ...]:
         """Names of the roles that the zip lacks."""
-        return tuple(ROLE_NAMES[role] for role in ROLES if role not in self.members)
+        return tuple(_IMAGE_NAMES[role] for role in ROLES if role not in self.members)
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -310,7 +311,7 @@ def _check_records(
         lacking = [role for role in ROLES if role in shapes and role not in held]
         if lacking:
             raise StageError(
-                f"{path}: lacks the {ROLE_NAMES[lacking[0]]} of study "
+                f"{path}: lacks the {_IMAGE_NAMES[lacking[0]]} of study "
                 f"{study_hash[:LONGEST_NAME]!r}, which its {_INDEX} tells of: make it again with "
                 "createproject.py"
             )
@@ -376,7 +377,7 @@ def read_image(path: Path, study: ArchivedStudy, role: str) -> Image:
     StageError
         The zip is another one than was planned with.
     """
-    member, name = study.members[role], ROLE_NAMES[role]
+    member, name = study.members[role], _IMAGE_NAMES[role]
     try:
         archive = _opened(path)
         entry = archive.getinfo(member.name)

@@ -18,17 +18,18 @@ from common.raw.words import ROLE_NAMES, roles_by_words
 class NiftiFile:
     """A NIfTI file: its path and its path below the study (private).
 
-    `role` is "ct", "pet" or "mask" where the layout tells it, else "".
+    `role_by_layout` is "ct", "pet" or "mask" where the layout tells it, else "".
     """
 
     path: str
     name: str
-    role: str = ""
+    role_by_layout: str = ""
 
     @property
-    def roles(self) -> frozenset[str]:
+    def possible_roles(self) -> frozenset[str]:
         """The roles that it may play, by the layout or by the words in its path."""
-        return frozenset({self.role}) if self.role else roles_by_words(self.name)
+        by_layout = frozenset({self.role_by_layout} - {""})
+        return by_layout or roles_by_words(self.name)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def is_corrected(pet: Series) -> bool | None:
     return None if states == {None} else states == {True}
 
 
-def kind(candidate: Candidate) -> str:
+def describe(candidate: Candidate) -> str:
     """Return what a candidate is, and of how many slices; no identity."""
     if isinstance(candidate, NiftiFile):
         return "NIfTI file"
@@ -58,18 +59,18 @@ def kind(candidate: Candidate) -> str:
     return f"DICOM {candidate.modality}"
 
 
-def kind_beside_others(candidate: Candidate) -> str:
+def describe_beside_others(candidate: Candidate) -> str:
     """Return what tells a candidate from others of its role; no identity."""
     if isinstance(candidate, Series) and candidate.modality == "PT":
         state = {True: "yes", False: "no", None: "unknown"}[is_corrected(candidate)]
-        return f"{kind(candidate)}, ATTN {state}"
-    return kind(candidate)
+        return f"{describe(candidate)}, ATTN {state}"
+    return describe(candidate)
 
 
 def private_name(role: str, candidate: Candidate) -> str:
     """Return a candidate's description and path, for the private mapping alone."""
-    described = " | ".join(labels(candidate)[:2])
-    return f"{ROLE_NAMES[role]}: {kind_beside_others(candidate)}: {described}"
+    described = " | ".join(names_of(candidate)[:2])
+    return f"{ROLE_NAMES[role]}: {describe_beside_others(candidate)}: {described}"
 
 
 # --- patterns --------------------------------------------------------------------------------
@@ -81,27 +82,27 @@ class Patterns:
 
     by_role: Mapping[str, str] = field(default_factory=dict)
 
-    def match(self, role: str, candidate: Candidate) -> bool:
+    def admit(self, role: str, candidate: Candidate) -> bool:
         """Tell whether a candidate fits the role's pattern; without one all do."""
-        return role not in self.by_role or self.name(role, candidate)
+        return role not in self.by_role or self.fit(role, candidate)
 
-    def name(self, role: str, candidate: Candidate) -> bool:
+    def fit(self, role: str, candidate: Candidate) -> bool:
         """Tell whether the role has a pattern, and it fits the candidate."""
         pattern = self.by_role.get(role)
-        return pattern is not None and any(_fits(label, pattern) for label in labels(candidate))
+        return pattern is not None and any(_fits(name, pattern) for name in names_of(candidate))
 
-    def name_any(self, candidate: Candidate) -> bool:
+    def fit_any(self, candidate: Candidate) -> bool:
         """Tell whether a pattern of any role fits the candidate."""
-        return any(self.name(role, candidate) for role in self.by_role)
+        return any(self.fit(role, candidate) for role in self.by_role)
 
 
-def _fits(label: str, pattern: str) -> bool:
+def _fits(name: str, pattern: str) -> bool:
     """Match a glob, one that names a folder with all that lies below it."""
-    label, pattern = (unicodedata.normalize("NFC", each) for each in (label, pattern))
-    return any(fnmatch.fnmatchcase(label, p) for p in (pattern, pattern.rstrip("/") + "/*"))
+    name, pattern = (unicodedata.normalize("NFC", each) for each in (name, pattern))
+    return any(fnmatch.fnmatchcase(name, p) for p in (pattern, pattern.rstrip("/") + "/*"))
 
 
-def labels(candidate: Candidate) -> list[str]:
+def names_of(candidate: Candidate) -> list[str]:
     """Return what a pattern may match: a description, and paths below the study."""
     if isinstance(candidate, NiftiFile):
         return [candidate.name]

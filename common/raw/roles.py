@@ -18,9 +18,9 @@ from common.raw.candidates import (
     NiftiFile,
     NiftiFiles,
     Patterns,
+    describe,
+    describe_beside_others,
     is_corrected,
-    kind,
-    kind_beside_others,
     private_name,
 )
 from common.raw.project import StudyFolder
@@ -44,7 +44,7 @@ def _passed_over(candidates: Sequence[Candidate]) -> tuple[Warning, ...]:
     return tuple(
         Warning(
             Kind.SERIES,
-            f"the NIfTI file is taken as the PET and the {kind(each)} as its header: if the "
+            f"the NIfTI file is taken as the PET and the {describe(each)} as its header: if the "
             "series is meant, choose it with --pet PATTERN",
         )
         for each in candidates
@@ -63,7 +63,7 @@ def _nameless_left_out(n_files: int) -> tuple[Warning, ...]:
 
 def _several_candidates(role: str, candidates: Sequence[Candidate]) -> str:
     """Say that several candidates fit a role, and of what kinds they are."""
-    kinds = [kind_beside_others(each) for each in candidates]
+    kinds = [describe_beside_others(each) for each in candidates]
     if len(kinds) > MOST_LISTED:
         kinds = [f"{n} x {each}" for each, n in Counter(kinds).items()]
     reason = (
@@ -218,7 +218,7 @@ class Survey:
             return "-"
         if len(found) > 1:
             return f"{len(found)} candidates"
-        return kind(found[0]) if found else "missing"
+        return describe(found[0]) if found else "missing"
 
 
 def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool = True) -> Survey:
@@ -258,7 +258,7 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
         if of_pet or not all(sidecar_of(pet.path) for pet in nifti_pet):
             candidates["header"] = [*of_pet]
     fitting = {
-        role: [each for each in found if patterns.match(role, each)]
+        role: [each for each in found if patterns.admit(role, each)]
         for role, found in candidates.items()
     }
     fitting["mask"] = _one_file_a_lesion(fitting["mask"], patterns)
@@ -273,7 +273,9 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
     for role in [role for role in ("pet", "header") if role in fitting]:
         fitting[role], left_out = _without_uncorrected(fitting[role])
         warnings += left_out
-    nameless = [file.name for file in files.nifti if not file.roles and not patterns.name_any(file)]
+    nameless = [
+        file.name for file in files.nifti if not file.possible_roles and not patterns.fit_any(file)
+    ]
     if nameless and all(fitting.values()):
         warnings += _nameless_left_out(len(nameless))
     names = [private_name(role, each) for role, found in candidates.items() for each in found]
@@ -284,14 +286,14 @@ def survey(folder: StudyFolder | str, patterns: Patterns, *, header_needed: bool
     return Survey(fitting, warnings, hints, (*names, *nameless), files.lacks_files)
 
 
-def choose(found: Survey, named_by: str = "the mapping file names them") -> Roles:
+def choose(found: Survey, *, has_mapping: bool = True) -> Roles:
     """Return the one candidate of each role.
 
     Parameters
     ----------
     found : Survey
-    named_by : str
-        Where several candidates are named, for the message; empty where beside it.
+    has_mapping : bool
+        Whether several candidates are named in the mapping, as the message then says.
 
     Raises
     ------
@@ -306,7 +308,9 @@ def choose(found: Survey, named_by: str = "the mapping file names them") -> Role
     reasons = [", ".join(f"no {ROLE_NAMES[role]}" for role in missing)] if missing else []
     reasons += [_several_candidates(role, fitting[role]) for role in several]
     if several:
-        reasons += [*filter(None, [named_by]), *_several_examinations(fitting)]
+        if has_mapping:
+            reasons.append("the mapping file names them")
+        reasons += _several_examinations(fitting)
     if missing:
         reasons += [*found.hints, *map(str, found.warnings)]
         raise IncompleteStudy(
@@ -348,11 +352,11 @@ def _files_for_header_alone(
         file
         for file in of_role
         if (
-            patterns.name("header", file)
+            patterns.fit("header", file)
             if "header" in patterns.by_role
             else _is_header(file) or file in copies
         )
-        and not patterns.name(role, file)
+        and not patterns.fit(role, file)
     ]
     return named if is_all_allowed or len(named) < len(of_role) else []
 
@@ -389,8 +393,8 @@ def _nifti_in_role(role: str, files: Sequence[NiftiFile], patterns: Patterns) ->
     A file that the pattern of another role names is that role's alone.
     """
     if role in patterns.by_role:
-        return [file for file in files if patterns.name(role, file)]
-    return [file for file in files if role in file.roles and not patterns.name_any(file)]
+        return [file for file in files if patterns.fit(role, file)]
+    return [file for file in files if role in file.possible_roles and not patterns.fit_any(file)]
 
 
 def _one_file_a_lesion(masks: Sequence[Candidate], patterns: Patterns) -> list[Candidate]:

@@ -20,6 +20,7 @@ import numpy as np
 from common.errors import StudyError
 from common.suv.decay import average_rate_time_s, back_from_frames_s, uptake_s
 from common.suv.inputs import Caveats, PetSeries, Source
+from common.suv.provenance import rounded
 from common.suv.timeline import Array, Timeline, timeline
 
 ALTERNATIVES = ("autopet", "qiba", "frame_based")
@@ -41,9 +42,9 @@ def alternative_factors(series: PetSeries, per_suvbw: float | None) -> dict[str,
     if series.source is not Source.SINGLE_FRAME or per_suvbw is None:
         return dict.fromkeys(ALTERNATIVES)
     return {
-        "autopet": _rounded(_autopet_factor(series), per_suvbw),
-        "qiba": _rounded(_qiba_factor(series), per_suvbw),
-        "frame_based": _rounded(_frame_based_factor(series), per_suvbw),
+        "autopet": _of_type(_autopet_factor(series), per_suvbw),
+        "qiba": _of_type(_qiba_factor(series), per_suvbw),
+        "frame_based": _of_type(_frame_based_factor(series), per_suvbw),
     }
 
 
@@ -51,7 +52,7 @@ def _autopet_factor(series: PetSeries) -> float | None:
     acquired, injected = series.slices[series.first_file].acquisition, series.injection_clock
     if acquired is None or injected is None:
         return None
-    return _factor(series, np.array([_clock_s(acquired) - _clock_s(injected)]))
+    return _factor(series, np.array([_time_of_day_s(acquired) - _time_of_day_s(injected)]))
 
 
 def _qiba_factor(series: PetSeries) -> float | None:
@@ -116,11 +117,11 @@ def _factor(series: PetSeries, uptake_s: Array) -> float | None:
         return float(np.median(1000 * weight_kg / dose_bq * np.exp2(uptake_s / half_life_s)))
 
 
-def _clock_s(moment: datetime | time) -> float:
+def _time_of_day_s(moment: datetime | time) -> float:
     return moment.hour * 3600 + moment.minute * 60 + moment.second + moment.microsecond * 1e-6
 
 
-def _rounded(factor: float | None, per_suvbw: float) -> float | None:
+def _of_type(factor: float | None, per_suvbw: float) -> float | None:
     if factor is None or not np.isfinite(factor):
         return None
-    return float(f"{factor * per_suvbw:.12g}")
+    return rounded(factor * per_suvbw)
