@@ -201,14 +201,14 @@ def _private_text(header: Dataset, private: PrivateTag) -> str | None:
     StudyError
         Unreadable, or several values.
     """
-    return _text(header, _private_tag(header, private), private.creator)
+    return _text(header, _private_tag(header, private), str(private))
 
 
 def private_number(header: Dataset, private: PrivateTag) -> float | None:
     """Return a private number; None where it is unreadable, too."""
     try:
         value = _private_text(header, private)
-        return None if value is None else _parse_number(value, private.creator)
+        return None if value is None else _parse_number(value, str(private))
     except StudyError:
         return None
 
@@ -419,7 +419,7 @@ def private_date_time(
     """Return a private moment (DT); None where it is unreadable, too."""
     try:
         value = _private_text(header, private)
-        return None if value is None else _parse_date_time(value, zone, private.creator)
+        return None if value is None else _parse_date_time(value, zone, str(private))
     except StudyError:
         return None
 

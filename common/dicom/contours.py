@@ -146,7 +146,10 @@ def fill_contours(
 def _to_voxels(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     matrix = np.asarray(affine, dtype=np.float64)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.linalg.det(matrix[:3, :3]):
-        raise StudyError("the image has no usable affine: its contours can't be placed")
+        raise StudyError(
+            "the image that the contours were drawn on has no usable affine (voxel sizes or axes "
+            "are 0, or no numbers): export the image again"
+        )
     return inverse(matrix)
 
 
