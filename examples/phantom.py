@@ -97,7 +97,7 @@ class Study:
     injected: datetime
     scanned: datetime
     lesions: tuple[Lesion, ...]
-    heart_suv: float = 6.0
+    heart_suv: float = 2.8
     bladder_suv: float = 22.0
     arms: str | None = "up"  # or down, or None: outside the scan
     units: str = "BQML"  # or GML
@@ -289,7 +289,7 @@ DEMO_STUDIES = (
             sphere(77.7, 2.1, -548.3, 21.0, 7.0),
             Lesion((4.3, 31.6, -401.8), (16.0, 19.0, 26.0), 12.0),
         ),
-        heart_suv=7.5,
+        heart_suv=3.4,
     ),
     Study(  # the follow-up: two lesions smaller and paler, one gone
         *("patient_01", "2024-06-14_PETCT", "DEMO^ANNA", "F", 66.0, 1.66, 243.9e6),
@@ -351,7 +351,7 @@ DEMO_STUDIES = (
 
 SITES_MM = (
     *((85, 15, -380), (92, -18, -445), (-88, 10, -375), (-95, -28, -425)),  # lungs
-    *((108, -2, -560), (45, -12, -600), (70, 45, -592)),  # liver
+    *((108, -2, -560), (40, 8, -600), (84, 44, -572)),  # liver
     *((4, 28, -408), (-128, -8, -355), (126, -8, -352)),  # nodes of mediastinum and armpits
     *((20, -14, -700), (-48, -10, -760), (-78, 46, -865)),  # nodes before the spine, of the pelvis
 )
@@ -374,7 +374,7 @@ def invented_studies() -> Iterator[Study]:
             sphere(*np.round(place_mm, 1).tolist(), round(radius_mm, 1), round(suv, 1))
             for place_mm, radius_mm, suv in zip(
                 places_mm,
-                random.uniform(12, 18, len(sites)),
+                np.minimum(random.uniform(14, 24, len(sites)), room_mm(places_mm)),
                 random.uniform(6, 15, len(sites)),
                 strict=True,
             )
@@ -385,7 +385,7 @@ def invented_studies() -> Iterator[Study]:
             injected=scanned - timedelta(minutes=int(random.integers(55, 70))),
             scanned=scanned,
             lesions=lesions,
-            heart_suv=round(random.uniform(2, 9), 1),
+            heart_suv=round(random.uniform(2, 3.5), 1),
             bladder_suv=round(random.uniform(12, 35), 1),
             arms="down" if weight_kg < 55 else "up",
             mask=str(random.choice(["RTSTRUCT", "SEG", "NIfTI"])),
@@ -407,6 +407,12 @@ def invented_studies() -> Iterator[Study]:
                     for lesion in lesions[1:]
                 ),
             )
+
+
+def room_mm(places_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The radius that spheres at these places (N, 3) may have and stay 8 mm apart."""
+    apart_mm = np.linalg.norm(places_mm[:, None] - places_mm, axis=-1)
+    return np.where(apart_mm > 0, apart_mm - 8, math.inf).min(axis=1) / 2
 
 
 def studies(number: int) -> list[Study]:
