@@ -15,46 +15,35 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import functools
 import logging
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import nnunet, splits
-from common.errors import (
-    StageError,
-    StudyError,
-    Unreachable,
-    WorkerCrashed,
-    WorkerKilled,
-    counted,
-)
+from common import key_lists, nnunet, splits
+from common.errors import StageError, Unreachable, WorkerCrashed, WorkerKilled, counted
 from common.hdf5 import index, reading
 from common.hdf5 import merge as merging
 from common.hdf5.studies import (
     Content,
     content_of,
     read_all_attributes,
-    read_attributes,
     read_parameters,
-    split_projection_key,
     studies_of,
     study_of,
 )
-from common.hdf5.verify import faults_of, keys_to_check, read_indices
-from common.key_lists import listed_keys
-from common.report.case_table import ATTRIBUTES, COLUMNS, case_rows
+from common.report.case_table import ATTRIBUTES, write_cases
+from common.report.fold_lists import plan_folds, write_fold_lists
 from common.report.lesion_table import write_measures
 from common.report.projection_list import list_beside, read_projects, write_list
+from common.report.verification import verified_line, verify_files
 from common.run import cli, stage
 from common.run.console import PROGRESS
-from common.run.engine import Engine, run_studies
-from common.run.failures import Failure, list_failures, read_failures
-from common.run.output import exclusive, make_folder, replace_output, write_beside, write_table
+from common.run.failures import Failure, join_failures, list_failures
+from common.run.output import exclusive, replace_output
 from common.run.pool import in_own_process
-from common.run.worker import Job, Outcome, Status
+from common.run.worker import Outcome, Status
 from common.version import SOFTWARE
 
 EXAMPLES = """
@@ -71,8 +60,6 @@ EXAMPLES = """
 
 logger = logging.getLogger("tumorvolume")
 
-FOLD_FILE = re.compile(r"fold(\d+)_(train|val)\.txt", re.ASCII)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
@@ -81,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.checking(parser):
         check_options(parser, options)
     if options.verify:
-        return cli.run(options, lambda: verify(options), verify_line)
+        verify = functools.partial(verify_files, options.inputs, options.shard, cli.engine(options))
+        return cli.run(options, verify, lambda outcomes, _: verified_line(outcomes))
     return cli.run(options, lambda: merge(options))
 
 
@@ -206,7 +194,6 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.output is None:
         parser.error("give the file to write: -o ALL.h5")
     read = [*options.inputs, *options.failed, *([options.keys] if options.keys else [])]
-    cli.check_files(parser, read)
     cli.check_paths(parser, options, read)
     if options.keys is not None and options.keys.is_dir():
         parser.error(f"--keys: {options.keys} is a folder: give a list or the ratings of a page")
@@ -216,11 +203,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if not has_folds(options):
             parser.error("--splits-dir needs --splits K or --leave-out project")
         cli.check_folder(parser, options.splits_dir, options)
-    tables = [path for path in (options.cases, options.measures) if path is not None]
-    for number, path in enumerate(tables):
-        cli.check_side_output(parser, path, options, [*read, *tables[:number]])
-    if options.report is not None:
-        cli.check_side_output(parser, options.report, options, [*read, *tables])
+    beside = [path for path in (options.cases, options.measures, options.report) if path]
+    for number, path in enumerate(beside):
+        cli.check_side_output(parser, path, options, [*read, *beside[:number]])
     if options.export_nnunet is not None:
         cli.check_folder(parser, options.export_nnunet, options)
         if (options.dataset_id or 1) > nnunet.LARGEST_ID:
@@ -243,6 +228,24 @@ def needs_folds(options: argparse.Namespace) -> bool:
 # --- the stage -------------------------------------------------------------------------------
 
 
+def merge(options: argparse.Namespace) -> list[Outcome]:
+    """Check the inputs, write the merged file, and the splits if asked for."""
+    with exclusive(options.output, force=options.force, lock=options.lock):
+        versions = [version_of(path) for path in options.inputs]
+        plan = checked_plan(options)
+        is_new = not is_merged_already(options, plan)
+        if is_new and not options.allow_shrink:
+            refuse_losses(options, plan)
+        beside = functools.partial(write_what_goes_beside, options, plan)
+        failed = write_merged(options, plan, versions, beside) if is_new else beside(options.output)
+    status: Status = "written" if is_new else "unchanged"
+    merged = {study: Outcome(study, status) for study in studies_of(plan.sources, plan.parameters)}
+    return [outcome for _, outcome in sorted((merged | failed).items())]
+
+
+# --- the plan --------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """What the merged file shall hold.
@@ -256,6 +259,8 @@ class MergePlan:
         As they were given.
     samples : sequence of Sample
         Of each key, where folds or patients are needed; else empty.
+    folds : sequence of Fold
+        Those that are asked for, if any.
     attributes : dict of key to dict
         What `--cases` tells of; else empty.
     exported : dict of key to StoredCase
@@ -270,64 +275,119 @@ class MergePlan:
     found: Mapping[str, merging.Found]
     sources: Mapping[str, Path]
     samples: Sequence[splits.Sample]
+    folds: Sequence[splits.Fold]
     attributes: Mapping[str, Mapping[str, Any]]
     exported: Mapping[str, nnunet.StoredCase]
     projects: Mapping[str, str]
     failures: Sequence[Failure]
 
 
-def merge(options: argparse.Namespace) -> list[Outcome]:
-    """Check the inputs, write the merged file, and the splits if asked for."""
-    with exclusive(options.output, force=options.force, lock=options.lock):
-        versions = [version_of(path) for path in options.inputs]
-        plan = checked_plan(options)
-        folds = planned_folds(options, plan) if needs_folds(options) else []
-        status: Status = "unchanged" if is_merged_already(options, plan) else "written"
-        if status == "written" and not options.allow_shrink:
-            refuse_losses(options, plan)
-        beside = functools.partial(write_what_goes_beside, options, plan, folds)
-        if status == "written":
-            failed = write_merged(options, plan, versions, beside)
-        else:
-            failed = beside(options.output)
-    merged = studies_of(plan.sources, plan.parameters)
-    return [
-        failed.get(study, Outcome(study, status)) for study in sorted({*merged, *failed.keys()})
-    ]
+def checked_plan(options: argparse.Namespace) -> MergePlan:
+    """Plan in a process of its own; where libhdf5 ends that, name the file."""
+    try:
+        plan: MergePlan = in_own_process(plan_merge, options)
+    except WorkerCrashed:
+        for path in options.inputs:
+            in_own_process(read_all_attributes, path)
+        raise
+    return plan
 
 
-def write_what_goes_beside(
-    options: argparse.Namespace, plan: MergePlan, folds: Sequence[splits.Fold], path: Path
-) -> dict[str, Outcome]:
-    """Write what is asked for besides the merged file, and return the studies that failed.
+def plan_merge(options: argparse.Namespace) -> MergePlan:
+    """Read what the inputs hold."""
+    parameters = merging.merged_parameters(options.inputs, options.allow_mixed)
+    refuse_what_content_lacks(options, content_of(parameters))
+    is_3d = content_of(parameters) is Content.VOLUMES
+    chosen = merging.find_studies(
+        options.inputs,
+        parameters,
+        options.on_duplicate,
+        chosen_keys(options, parameters),
+        with_digests=not (options.link or options.force) and options.output.exists(),
+    )
+    mine = cli.of_shard(studies_of(chosen, parameters), options.shard)
+    found = {key: each for key, each in chosen.items() if study_of(key, parameters) in mine}
+    sources = {key: each.source for key, each in found.items()}
+    if is_3d and not options.allow_mixed:
+        merging.refuse_mixed_suv_types(found)
+    parted = needs_folds(options) or options.cases is not None
+    samples = reading.read_samples(sources, parameters) if parted else []
+    folds: Sequence[splits.Fold] = ()
+    if needs_folds(options):
+        by_project = options.leave_out is not None
+        folds = plan_folds(samples, options.splits, by_project, options.patient_characters)
+    return MergePlan(
+        parameters,
+        found,
+        sources,
+        samples,
+        folds,
+        attributes=reading.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
+        exported=nnunet.stored_cases(sources) if options.export_nnunet else {},
+        projects={} if is_3d else read_projects(sources, options.output, parameters),
+        failures=join_failures(options.failed),
+    )
 
-    The merged file is at `path`, before it takes its place.
+
+def refuse_what_content_lacks(options: argparse.Namespace, content: Content) -> None:
+    """Refuse options that files of this content can't meet.
+
+    Raises
+    ------
+    StageError
+        There are some.
     """
-    failed = {each.hash: Outcome(each.hash, "failed", each.reason) for each in plan.failures}
-    if options.failed:
-        list_failures(options.output, plan.failures)
-    if content_of(plan.parameters) is not Content.VOLUMES:
-        write_list(options.output, plan.sources, plan.projects)
-    if has_folds(options):
-        write_splits(options, folds)
-    if options.cases is not None:
-        write_table(options.cases, COLUMNS, cases(options, plan))
-    if options.measures is not None:
-        write_measures(options.measures, path)
-    if options.report is not None:
-        # Slow to load, and only for those who ask for it.
-        from common.report.page import write_report
-
-        write_report(
-            options.report,
-            options.output.resolve(),
-            plan.sources,
-            list(failed.values()),
-            Engine(options.jobs),
-            SOFTWARE,
+    if content is Content.STACK and (options.link or needs_folds(options)):
+        raise StageError(
+            "--link, --splits and --leave-out take no stacks: leave them out, or give plain 2D "
+            "files, or 3D ones"
         )
-    exported = export_nnunet(options, plan, folds) if options.export_nnunet is not None else []
-    return failed | {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
+    if content is Content.VOLUMES:
+        return
+    if any([options.cases, options.report, options.measures, options.export_nnunet]):
+        raise StageError(
+            "--cases, --measures, --report and --export-nnunet need 3D files, not 2D ones: give "
+            "files of preprocessing.py"
+        )
+    listed = list_beside(options.output)
+    if listed in (options.output, options.keys, options.log_file):
+        raise StageError(f"{listed}: the list of the projections goes there: choose another name")
+
+
+def chosen_keys(options: argparse.Namespace, parameters: Mapping[str, Any]) -> Set[str] | None:
+    """Return the keys that --keys lists, None without; say who is left out and who is missing."""
+    path: Path | None = options.keys
+    if path is None:
+        return None
+    held = (key for source in options.inputs for key in reading.read_keys_of_any(source))
+    studies = {key: study_of(key, parameters) for key in held}
+    try:
+        choice = key_lists.choose(path.read_bytes(), studies)
+    except StageError as error:
+        raise StageError(f"{path}: {error}") from error
+    if choice.unknown:
+        named = ", ".join(choice.unknown[:10]) + (" ..." if len(choice.unknown) > 10 else "")
+        logger.warning("not in the input files, though %s lists them: %s", path.name, named)
+    if choice.n_left_out:
+        left_out, of_all = choice.n_left_out, counted(choice.n_studies)
+        logger.log(PROGRESS, "%s leaves out %d of %s", path.name, left_out, of_all)
+    return choice.keys
+
+
+# --- the present output ----------------------------------------------------------------------
+
+
+def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
+    """Whether the present output holds just these studies, copied or linked as asked for."""
+    if options.force or not options.output.exists():
+        return False
+    try:
+        is_there = merging.links_to if options.link else merging.holds
+        return bool(in_own_process(is_there, options.output, plan.parameters, plan.found))
+    except (WorkerKilled, Unreachable):
+        raise
+    except StageError:
+        return False
 
 
 def refuse_losses(options: argparse.Namespace, plan: MergePlan) -> None:
@@ -349,149 +409,7 @@ def held_studies(path: Path) -> dict[str, str]:
     return dict.fromkeys(studies_of(reading.read_keys_of_any(path), read_parameters(path)), "")
 
 
-def version_of(path: Path) -> tuple[int, int, int]:
-    """Return what tells a file from one that is put in its place."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def checked_plan(options: argparse.Namespace) -> MergePlan:
-    """Plan in a process of its own; where libhdf5 ends that, name the file."""
-    try:
-        plan: MergePlan = in_own_process(plan_merge, options)
-    except WorkerCrashed:
-        for path in options.inputs:
-            in_own_process(read_all_attributes, path)
-        raise
-    return plan
-
-
-def plan_merge(options: argparse.Namespace) -> MergePlan:
-    """Read what the inputs hold."""
-    parameters = merging.merged_parameters(options.inputs, options.allow_mixed)
-    is_wanted = wanted_keys(options, parameters) if options.keys is not None else None
-    stacked = content_of(parameters) is Content.STACK
-    if stacked and (options.link or needs_folds(options)):
-        raise StageError(
-            "--link, --splits and --leave-out take no stacks: leave them out, or give plain 2D "
-            "files, or 3D ones"
-        )
-    chosen = merging.find_studies(
-        options.inputs,
-        parameters,
-        options.on_duplicate,
-        is_wanted,
-        with_digests=not (options.link or options.force) and options.output.exists(),
-    )
-    mine = cli.of_shard(studies_of(chosen, parameters), options.shard)
-    found = {key: each for key, each in chosen.items() if study_of(key, parameters) in mine}
-    sources = {key: each.source for key, each in found.items()}
-    is_3d = content_of(parameters) is Content.VOLUMES
-    if is_3d and not options.allow_mixed:
-        merging.refuse_mixed_suv_types(found)
-    of_volumes = options.cases, options.report, options.measures, options.export_nnunet
-    if not is_3d and any(of_volumes):
-        raise StageError(
-            "--cases, --measures, --report and --export-nnunet need 3D files, not 2D ones: give "
-            "files of preprocessing.py"
-        )
-    parted = needs_folds(options) or options.cases is not None
-    return MergePlan(
-        parameters,
-        found,
-        sources,
-        samples=reading.read_samples(sources, parameters) if parted else [],
-        attributes=reading.read_image_attributes(sources, ATTRIBUTES) if options.cases else {},
-        exported=nnunet.stored_cases(sources) if options.export_nnunet else {},
-        projects={} if is_3d else read_listed_projects(options, sources, stacked=stacked),
-        failures=sorted(
-            (each for path in options.failed for each in read_failures(path)),
-            key=lambda failure: failure.hash,
-        ),
-    )
-
-
-def read_listed_projects(
-    options: argparse.Namespace, sources: Mapping[str, Path], *, stacked: bool
-) -> dict[str, str]:
-    """Return the project of each study of 2D files; of stacks the lists beside them tell.
-
-    Raises
-    ------
-    StageError
-        The list of the merged file would take the place of another file.
-    """
-    listed = list_beside(options.output)
-    if listed in (options.output, options.keys, options.log_file):
-        raise StageError(f"{listed}: the list of the projections goes there: choose another name")
-    projects: dict[str, str] = {}
-    for path, keys in reading.keys_by_file(sources).items():
-        if stacked:
-            found = read_projects(path)
-        else:
-            # All projections of a study tell the same.
-            first = {split_projection_key(key)[0]: key for key in reversed(keys)}
-            of_keys = read_attributes(path, list(first.values()), "project")
-            found = {study: str(of_keys.get(key, "")) for study, key in first.items()}
-        studies = {split_projection_key(key)[0] for key in keys}
-        if not studies <= found.keys():
-            logger.warning(
-                "%s does not list all of its studies: their projects stay empty in %s",
-                list_beside(path).name,
-                listed.name,
-            )
-        projects |= {study: found.get(study, "") for study in studies}
-    return projects
-
-
-def wanted_keys(
-    options: argparse.Namespace, parameters: Mapping[str, Any]
-) -> Callable[[str], bool]:
-    """Return what tells the keys that --keys lists, and say who is left out and who is missing.
-
-    Raises
-    ------
-    StageError
-        No list and no ratings, or of other files than the inputs.
-    """
-    path: Path = options.keys
-    try:
-        listed = set(listed_keys(path.read_bytes().decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        raise StageError(f"{path}: is no text in UTF-8: give a list of hashes") from error
-    except StageError as error:
-        raise StageError(f"{path}: {error}") from error
-
-    def is_wanted(key: str) -> bool:
-        # A hash in a list stands for all projections of its study.
-        return key in listed or study_of(key, parameters) in listed
-
-    present = {key for source in options.inputs for key in reading.read_keys_of_any(source)}
-    studies = set(studies_of(present, parameters))
-    unknown = sorted(listed - present - studies)
-    taken = set(studies_of(filter(is_wanted, present), parameters))
-    if not taken:
-        raise StageError(f"{path}: none of its studies is in the input files: give their own list")
-    if unknown:
-        named = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
-        logger.warning("not in the input files, though %s lists them: %s", path.name, named)
-    if studies - taken:
-        left_out, of_all = len(studies - taken), counted(len(studies))
-        logger.log(PROGRESS, "%s leaves out %d of %s", path.name, left_out, of_all)
-    return is_wanted
-
-
-def is_merged_already(options: argparse.Namespace, plan: MergePlan) -> bool:
-    """Whether the present output holds just these studies, copied or linked as asked for."""
-    if options.force or not options.output.exists():
-        return False
-    try:
-        is_there = merging.links_to if options.link else merging.holds
-        return bool(in_own_process(is_there, options.output, plan.parameters, plan.found))
-    except (WorkerKilled, Unreachable):
-        raise
-    except StageError:
-        return False
+# --- writing ---------------------------------------------------------------------------------
 
 
 def write_merged(
@@ -527,171 +445,54 @@ def write_merged(
     return failed
 
 
-# --- folds -----------------------------------------------------------------------------------
+def version_of(path: Path) -> tuple[int, int, int]:
+    """Return what tells a file from one that is put in its place."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def planned_folds(options: argparse.Namespace, plan: MergePlan) -> list[splits.Fold]:
-    """Return the folds that are asked for, and say what they keep together.
+def write_what_goes_beside(
+    options: argparse.Namespace, plan: MergePlan, path: Path
+) -> dict[str, Outcome]:
+    """Write what is asked for besides the merged file, and return the studies that failed.
 
-    Raises
-    ------
-    StageError
-        The patients, or the projects, can't be parted so.
+    The merged file is at `path`, before it takes its place.
     """
-    n_characters = splits.patient_characters(plan.samples, options.patient_characters)
-    for studies in splits.equal_images(plan.samples):
-        logger.warning(
-            "%s: hold the same image, and are never in training and validation at once",
-            ", ".join(studies),
+    failed = {each.hash: Outcome(each.hash, "failed", each.reason) for each in plan.failures}
+    if options.failed:
+        list_failures(options.output, plan.failures)
+    if content_of(plan.parameters) is not Content.VOLUMES:
+        write_list(options.output, plan.sources, plan.projects)
+    if has_folds(options):
+        write_fold_lists(options.splits_dir or options.output.parent, plan.folds)
+    if options.cases is not None:
+        write_cases(options.cases, plan.attributes, plan.samples, options.patient_characters)
+    if options.measures is not None:
+        write_measures(options.measures, path)
+    if options.report is not None:
+        # Slow to load, and only for those who ask for it.
+        from common.report.page import write_report
+
+        write_report(
+            options.report,
+            options.output.resolve(),
+            plan.sources,
+            list(failed.values()),
+            cli.engine(options),
+            SOFTWARE,
         )
-    groups = splits.inseparable(plan.samples, n_characters)
-    if options.leave_out is None:
-        n_folds = options.splits or min(nnunet.N_FOLDS, len(groups))
-        if n_folds == 1:
-            logger.warning("one patient alone makes no folds: nnU-Net will part its studies")
-            return []
-        return splits.balanced_folds(groups, n_folds)
-    folds = splits.project_folds(groups)
-    if options.splits not in (None, len(folds)):
-        raise StageError(
-            f"--leave-out project makes {len(folds)} folds, one a project, not {options.splits}: "
-            "leave out --splits"
-        )
-    for number, (project, fold) in enumerate(folds.items(), start=1):
-        n_apart = len(plan.samples) - len(fold.train) - len(fold.validation)
-        logger.log(PROGRESS, "fold %d validates with project %s", number, project)
-        if n_apart:
-            logger.warning(
-                "fold %d does not train on %d images of other projects: their patients, or equal "
-                "images, are in the project that it validates with",
-                number,
-                n_apart,
-            )
-    return list(folds.values())
+    exported = export_nnunet(options, plan) if options.export_nnunet is not None else []
+    return failed | {outcome.hash: outcome for outcome in exported if outcome.status == "failed"}
 
 
-def write_splits(options: argparse.Namespace, folds: Sequence[splits.Fold]) -> None:
-    """Write fold<i>_train.txt and fold<i>_val.txt, a key a line, and nnU-Net's list of them."""
-    folder = options.splits_dir or options.output.parent
-    make_folder(folder)
-    for number, fold in enumerate(folds, start=1):
-        for name, keys in (("train", fold.train), ("val", fold.validation)):
-            text = "".join(f"{key}\n" for key in keys)
-            write_beside(folder / f"fold{number}_{name}.txt", text)
-    write_beside(folder / "splits_final.json", nnunet.splits_json(folds))
-    for path in sorted(folder.iterdir()):
-        # Of an earlier run with more folds, in which patients are spread differently.
-        found = FOLD_FILE.fullmatch(path.name)
-        if found and int(found[1]) > len(folds):
-            path.unlink()
-
-
-# --- cases -----------------------------------------------------------------------------------
-
-
-def cases(options: argparse.Namespace, plan: MergePlan) -> list[list[str]]:
-    """Return the rows of all studies; who the patient is stays empty where nothing tells it."""
-    try:
-        n_characters = splits.patient_characters(plan.samples, options.patient_characters)
-    except StageError as error:
-        if options.patient_characters is not None:
-            raise
-        logger.warning("the column patient of %s is empty: %s", options.cases.name, error)
-        n_characters = 0
-    return case_rows(
-        (key, key[:n_characters], attributes) for key, attributes in sorted(plan.attributes.items())
-    )
-
-
-# --- nnU-Net ---------------------------------------------------------------------------------
-
-
-def export_nnunet(
-    options: argparse.Namespace, plan: MergePlan, folds: Sequence[splits.Fold]
-) -> list[Outcome]:
+def export_nnunet(options: argparse.Namespace, plan: MergePlan) -> list[Outcome]:
     """Write nnU-Net's raw layout, and return how each study fared."""
-    dataset = nnunet.Dataset(
-        options.export_nnunet.absolute(), options.dataset_id, options.output.stem
+    name = options.output.stem
+    dataset = nnunet.Dataset(options.export_nnunet.absolute(), options.dataset_id, name)
+    keeps_labels = "labels" in plan.parameters
+    return nnunet.export(
+        dataset, plan.exported, plan.folds, keeps_labels, cli.engine(options), stage.report
     )
-    outcomes = nnunet.export(
-        dataset,
-        plan.exported,
-        folds,
-        "labels" in plan.parameters,
-        Engine(options.jobs),
-        stage.report,
-    )
-    n_failed = sum(outcome.status == "failed" for outcome in outcomes)
-    n_cases = counted(len(outcomes) - n_failed, "case", "cases")
-    logger.log(PROGRESS, "%s for nnU-Net in %s", n_cases, dataset.folder)
-    return outcomes
-
-
-# --- verifying -------------------------------------------------------------------------------
-
-
-def verify(options: argparse.Namespace) -> list[Outcome]:
-    """Check every dataset of every file, and go on after a damaged one."""
-    stored, unreadable = [], set()
-    for path in options.inputs:
-        try:
-            keys, parameters = in_own_process(keys_to_check, path)
-        except StageError as error:
-            logger.error("%s", error)
-            unreadable.add(path)
-            continue
-        mine = cli.of_shard((study_of(key, parameters) for key in keys), options.shard)
-        stored += [
-            Job(key, "", StoredDatasets(path, key, parameters))
-            for key in keys
-            if study_of(key, parameters) in mine
-        ]
-    outcomes = run_studies(verify_datasets, stored, Engine(options.jobs), stage.report)
-    if all(outcome.status == "written" for outcome in outcomes):
-        for path in (path for path in options.inputs if path not in unreadable):
-            try:
-                in_own_process(read_indices, path)
-            except StageError as error:
-                logger.error("%s", error)
-                unreadable.add(path)
-    if unreadable:
-        raise StageError(
-            f"{len(unreadable)} of {len(options.inputs)} files cannot be read: see above"
-        )
-    return outcomes
-
-
-@dataclass(frozen=True)
-class StoredDatasets:
-    """An image and its masks in a file that was made with `parameters`."""
-
-    path: Path
-    key: str
-    parameters: Mapping[str, Any]
-
-
-def verify_datasets(job: Job) -> None:
-    """Hold an image and its masks against their digests and attributes.
-
-    Raises
-    ------
-    StudyError
-        They differ, or can't be read.
-    """
-    stored: StoredDatasets = job.work
-    try:
-        faults = faults_of(stored.path, stored.key, stored.parameters)
-    except StageError as error:
-        raise StudyError(str(error)) from error
-    if faults:
-        raise StudyError(f"{'; '.join(faults)} in {stored.path}: make that file again")
-
-
-def verify_line(outcomes: Sequence[Outcome], output: Path | None) -> str:
-    """Return ``12 datasets: 11 sound, 1 failed``; a dataset has an image and its masks."""
-    failed = sum(outcome.status == "failed" for outcome in outcomes)
-    checked = counted(len(outcomes), "dataset", "datasets")
-    return f"{checked}: {len(outcomes) - failed} sound, {failed} failed"
 
 
 if __name__ == "__main__":

@@ -198,7 +198,6 @@ def orientation(text: str) -> str:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    cli.check_files(parser, [options.zip])
     cli.check_paths(parser, options, [options.zip])
     least_mm, greatest_mm = SPACINGS_MM
     if not all(least_mm <= spacing_mm <= greatest_mm for spacing_mm in options.spacing):

@@ -146,7 +146,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    cli.check_files(parser, [options.input])
     cli.check_paths(parser, options, [options.input])
     try:
         options.all_angles = projection_angles(*options.angles)

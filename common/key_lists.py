@@ -1,7 +1,8 @@
 """Which studies to take: a list of keys, or the ratings that a quality page saves. Pure."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from common.errors import StageError
@@ -14,7 +15,48 @@ _LONGEST_KEY = 120
 """Characters: a hash, or hash and angle."""
 
 
-def listed_keys(text: str) -> list[str]:
+@dataclass(frozen=True)
+class Choice:
+    """What a list takes of the studies that are there.
+
+    Attributes
+    ----------
+    keys : set of str
+        Of the studies that it takes.
+    unknown : sequence of str
+        What it lists though it is not there.
+    n_left_out, n_studies : int
+        Studies that are there: those that it does not take, and all.
+    """
+
+    keys: Set[str]
+    unknown: Sequence[str]
+    n_left_out: int
+    n_studies: int
+
+
+def choose(content: bytes, studies: Mapping[str, str]) -> Choice:
+    """Return what a list takes of the keys that are there, each with the hash of its study.
+
+    Raises
+    ------
+    StageError
+        As `_listed_keys`; not UTF-8; none of what it lists is there.
+    """
+    try:
+        listed = set(_listed_keys(content.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise StageError("is no text in UTF-8: give a list of hashes") from error
+    # A hash in a list stands for all projections of its study.
+    keys = {key for key, study in studies.items() if key in listed or study in listed}
+    if not keys:
+        raise StageError("none of its studies is in the input files: give their own list")
+    there, taken = set(studies.values()), {studies[key] for key in keys}
+    unknown = sorted(listed - studies.keys() - there)
+    return Choice(keys, unknown, len(there) - len(taken), len(there))
+
+
+def _listed_keys(text: str) -> list[str]:
     """Return the keys of a list, sorted; of ratings those that they accept.
 
     Parameters

@@ -12,6 +12,7 @@ Files of a case are complete or not there; ``dataset.json`` lists those that are
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,17 +23,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import StageError, StudyError
+from common.errors import StageError, StudyError, counted
 from common.geometry import Grid, Image
 from common.hashing import fingerprint
 from common.hdf5.reading import keys_by_file, read_digests
 from common.hdf5.studies import read_attributes, read_dataset, read_shapes
 from common.nifti import is_sheared, load_library, write_nifti_file
+from common.run.console import PROGRESS
 from common.run.engine import Engine, run_studies
 from common.run.output import make_folder, write_beside, writing_beside
 from common.run.worker import Job, Outcome, Written
 from common.splits import Fold
 from common.version import SOFTWARE
+
+logger = logging.getLogger("tumorvolume")
 
 N_FOLDS = 5
 """nnU-Net trains five, unless told otherwise."""
@@ -208,6 +212,8 @@ def export(
     written = {job.hash: job.fingerprint for job in jobs if job.hash not in failed}
     _write_folds(dataset, folds, written)
     write_beside(dataset.description, _description(dataset, written, values, reader))
+    n_cases = counted(len(written), "case", "cases")
+    logger.log(PROGRESS, "%s for nnU-Net in %s", n_cases, dataset.folder)
     return [*(Outcome(key, "unchanged") for key in kept), *new]
 
 

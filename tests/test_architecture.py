@@ -20,7 +20,7 @@ ARROWS = {
     "raw": {"dicom", "nifti", "suv", "run", "pure"},
     "hdf5": {"project_zip", "pure"},
     "nnunet": {"hdf5", "nifti", "run", "pure"},
-    "report": {"hdf5", "suv", "run", "pure"},
+    "report": {"nnunet", "hdf5", "suv", "run", "pure"},
 }
 """The rooms whose files a room's files may import, besides its own."""
 

@@ -17,6 +17,7 @@ from scipy import ndimage
 import mergeh5
 import preprocessing
 import project_2d
+from common.report import verification
 from common.report.case_table import COLUMNS, case_rows
 from common.run.output import write_table
 
@@ -561,17 +562,20 @@ def test_every_column_of_the_cases_is_explained():
 
 
 def test_sound_files_verify(made, capsys):
-    assert run("--verify", made["one"], made["two"], made["one 2d"]) == 0
-    assert capsys.readouterr().out == "10 datasets: 10 sound, 0 failed\n"
+    assert run("--verify", made["one"], made["two"], made["one 2d"], "-v") == 0
+    out, err = capsys.readouterr()
+    assert out == "10 datasets: 10 sound, 0 failed\n"
+    assert f"{A}: sound\n" in err
+    assert "written" not in err
 
 
 def test_a_dataset_that_crashes_its_reader_is_one_damaged_dataset(made, monkeypatch, capsys):
-    faults_of = mergeh5.faults_of
+    faults_of = verification.faults_of
 
     def crash_on_b(path, key, parameters):
         return os.abort() if key == B else faults_of(path, key, parameters)
 
-    monkeypatch.setattr(mergeh5, "faults_of", crash_on_b)
+    monkeypatch.setattr(verification, "faults_of", crash_on_b)
     assert run("--verify", made["one"], made["two"], "--jobs", 2) == 3
     out, err = capsys.readouterr()
     assert out == "4 datasets: 3 sound, 1 failed\n"
@@ -604,6 +608,21 @@ def test_all_angles_of_a_study_are_in_one_shard(inputs, output):
 
 def test_stack_verifies(inputs, capsys):
     assert run("--verify", project(inputs["one"], "--stack")) == 0
+
+
+def test_a_damaged_stack_is_told_by_its_file_and_few_of_its_rows(inputs, capsys):
+    stack = project(inputs["one"], "--stack")
+    with h5py.File(stack, "r+") as file:
+        file["image"][...] = 2
+    capsys.readouterr()
+    assert run("--verify", stack) == 3
+    out, err = capsys.readouterr()
+    assert out == "1 dataset: 0 sound, 1 failed\n"
+    assert err.startswith(
+        f"error: one_2d.h5: {A}_000 differs from its checksum; {A}_000 has values"
+    )
+    assert err.count(";") == 10
+    assert err.endswith(f"; 2 more in {stack}: make that file again\n")
 
 
 def changed(path, group, key, change):

@@ -7,7 +7,7 @@ and parameters alone, not on how the studies are spread over files.
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,11 +178,11 @@ def find_studies(
     inputs: Sequence[Path],
     parameters: Mapping[str, Any],
     on_duplicate: str,
-    is_wanted: Callable[[str], bool] | None = None,
+    wanted: Set[str] | None = None,
     *,
     with_digests: bool = False,
 ) -> dict[str, Found]:
-    """Return where each key is taken from, of those that are wanted; None: of all.
+    """Return where each key is taken from, of the wanted ones; None: of all.
 
     Each file, and each that it leads to, is read once.
 
@@ -201,7 +201,7 @@ def find_studies(
             else read_each(path, functools.partial(_found, path, with_digests))
         )
         for key, each in found.items():
-            if is_wanted is not None and not is_wanted(key):
+            if wanted is not None and key not in wanted:
                 continue
             if key not in chosen or is_same(key, chosen[key].source, path):
                 chosen.setdefault(key, each)

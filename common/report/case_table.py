@@ -1,11 +1,19 @@
 """Studies as CSV, a row a study: whose it is, how its SUV came about, how much tumour it has."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from common import splits
+from common.errors import StageError
 from common.report.suv_words import uptake_minutes
 from common.report.untrusted_json import is_number, json_array, json_object
+from common.run.output import write_table
+from common.splits import Sample
 from common.suv.provenance import coarse
+
+logger = logging.getLogger("tumorvolume")
 
 ATTRIBUTES = (
     "project", "spacing", "ct_spacing", "pet_spacing", "suv_type", "suv", "measures", "warnings",
@@ -22,6 +30,40 @@ COLUMNS = (
     *(f"{grid}_{axis}_mm" for grid in _SPACINGS for axis in "xyz"),
     "suv_max", *_OF_STUDY, "warnings",
 )  # fmt: skip
+
+
+def write_cases(
+    path: Path,
+    studies: Mapping[str, Mapping[str, Any]],
+    samples: Sequence[Sample],
+    patient_characters: int | None = None,
+) -> None:
+    """Write the table; who the patient is stays empty where nothing tells it.
+
+    Parameters
+    ----------
+    path : Path
+    studies : dict of hash to dict
+        `ATTRIBUTES` of their images.
+    samples : sequence of Sample
+        Of the studies.
+    patient_characters : int, optional
+        See `splits.patient_characters`.
+
+    Raises
+    ------
+    StageError
+        More characters are asked for than tell the patient.
+    """
+    try:
+        n_characters = splits.patient_characters(samples, patient_characters)
+    except StageError as error:
+        if patient_characters is not None:
+            raise
+        logger.warning("the column patient of %s is empty: %s", path.name, error)
+        n_characters = 0
+    rows = case_rows((key, key[:n_characters], about) for key, about in sorted(studies.items()))
+    write_table(path, COLUMNS, rows)
 
 
 def case_rows(studies: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[list[str]]:

@@ -118,6 +118,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, cluster: bool = True) ->
             "its scheduler file; they share files and software with this machine, and --jobs then "
             'is the most studies under way at once; "local" starts --jobs workers here',
         )
+    else:
+        parser.set_defaults(dask=None)
     run.add_argument("--force", action="store_true", help="start afresh: reuse nothing")
     run.add_argument(
         "--allow-shrink",
@@ -276,11 +278,10 @@ def check_files(parser: argparse.ArgumentParser, inputs: Sequence[Path]) -> None
 def check_paths(
     parser: argparse.ArgumentParser, options: argparse.Namespace, inputs: Sequence[Path]
 ) -> None:
-    """End with status 2 where an input is missing, or the output or the log can't be or is one."""
+    """As `check_files`; and where the output or the log can't be or is an input."""
+    check_files(parser, inputs)
     output: Path = options.output
     for path in inputs:
-        if not path.exists():
-            parser.error(f"input {path} does not exist")
         if output.exists() and output.samefile(path):
             parser.error(f"output {output} is an input: choose another name")
     if output.is_dir():

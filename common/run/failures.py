@@ -42,7 +42,13 @@ def list_failures(output: Path, failures: Iterable[Failure]) -> None:
     logger.log(PROGRESS, "failed studies are listed in %s", path)
 
 
-def read_failures(path: Path) -> list[Failure]:
+def join_failures(paths: Iterable[Path]) -> list[Failure]:
+    """Return what lists tell, in the order of hashes; raises as `_read_failures`."""
+    failures = (failure for path in paths for failure in _read_failures(path))
+    return sorted(failures, key=lambda failure: failure.hash)
+
+
+def _read_failures(path: Path) -> list[Failure]:
     """Return what a list tells.
 
     Raises
