@@ -49,7 +49,7 @@ from stages import (
 import mergeh5
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
-KILLS = 25 * STRESS
+KILLS = 15 * STRESS
 INTERRUPTIONS = 5 * STRESS
 PAGE = resource.getpagesize()
 

@@ -29,7 +29,7 @@ from common.errors import StageError, StudyError
 from common.hdf5 import studies
 from common.run.worker import attempt
 
-CASES = 20 * int(os.environ.get("TUMORVOLUME_STRESS", "1"))
+CASES = 12 * int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
 Volumes = dict[str, dict[str, np.ndarray]]
 
