@@ -133,22 +133,26 @@ def _scale_of_counts(series: PetSeries) -> Scale:
     activity = _on_every_slice(each.philips_activity_factor for each in series.slices)
     if activity is not None:
         return Scale(Rule.CNTS, None, activity)
-    is_cnts = f"{NAMES[series.source].units} is CNTS"
+    raise _no_scale(series, has_suv_factor=suv is not None)
+
+
+def _no_scale(series: PetSeries, *, has_suv_factor: bool) -> StudyError:
+    """Return the refusal of counts, with what helps its maker."""
+    remedy = "export with private tags, or as BQML"
     if series.source is Source.ENHANCED:
-        why, remedy = f"{is_cnts}, for which Enhanced PET states none", "export the series as Bq/ml"
+        why, remedy = "for which Enhanced PET states none", "export the series as Bq/ml"
     elif series.manufacturer != "PHILIPS":
-        why = f"{is_cnts}, and {_MANUFACTURER} is not Philips, who alone state it"
+        why = f"and {_MANUFACTURER} is not Philips, who alone state it"
         remedy = "export the series as BQML"
-    elif suv is None:
-        why = f"{is_cnts}, but {PHILIPS_SUV_FACTOR} and {PHILIPS_ACTIVITY_FACTOR} are missing or 0"
-        remedy = "export with private tags, or as BQML"
-    else:
+    elif has_suv_factor:
         why = (
-            f"{is_cnts}, but {PHILIPS_ACTIVITY_FACTOR} is missing or 0, and {PHILIPS_SUV_FACTOR} "
+            f"but Philips' {PHILIPS_ACTIVITY_FACTOR} is missing or 0, and {PHILIPS_SUV_FACTOR} "
             f"does not hold where {DECAY_CORRECTION} is NONE"
         )
-        remedy = "export with private tags, or as BQML"
-    raise StudyError(f"counts without scale ({why}): {remedy}")
+    else:
+        why = f"but Philips' {PHILIPS_SUV_FACTOR} and {PHILIPS_ACTIVITY_FACTOR} are missing or 0"
+    is_cnts = f"{NAMES[series.source].units} is CNTS"
+    return StudyError(f"counts without scale ({is_cnts}, {why}): {remedy}")
 
 
 def state_of(code: str | None) -> str:
