@@ -26,10 +26,10 @@ from common import project_zip
 from common.errors import IncompleteStudy, StageError, counted
 from common.geometry import ORIENTATIONS, Image
 from common.hashing import fingerprint
-from common.hdf5 import index, merge
 from common.hdf5.chunks import COMPRESSIONS, is_available
+from common.hdf5.forms import form_of
 from common.hdf5.parts import write_volume
-from common.hdf5.studies import read_fingerprints, read_keys
+from common.hdf5.studies import read_keys
 from common.nifti import load_library, write_nifti_file
 from common.plausibility import weight_of
 from common.report.lesion_table import write_measures
@@ -241,8 +241,8 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
         labels=options.labels,
     )
     load_library()
-    store, made_by = options.store, {"parameters": recipe.parameters, "software": SOFTWARE}
-    with exclusive(options.output, force=options.force, lock=options.lock, store=store):
+    form = form_of(options.output, options.store, recipe.parameters, SOFTWARE)
+    with exclusive(options.output, force=options.force, lock=options.lock, store=options.store):
         archived = project_zip.read_directory(options.zip)
         if not archived:
             raise StageError(f"{options.zip}: {why_empty(options.zip)}")
@@ -275,17 +275,13 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             output=options.output,
             studies=studies,
             worker=preprocess_study,
-            assemble=functools.partial(index.assemble_index, **made_by, output=options.output)
-            if store
-            else functools.partial(merge.assemble, **made_by),
-            read_finished=functools.partial(in_own_process, index.read_stored, store)
-            if store
-            else functools.partial(in_own_process, read_fingerprints),
+            assemble=form.assemble,
+            read_finished=functools.partial(in_own_process, form.read_finished),
             write_beside=write_what_goes_beside,
             beside_of=functools.partial(saved_images, options=options),
             name="preprocessing",
-            store=store,
-            has_form=lambda path: in_own_process(index.holds_links, path) == bool(store),
+            store=options.store,
+            has_form=functools.partial(in_own_process, form.is_of),
         )
         return stage.run_stage(
             preprocessing,

@@ -27,8 +27,9 @@ import numpy as np
 
 from common.errors import StageError
 from common.hashing import fingerprint
-from common.hdf5 import index, merge, reading
+from common.hdf5 import reading
 from common.hdf5.chunks import COMPRESSIONS, is_available
+from common.hdf5.forms import form_of
 from common.hdf5.parts import read_as_planned, read_volume, write_projections
 from common.hdf5.studies import (
     Content,
@@ -165,35 +166,25 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def project(options: argparse.Namespace) -> list[Outcome]:
     """Compute what is new or changed, replace the 2D file and its list."""
-    store = options.store
-    with exclusive(options.output, force=options.force, lock=options.lock, store=store):
+    with exclusive(options.output, force=options.force, lock=options.lock, store=options.store):
         source = in_own_process(read_source, options.input, options.shard)
         parameters = {**source.parameters, "angles": list(options.angles), "stack": options.stack}
         for folder in (options.gif, options.png):
             if folder is not None:
                 make_folder(folder)
-        made_by = {
-            "parameters": parameters,
-            "software": SOFTWARE,
-            "angles": options.all_angles,
-        }
         studies = plan(options, source, parameters)
-
+        form = form_of(options.output, options.store, parameters, SOFTWARE, options.all_angles)
         projecting = stage.Stage(
             output=options.output,
             studies=studies,
             worker=project_study,
-            assemble=functools.partial(index.assemble_index, **made_by, output=options.output)
-            if store
-            else functools.partial(merge.assemble_projections, **made_by),
-            read_finished=functools.partial(in_own_process, index.read_stored, store)
-            if store
-            else functools.partial(in_own_process, reading.read_projected),
+            assemble=form.assemble,
+            read_finished=functools.partial(in_own_process, form.read_finished),
             write_beside=lambda path, outcomes: list_held(options, source, outcomes),
             beside_of=functools.partial(pictures, options=options),
             name="project_2d",
-            store=store,
-            has_form=lambda path: in_own_process(index.holds_links, path) == bool(store),
+            store=options.store,
+            has_form=functools.partial(in_own_process, form.is_of),
         )
         return stage.run_stage(
             projecting, cli.engine(options), force=options.force, allow_shrink=options.allow_shrink

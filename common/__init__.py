@@ -9,8 +9,8 @@ raw/            project and layouts: the folders of a raw project; study_files, 
                 words and roles: which file plays which role; study: one read and checked, by
                 consistency, header_planes and sidecar; pseudonyms and mapping: who is who
 hdf5/           studies: training files, 3D and 2D, of chunks; parts: of one study; merge, index
-                and stacks: of many; reading: what they tell without volumes; verify;
-                crash_safe_file
+                and stacks: of many; reading: what they tell without volumes; forms:
+                copies or links; verify; crash_safe_file
 run/            how a stage runs, whatever its studies are: cli: options; stage: plan, compute,
                 replace; engine: pool or dask, each with worker; output, failures, store, lock,
                 atomic, console, signals, machine
