@@ -26,7 +26,7 @@ from common import project_zip
 from common.errors import IncompleteStudy, StageError, counted
 from common.geometry import ORIENTATIONS, Image
 from common.hashing import fingerprint
-from common.hdf5.chunks import COMPRESSIONS, is_available
+from common.hdf5.chunks import COMPRESSIONS, COMPRESSIONS_MEAN, missing_packages
 from common.hdf5.forms import form_of
 from common.hdf5.parts import write_volume
 from common.hdf5.studies import read_keys
@@ -161,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what masks hold: 0 and 1 (default), or the label values, for several classes",
     )
     results = parser.add_argument_group("results")
-    cli.add_compression_option(results, COMPRESSIONS, is_available)
+    cli.add_compression_option(results, COMPRESSIONS, missing_packages(), COMPRESSIONS_MEAN)
     results.add_argument(
         "--save-nifti",
         type=Path,

@@ -28,7 +28,7 @@ import numpy as np
 from common.errors import StageError
 from common.hashing import fingerprint
 from common.hdf5 import reading
-from common.hdf5.chunks import COMPRESSIONS, is_available
+from common.hdf5.chunks import COMPRESSIONS, COMPRESSIONS_MEAN, missing_packages
 from common.hdf5.forms import form_of
 from common.hdf5.parts import read_as_planned, read_volume, write_projections
 from common.hdf5.studies import (
@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one dataset a group, (N, 2, X, Z) and (N, 1, X, Z), and their keys in dataset key",
     )
-    cli.add_compression_option(projecting, COMPRESSIONS, is_available)
+    cli.add_compression_option(projecting, COMPRESSIONS, missing_packages(), COMPRESSIONS_MEAN)
     pictures_group = parser.add_argument_group("pictures")
     pictures_group.add_argument(
         "--gif", type=Path, metavar="DIR", help="a rotating projection a study, lesions outlined"

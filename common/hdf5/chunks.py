@@ -18,6 +18,12 @@ from common.errors import Unreachable
 COMPRESSIONS = ("gzip", "lzf", "blosc", "none")
 """gzip, the default, is read by every HDF5; lzf by every h5py; blosc where hdf5plugin is."""
 
+COMPRESSIONS_MEAN = (
+    "of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in patches, "
+    "needs hdf5plugin)"
+)
+"""What the scripts' help says of them."""
+
 PATCH_EDGE = 40
 """Longest edge of a 3D chunk [voxels], for random patches of 64 to 160."""
 
@@ -31,9 +37,9 @@ _SAMPLED = 64
 Block = tuple[slice, ...]
 
 
-def is_available(compression: str) -> bool:
-    """Whether a compression can be had: blosc needs an optional package."""
-    return compression != "blosc" or importlib.util.find_spec("hdf5plugin") is not None
+def missing_packages() -> dict[str, str]:
+    """Return which package each compression lacks that can't be had."""
+    return {} if importlib.util.find_spec("hdf5plugin") is not None else {"blosc": "hdf5plugin"}
 
 
 def write_chunked(group: h5py.Group, name: str, array: NDArray[Any], compression: str) -> Any:

@@ -9,10 +9,10 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from common.errors import StageError, counted
 from common.hashing import fingerprint
@@ -75,13 +75,15 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {option}{hint}")
         return super().parse_args(args, namespace)
 
-    def error(self, message: str) -> NoReturn:
-        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
-        if choice:
-            choices = re.findall(r"[^\s,']+", choice[2])
-            nearest = difflib.get_close_matches(choice[1], choices, n=1)
-            message += f": did you mean {nearest[0]}?" if nearest else ""
-        super().error(message)
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is none of an option's choices, as argparse does, and name the nearest."""
+        choices = list(action.choices or [value])
+        if value not in choices:
+            nearest = difflib.get_close_matches(value, choices, n=1)
+            hint = f": did you mean {nearest[0]}?" if nearest else ""
+            listed = ", ".join(map(repr, choices))
+            refusal = f"invalid choice: {value!r} (choose from {listed}){hint}"
+            raise argparse.ArgumentError(action, refusal)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -112,7 +114,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, cluster: bool = True) ->
     if cluster:
         run.add_argument(
             "--dask",
-            type=dask_address,
+            type=refuse_without_dask,
             metavar="ADDRESS",
             help="let the workers of a dask.distributed scheduler do the work: tcp://HOST:PORT, or "
             "its scheduler file; they share files and software with this machine, and --jobs then "
@@ -146,14 +148,26 @@ def add_run_options(parser: argparse.ArgumentParser, *, cluster: bool = True) ->
 def add_compression_option(
     group: argparse._ArgumentGroup,
     compressions: Sequence[str],
-    is_available: Callable[[str], bool],
+    missing_packages: Mapping[str, str],
+    meaning: str,
 ) -> None:
-    """Add the option of how the HDF5 file is compressed, the first of some by default."""
+    """Add the option of how the HDF5 file is compressed, the first of some by default.
+
+    Parameters
+    ----------
+    group
+        Of the parser.
+    compressions : sequence of str
+    missing_packages : dict of compression to package
+        Of those that can't be had as the software is installed.
+    meaning : str
+        What the help says of them.
+    """
 
     def compression(text: str) -> str:
-        if text in compressions and not is_available(text):
+        if package := missing_packages.get(text):
             raise argparse.ArgumentTypeError(
-                f"{text} needs the package hdf5plugin: pip install hdf5plugin"
+                f"{text} needs the package {package}: pip install {package}"
             )
         return text
 
@@ -162,8 +176,7 @@ def add_compression_option(
         type=compression,
         choices=compressions,
         default=compressions[0],
-        help=f"of the HDF5 file (default: {compressions[0]}, read everywhere; blosc, the fastest "
-        "to read in patches, needs hdf5plugin)",
+        help=meaning,
     )
 
 
@@ -224,8 +237,8 @@ def shard(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def dask_address(text: str) -> str:
-    """Parse the address of a scheduler: is there the package to talk to it?"""
+def refuse_without_dask(text: str) -> str:
+    """Return the address of a scheduler as it is; refuse it where no package can talk to one."""
     if importlib.util.find_spec("distributed") is None:
         raise argparse.ArgumentTypeError(
             'needs the package distributed: pip install "dask[distributed]"'

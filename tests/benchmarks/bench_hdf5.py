@@ -66,7 +66,7 @@ def print_compressions(study: Path, folder: Path, n_patches: int) -> None:
     print("| chunk | compression | size | written in | 96³ patch from disk | cached |")
     print("|---|---|---|---|---|---|")
     print_row("contiguous", "none", 1, seconds, plain, plain)
-    compressions = [c for c in chunks.COMPRESSIONS if chunks.is_available(c)]
+    compressions = [c for c in chunks.COMPRESSIONS if c not in chunks.missing_packages()]
     for edge in EDGES:
         for compression in compressions:
             path = folder / "chunked.h5"

@@ -70,7 +70,8 @@ def test_few_even_chunks_leave_little_over(length):
 def test_blosc_without_its_package_is_a_wrong_argument_that_names_it(monkeypatch, capsys):
     monkeypatch.setattr(chunks.importlib.util, "find_spec", lambda name: None)
     parser = cli.make_parser("p", "")
-    cli.add_compression_option(parser, chunks.COMPRESSIONS, chunks.is_available)
+    missing = chunks.missing_packages()
+    cli.add_compression_option(parser, chunks.COMPRESSIONS, missing, chunks.COMPRESSIONS_MEAN)
     assert parser.parse_args([]).compression == "gzip"
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(["--compression", "blosc"])

@@ -61,7 +61,7 @@ def test_plain_h5py_reads_what_was_written(compression, dtype, tmp_path):
         assert file.attrs["schema_version"] == 1
 
 
-@pytest.mark.skipif(not chunks.is_available("blosc"), reason="hdf5plugin is not installed")
+@pytest.mark.skipif("blosc" in chunks.missing_packages(), reason="hdf5plugin is not installed")
 def test_blosc_is_read_back_with_its_plugin(tmp_path):
     arrays = study_arrays()
     path = write(tmp_path / "a.h5", {"a": arrays}, "blosc")
@@ -88,7 +88,7 @@ for read in (
 """
 
 
-@pytest.mark.skipif(not chunks.is_available("blosc"), reason="hdf5plugin is not installed")
+@pytest.mark.skipif("blosc" in chunks.missing_packages(), reason="hdf5plugin is not installed")
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_blosc_is_read_by_another_process_than_wrote_it(is_installed, tmp_path):
     """Sound files were called damaged, for only writing loaded the plugin."""
