@@ -373,8 +373,8 @@ def preprocess_study(job: Job) -> Written:
             fingerprint=job.fingerprint,
             software=SOFTWARE,
         )
-        # Where none are asked for, there are no paths.
-        for name, path in zip(SAVED_IMAGES, job.beside, strict=False):
+        saved = SAVED_IMAGES if job.beside else ()
+        for name, path in zip(saved, job.beside, strict=True):
             with writing_beside(path) as nifti:
                 write_nifti_file(nifti, placed.images[name])
     times.end("writing")

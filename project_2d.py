@@ -66,7 +66,8 @@ class StoredStudy:
     """What a worker needs to project one study.
 
     `length` along z is what to pad to, for stacking; None for projections as long as they are.
-    `digests` are those of the study as it was planned with (`reading.read_digests`).
+    `digests` are those of the study as it was planned with (`reading.read_digests`), `pictures`
+    the kinds of the job's files beside the output.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class StoredStudy:
     length: int | None
     parameters: Mapping[str, Any]
     compression: str
+    pictures: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
             length,
             parameters,
             options.compression,
+            picture_kinds(options),
         )
         memory = MEMORY_BASE + MEMORY_PER_VALUE * math.prod(source.shapes[key])
         studies.append(
@@ -242,9 +245,14 @@ def plan(options: argparse.Namespace, source: Source, parameters: Mapping[str, A
     return studies
 
 
+def picture_kinds(options: argparse.Namespace) -> list[str]:
+    """Return which pictures are asked for, of gif (a film) and png (a still)."""
+    return [kind for kind in ("gif", "png") if getattr(options, kind)]
+
+
 def pictures(study_hash: str, options: argparse.Namespace) -> tuple[Path, ...]:
     """Return where the film and the still of a study go."""
-    kinds = [kind for kind in ("gif", "png") if getattr(options, kind)]
+    kinds = picture_kinds(options)
     return tuple(getattr(options, kind) / f"{study_hash}.{kind}" for kind in kinds)
 
 
@@ -298,7 +306,8 @@ def project_study(job: Job) -> Written:
             # Slow to load, and only for those who ask for pictures.
             from common.report.films import write_films
 
-            write_films(job.beside, mips, work.angles, attributes)
+            paths = dict(zip(work.pictures, job.beside, strict=True))
+            write_films(paths.get("gif"), paths.get("png"), mips, work.angles, attributes)
     return Written(turned_axis(attributes["orientation"]))
 
 

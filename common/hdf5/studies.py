@@ -142,19 +142,19 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     StageError
         Not HDF5, damaged, made by a newer version, or with links in place of groups.
     """
-    with _blamed(path), keeping_open(), _opened(path) as file:
+    with _refusing_damage(path), keeping_open(), _open(path) as file:
         yield file
 
 
 @contextmanager
 def file_left_open(path: Path) -> Iterator[h5py.File]:
     """As `open_file`, and leave it open: for a process that reads study after study of a file."""
-    with _blamed(path):
+    with _refusing_damage(path):
         yield opened(path)
 
 
 @contextmanager
-def _blamed(path: Path) -> Iterator[None]:
+def _refusing_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
@@ -164,7 +164,7 @@ def _blamed(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _opened(path: Path) -> h5py.File:
+def _open(path: Path) -> h5py.File:
     try:
         # No lock: files are replaced, never changed, and some file systems have none.
         file = h5py.File(path, "r", locking=False)
@@ -231,16 +231,14 @@ def opened(path: Path) -> h5py.File:
     return _opened_version(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _open_version(path: Path, *version: int) -> h5py.File:
-    return _opened(path)
+@functools.lru_cache(maxsize=8)
+def _opened_version(path: Path, *version: int) -> h5py.File:
+    return _open(path)
 
 
 @functools.lru_cache(maxsize=8)
 def _folder_of(path: Path) -> Path:
     return path.resolve().parent
-
-
-_opened_version = functools.lru_cache(maxsize=8)(_open_version)
 
 
 @contextmanager

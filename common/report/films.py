@@ -108,17 +108,18 @@ def _upright(plane: NDArray[np.uint8], orientation: str) -> Image.Image:
 
 
 def write_films(
-    paths: Sequence[Path],
+    film: Path | None,
+    still: Path | None,
     mips: Mapping[str, Array],
     angles: Sequence[float],
     of_volume: Mapping[str, Any],
 ) -> None:
-    """Write the rotating projection of one study as .gif, and its first frame as .png.
+    """Write the rotating projection of one study as a GIF, and its first frame as a PNG.
 
     Parameters
     ----------
-    paths : sequence of Path
-        One or both; each is replaced at once.
+    film, still : Path, optional
+        Each is replaced at once; None: not asked for.
     mips : dict of group to (N, C, X, Z) array
         In [0, 1] and labels, from N angles.
     angles : sequence of N floats
@@ -135,12 +136,12 @@ def write_films(
         spacing_mm=(of_volume["spacing"][0], of_volume["spacing"][2]),
         orientation=of_volume["orientation"],
     )
-    for path in paths:
-        with writing_beside(path) as temporary:
-            if path.suffix == ".gif":
-                write_gif(temporary, frames)
-            else:
-                write_png(temporary, frames[0])
+    if film is not None:
+        with writing_beside(film) as temporary:
+            write_gif(temporary, frames)
+    if still is not None:
+        with writing_beside(still) as temporary:
+            write_png(temporary, frames[0])
 
 
 def write_png(path: Path, frame: Image.Image) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,11 +27,6 @@ def refuse_little_address_space() -> None:
     StageError
         It does.
     """
-    try:
-        import resource
-    except ImportError:
-        # Windows has none.
-        return
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY and most < LEAST_ADDRESS_SPACE:
         raise StageError(

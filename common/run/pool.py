@@ -268,7 +268,10 @@ def run_in_pool(
                 yield index, outcome
         breakdowns = breakdowns + 1 if len(todo) == n_before else 0
         if breakdowns > _MOST_BREAKDOWNS:
-            raise StageError("worker processes die before they begin: check the machine's memory")
+            raise StageError(
+                "worker processes die before they begin, as where memory is short: use fewer "
+                "--jobs, or a machine, a container or a job with more memory"
+            )
 
 
 def _until_breakdown(
