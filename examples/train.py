@@ -42,10 +42,10 @@ def read_patch(dataset: h5py.Dataset, corner: Sequence[int], size: Sequence[int]
             continue  # a chunk of zeros is not in the file
         squeezed = dataset.id.read_direct_chunk(at)[1]
         bytes_apart = np.frombuffer(inflate(squeezed, int(edges.prod()) * width), np.uint8)
-        chunk = np.stack(bytes_apart.reshape(width, *edges), axis=-1).view(dataset.dtype)[..., 0]
         low, high = np.maximum(first, at), np.minimum(stop, at + edges)
         inside = tuple(map(slice, low - at, high - at))
-        patch[tuple(map(slice, low - first, high - first))] = chunk[inside]
+        values = np.stack(bytes_apart.reshape(width, *edges)[:, *inside], axis=-1)
+        patch[tuple(map(slice, low - first, high - first))] = values.view(dataset.dtype)[..., 0]
     return patch
 
 
