@@ -1,9 +1,9 @@
 """What the scripts share, in rooms. Imports run downwards on this map; nothing imports a script.
 
 report/         page: the quality-control page, by pictures and suv_words; films of one study;
-                case_table, lesion_table and projection_list: CSV; fold_lists: for training;
-                verification: which files are sound; untrusted_json: attributes as any file may
-                have them
+                case_table and lesion_table, by tables, and projection_list: CSV; fold_lists: for
+                training; verification: which files are sound; untrusted_json: attributes as any
+                file may have them
 nnunet          nnU-Net's raw layout
 raw/            project and layouts: the folders of a raw project; study_files, candidates,
                 words and roles: which file plays which role; study: one read and checked, by

@@ -8,6 +8,7 @@ from typing import Any
 from common import splits
 from common.errors import StageError
 from common.report.suv_words import uptake_minutes
+from common.report.tables import OF_STUDY, in_columns, number_cell
 from common.report.untrusted_json import is_number, json_array, json_object
 from common.run.output import write_table
 from common.splits import Sample
@@ -21,14 +22,11 @@ ATTRIBUTES = (
 """What the table takes from the attributes of an image."""
 
 _SPACINGS = {"ct": "ct_spacing", "pet": "pet_spacing", "training": "spacing"}
-_OF_STUDY = (
-    "lesion_count", "tmtv_ml", "iso_tmtv_ml", "tlg_g", "iso_tlg_g", "dmax_mm", "dose_fraction",
-)  # fmt: skip
 
 COLUMNS = (
     "hash", "project", "patient", "suv_type", "suv_rule", "uptake_minutes", "weight_kg",
     *(f"{grid}_{axis}_mm" for grid in _SPACINGS for axis in "xyz"),
-    "suv_max", *_OF_STUDY, "warnings",
+    "suv_max", *OF_STUDY, "warnings",
 )  # fmt: skip
 
 
@@ -76,7 +74,7 @@ def case_rows(studies: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[lis
         {"hash": study_hash, "patient": patient, **_row(attributes)}
         for study_hash, patient, attributes in studies
     )
-    return [[row.get(column, "") for column in COLUMNS] for row in rows]
+    return in_columns(rows, COLUMNS)
 
 
 def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
@@ -86,7 +84,7 @@ def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
     lesions = [json_object(lesion) for lesion in json_array(measures.get("lesions"))]
     brightest = [lesion["suv_max"] for lesion in lesions if is_number(lesion.get("suv_max"))]
     spacings = {
-        f"{grid}_{axis}_mm": _number(edge_mm)
+        f"{grid}_{axis}_mm": number_cell(edge_mm)
         for grid, name in _SPACINGS.items()
         for axis, edge_mm in zip("xyz", json_array(attributes.get(name)), strict=False)
     }
@@ -94,14 +92,10 @@ def _row(attributes: Mapping[str, Any]) -> dict[str, str]:
         "project": str(attributes.get("project", "")),
         "suv_type": str(attributes.get("suv_type", "")),
         "suv_rule": str(provenance.get("rule", "")),
-        "uptake_minutes": _number(uptake_minutes(provenance)),
-        "weight_kg": _number(provenance.get("weight_kg")),
+        "uptake_minutes": number_cell(uptake_minutes(provenance)),
+        "weight_kg": number_cell(provenance.get("weight_kg")),
         **spacings,
-        "suv_max": _number(max(brightest, default=None)),
-        **{name: _number(of_study.get(name)) for name in _OF_STUDY},
+        "suv_max": number_cell(max(brightest, default=None)),
+        **{name: number_cell(of_study.get(name)) for name in OF_STUDY},
         "warnings": " | ".join(map(str, json_array(attributes.get("warnings")))),
     }
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if is_number(value) else ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.errors import StageError
 from common.hdf5.studies import read_attributes, read_keys
+from common.report.tables import OF_STUDY, in_columns, number_cell
 from common.run.output import write_table
 from common.run.pool import in_own_process
 
@@ -15,9 +16,9 @@ _OF_LESION = (
     "iso_tlg_g",
 )  # fmt: skip
 _CENTROID = ("x_mm", "y_mm", "z_mm")
-_OF_STUDY = ("lesion_count", "tmtv_ml", "iso_tmtv_ml", "dmax_mm", "dose_fraction")
+_OF_STUDY_ALONE = tuple(name for name in OF_STUDY if name not in _OF_LESION)
 
-COLUMNS = ("hash", "project", "lesion", *_OF_LESION, *_CENTROID, *_OF_STUDY, "warnings")
+COLUMNS = ("hash", "project", "lesion", *_OF_LESION, *_CENTROID, *_OF_STUDY_ALONE, "warnings")
 
 
 def write_measures(path: Path, studies_file: Path) -> None:
@@ -50,13 +51,13 @@ def _measures_rows(studies_file: Path) -> list[list[str]]:
             ),
             {**shared, "lesion": "total", **total},
         ]
-    return [[row.get(column, "") for column in COLUMNS] for row in rows]
+    return in_columns(rows, COLUMNS)
 
 
 def _lesion_row(lesion: Mapping[str, Any]) -> dict[str, str]:
     centroid = dict(zip(_CENTROID, lesion["centroid_mm"], strict=True))
     return {
-        name: _number(value)
+        name: number_cell(value)
         for name, value in {**{name: lesion[name] for name in _OF_LESION}, **centroid}.items()
     }
 
@@ -72,14 +73,10 @@ def _total_row(measures: Mapping[str, Any]) -> dict[str, str]:
         "iso_suv_mean": _ratio(study["iso_tlg_g"], study["iso_tmtv_ml"]),
         "suv_max": max((lesion["suv_max"] for lesion in lesions), default=None),
         "suv_peak": max((lesion["suv_peak"] for lesion in lesions), default=None),
-        **{name: study[name] for name in _OF_STUDY},
+        **{name: study[name] for name in _OF_STUDY_ALONE},
     }
-    return {name: _number(value) for name, value in totals.items()}
+    return {name: number_cell(value) for name, value in totals.items()}
 
 
 def _ratio(tlg_g: float, volume_ml: float) -> float | None:
     return tlg_g / volume_ml if volume_ml else None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"

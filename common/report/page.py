@@ -163,7 +163,7 @@ def sound_measures(value: Any) -> Mapping[str, Any]:
     numbers = [study.get(name) for name in ("lesion_count", "tmtv_ml", "dmax_mm")]
     for lesion in lesions:
         place_mm = json_array(lesion.get("centroid_mm"))
-        numbers += [lesion.get(name) for name in _OF_LESION]
+        numbers += [lesion.get(name) for name in _TOLD_OF_LESION]
         numbers += place_mm if len(place_mm) == 3 else [None]
     fraction = study.get("dose_fraction")
     if not all(map(is_number, numbers)) or not (fraction is None or is_number(fraction)):
@@ -175,7 +175,7 @@ def sound_measures(value: Any) -> Mapping[str, Any]:
 
 TEMPLATE = "report.html.j2"
 
-_OF_LESION = (
+_TOLD_OF_LESION = (
     "label", "mtv_ml", "iso_mtv_ml", "suv_max", "suv_mean", "suv_peak", "tlg_g",
 )  # fmt: skip
 
