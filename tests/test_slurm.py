@@ -105,7 +105,7 @@ def the_merge_runs_without_a_job_that_was_ended(folder: Path, expected: bytes) -
     assert merged.stderr.splitlines()[:2] == [
         "error: array job 2 was ended before its time (memory, time limit, scancel): its studies "
         "are missing",
-        "error: array job 3 ended with status 1: its studies are those of an earlier run",
+        "error: array job 3 ended with status 1: its studies may be those of an earlier run",
     ]
     assert merged.stderr.endswith("run the same command again: it computes what is missing\n")
     assert (folder / "p_3d.h5").read_bytes() != expected
