@@ -20,6 +20,7 @@ PAGES = ("README.md", "docs/studies.md", "docs/scale.md", "docs/training.md", "d
 ELSEWHERE = {
     "dask": "run/test_dask.py",
     "slurm.sbatch": "test_slurm.py",
+    "on_slurm.py": "test_slurm.py",
     "examples/to_patient.py": "test_to_patient.py",
     "examples/train.py": "test_training.py",
     "nnUNetv2_plan_and_preprocess": "test_export_nnunet.py",

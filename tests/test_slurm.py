@@ -253,7 +253,7 @@ def submit(folder: Path, slurm: Environment, jobs: str, *options: str) -> tuple[
 
 def test_a_slurm_of_one_node_makes_the_whole_file_where_no_environment_travels(slurm, tmp_path):
     write_project(tmp_path)
-    array, merge = submit(tmp_path, slurm, "2%2", *BESIDE)
+    array, merge = submit(tmp_path, slurm, "2%2", *BESIDE[:2])
     note = (tmp_path / "p_3d.shards/NOT_JOINED").read_text()
     assert note.startswith(f"what array job {array} made has not been joined")
     ended = slurm_cluster.await_end(merge, slurm)
@@ -263,6 +263,20 @@ def test_a_slurm_of_one_node_makes_the_whole_file_where_no_environment_travels(s
     for name in ("p_3d.h5", "p_3d_failed.csv", "lesions.csv"):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes(), name
     assert not (tmp_path / "p_3d.shards/NOT_JOINED").exists()
+
+
+def test_dask_workers_that_are_jobs_of_slurm_make_the_whole_file(slurm, tmp_path):
+    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
+    write_project(tmp_path)
+    page = (ROOT / "docs" / "scale.md").read_text()
+    (tmp_path / "on_slurm.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    words = [str(ROOT / "preprocessing.py"), "p.zip", "-o", "p_3d.h5", *GRID]
+    command = [sys.executable, "on_slurm.py", "2", *words]
+    environment = {name: value for name, value in slurm.items() if name != "SBATCH_EXPORT"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "p_3d.h5").read_bytes() == (whole(tmp_path) / "p_3d.h5").read_bytes()
+    assert list(tmp_path.glob("slurm-*.out"))
 
 
 def preempt(job: str, slurm: Environment) -> None:
