@@ -28,9 +28,6 @@ ELSEWHERE = {
 }
 """Where commands are run that need a program of their own, or minutes."""
 
-BY_HAND = {"on_slurm.py"}
-"""What needs a cluster, and a package that no other test does."""
-
 
 def commands_of(page):
     """The commands of a page's shell blocks, those of several lines joined, comments dropped."""
@@ -76,9 +73,6 @@ def folder(tmp_path):
     for name in ("other", "lung", "breast"):
         run(folder, f"python createproject.py {name} -o {name}.zip")
         run(folder, f"python preprocessing.py {name}.zip -o {name}_3d.h5")
-    for name in ("lung", "breast"):
-        (folder / "shards").mkdir(exist_ok=True)
-        (folder / "shards" / f"{name}.h5").symlink_to(folder / f"{name}_3d.h5")
     return folder
 
 
@@ -119,8 +113,6 @@ def check_other_than_ours(folder, line):
 @pytest.mark.timeout(600)
 def test_the_commands_of_the_pages_run_one_after_another(folder):
     for line in (line for page in PAGES for line in commands_of(page)):
-        if BY_HAND & set(line.split()):
-            continue
         elsewhere = [test for name, test in ELSEWHERE.items() if name in line.split()]
         if elsewhere:
             assert (ROOT / "tests" / elsewhere[0]).exists()
