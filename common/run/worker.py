@@ -32,7 +32,7 @@ Status = Literal["written", "unchanged", "skipped", "failed"]
 Line = tuple[int, str]
 """Level and text of a log line that a worker leaves to its parent to write."""
 
-_LIBRARIES = ("pydicom", "highdicom", "nibabel", "nilearn")
+_LIBRARIES = ("pydicom", "nibabel", "nilearn")
 
 
 @dataclass(frozen=True)
