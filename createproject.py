@@ -278,6 +278,7 @@ def create_project(options: argparse.Namespace) -> list[Outcome]:
             read_absent=project_zip.read_absent,
             listed=listed,
             made_alike={row.hash for row in known.values() if row.options == made_with},
+            elsewhere=everyone.keys() - folders.keys(),
         )
         outcomes = stage.run_stage(
             converting, cli.engine(options), force=options.force, allow_shrink=options.allow_shrink

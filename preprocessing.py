@@ -279,6 +279,7 @@ def preprocess(options: argparse.Namespace) -> list[Outcome]:
             read_finished=functools.partial(in_own_process, form.read_finished),
             write_beside=write_what_goes_beside,
             beside_of=functools.partial(saved_images, options=options),
+            elsewhere=archived.keys() - {study.hash for study in studies},
             name="preprocessing",
             store=options.store,
             has_form=functools.partial(in_own_process, form.is_of),

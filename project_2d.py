@@ -184,6 +184,7 @@ def project(options: argparse.Namespace) -> list[Outcome]:
             read_finished=functools.partial(in_own_process, form.read_finished),
             write_beside=lambda path, outcomes: list_held(options, source, outcomes),
             beside_of=functools.partial(pictures, options=options),
+            elsewhere=source.shapes.keys() - source.digests.keys(),
             name="project_2d",
             store=options.store,
             has_form=functools.partial(in_own_process, form.is_of),

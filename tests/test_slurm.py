@@ -155,6 +155,17 @@ def test_shards_of_all_stages_make_the_whole_files_byte_for_byte(tmp_path):
     assert sorted(rows) == sorted((tmp_path / "project_mapping.csv").read_text().splitlines()[1:])
 
 
+def test_an_array_of_more_jobs_gives_studies_to_the_others_unasked(tmp_path):
+    write_chain(tmp_path)
+    for main, source, output, *options in (
+        (project_2d.main, "3d.h5", "2d.h5", *ANGLES),
+        (preprocessing.main, "project.zip", "3d.h5", *GRID),
+        (createproject.main, "raw", "project.zip"),
+    ):
+        words = [str(tmp_path / source), "-o", str(tmp_path / output), *options, "-j", "1"]
+        assert main([*words, "--shard", "2/3"]) == 0
+
+
 # --- what is run, of which stage -------------------------------------------------------------
 
 STAGES = {

@@ -84,6 +84,9 @@ class Stage:
     beside_of : function
         Which files a worker writes besides the output, of the study of a hash; those of studies
         that leave the output go with them.
+    elsewhere : set of hash
+        Studies of the input that are other shards': the output may lose them unasked, and what a
+        worker has written besides is the other shard's.
     """
 
     output: Path
@@ -101,6 +104,7 @@ class Stage:
     store: Path | None = None
     has_form: Callable[[Path], bool] = lambda path: True
     beside_of: Callable[[str], Sequence[Path]] = lambda study_hash: ()
+    elsewhere: Set[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def _plan(stage: Stage, *, force: bool, allow_shrink: bool) -> _Plan:
     asked_for = {job.hash for job in stage.studies} | {each.hash for each in stage.listed}
     vanished = finished.keys() - asked_for
     if not allow_shrink:
-        refuse_to_shrink(stage.output, finished.keys(), vanished)
+        refuse_to_shrink(stage.output, finished.keys(), vanished - stage.elsewhere)
     folder = outputs.parts_folder(stage.output) if stage.store is None else stage.store
     paths = {job.hash: _part(stage, folder, job.hash, job.fingerprint) for job in stage.studies}
     replaced = {} if force else _made_otherwise(stage, folder, paths, finished)
@@ -276,7 +280,9 @@ def _report_plan(stage: Stage, n_kept: int, n_todo: int, vanished: Set[str]) -> 
     if resumed:
         told = counted(resumed, "study is", "studies are")
         logger.log(PROGRESS, "resuming: %s finished already", told)
-    _report_absent("{are} no longer in the input", vanished)
+    _report_absent("{are} no longer in the input", vanished - stage.elsewhere)
+    if moved := vanished & stage.elsewhere:
+        logger.info("%s of the old output now of other shards", counted(len(moved)))
 
 
 _LARGEST_LOSS = 0.1
@@ -377,13 +383,14 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
     if stage.name:
         failed = (Failure(o.hash, stage.name, o.reason) for o in outcomes if o.status == "failed")
         list_failures(output, failed)
-    if is_there(output) and not sources and (plan.finished or not plan.is_known):
+    at_stake = plan.finished.keys() - stage.elsewhere
+    if is_there(output) and not sources and (at_stake or not plan.is_known):
         with clear_write_errors(output):
             stage.write_without(outcomes)
         raise StageError(f"{output}: left as it was, for no study could be written: see above")
     lost = plan.finished.keys() - sources.keys()
     if lost and not allow_shrink:
-        _refuse_losses(output, plan, outcomes, lost)
+        _refuse_losses(output, plan, outcomes, lost - stage.elsewhere)
     assemble, absent = stage.assemble, _absent(outcomes, sources)
     if stage.read_absent is not None:
         assemble = functools.partial(stage.assemble, absent=absent)  # type: ignore[call-arg]
@@ -396,7 +403,7 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
 
         def write_beside(path: Path) -> None:
             stage.write_beside(path, outcomes)
-            _remove_stale(stage, lost)
+            _remove_stale(stage, lost - stage.elsewhere)
 
         is_linked = stage.store is not None
         outputs.replace_output(output, assemble, sources, write_beside, links=is_linked)

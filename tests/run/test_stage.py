@@ -294,6 +294,18 @@ def test_an_output_that_would_lose_more_than_a_tenth_is_left(folder, n_before, l
     assert held(folder) == MANY[:left]
 
 
+def test_studies_that_are_other_shards_now_leave_unasked(folder, logged):
+    folder.run(studies(**dict.fromkeys(MANY, "1")))
+    plan = studies(**dict.fromkeys(MANY[:3], "1"))
+    with pytest.raises(StageError, match=r"would lose 3 of its 21 studies \(d, e, f\)"):
+        folder.run(plan, elsewhere=set(MANY[6:]))
+    folder.run(plan, elsewhere=set(MANY[3:]))
+    assert held(folder) == MANY[:3]
+    assert "no longer in the input" not in text_of(logged)
+    folder.run([], elsewhere=set(MANY))
+    assert held(folder) == ""
+
+
 def test_what_was_refused_for_its_content_stays_out_however_much_it_is(folder):
     folder.run(studies(a="1", b="1", c="1"))
     plan = studies(a="1", b="fails", c="incomplete")
@@ -636,6 +648,17 @@ def test_a_run_that_ends_early_leaves_no_half_file_beside_of_the_worker_it_ended
         run_pictures(folder, plan)
     assert folder.left == ["pictures"]
     assert os.listdir(folder.output.with_name("pictures")) == []
+
+
+def test_pictures_of_a_study_that_is_another_shards_now_stay(folder):
+    pictures = folder.output.with_name("pictures")
+    pictures.mkdir()
+    for name in "bc":
+        (pictures / name).touch()
+    folder.run(studies(a="1", b="1", c="1"))
+    beside = {"beside_of": lambda name: [pictures / name], "elsewhere": {"b"}}
+    folder.run(studies(a="1"), **beside)
+    assert os.listdir(pictures) == ["b"]
 
 
 def test_half_files_of_killed_workers_go_though_their_studies_are_no_longer_there(folder):
