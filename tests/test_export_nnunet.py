@@ -234,6 +234,8 @@ def test_nnunet_finds_the_dataset_sound(exported, tmp_path):
     full = plans["configurations"]["3d_fullres"]
     assert full["normalization_schemes"] == ["CTNormalization", "CTNormalization"]
     assert full["spacing"] == [3.0, 2.0, 2.0]
+    [folds] = (tmp_path / "preprocessed").glob("*/splits_final.json")
+    assert folds.read_bytes() == (tmp_path / "raw/Dataset007_all/splits_final.json").read_bytes()
 
 
 def test_the_commands_on_the_page_export_what_nnunet_plans(made, tmp_path, monkeypatch):
