@@ -47,7 +47,7 @@ from common.raw.words import ROLE_NAMES, WORDS
 from common.run import cli, console, stage
 from common.run.atomic import behind_links
 from common.run.engine import run_studies
-from common.run.lock import locked, show_life
+from common.run.lock import confirm_lease, locked, show_life
 from common.run.output import exclusive, writing_part
 from common.run.worker import Job, Outcome, Status, Written, refused
 from common.suv.body import SUV_UNITS
@@ -476,6 +476,7 @@ def write_mapping(
             new.append(row)
         elsewhere = everyone.keys() - this_shard(everyone, options).keys()
         asked_for = cli.of_shard(known.keys() | everyone.keys(), options.shard) - elsewhere
+        confirm_lease(options.mapping)
         mapping.write(options.mapping, mapping.merged(old, new, options.name, asked_for))
 
 

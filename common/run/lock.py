@@ -70,10 +70,18 @@ def locked(output: Path, patience_s: float = 0.0, *, lock: bool = True) -> Itera
     except OSError as error:
         if lock and error.errno in _NO_LOCKS:
             with suppress(OSError):
-                path.unlink()
+                # One that tells something is a run's that was started with --no-lock.
+                if path.stat().st_size == 0:
+                    path.unlink()
             raise StageError(
                 f"{path}: the file system has no locks ({error.strerror}): see to it that no "
                 "other run writes this output, and add --no-lock"
+            ) from error
+        if os.path.lexists(path):
+            # A link, or of another user: what it guards can't be told.
+            raise StageError(
+                f"{path}: cannot be opened ({error.strerror}): where no run writes this output, "
+                "delete that file or have its owner do so"
             ) from error
         if lock:
             raise StageError(
@@ -84,13 +92,17 @@ def locked(output: Path, patience_s: float = 0.0, *, lock: bool = True) -> Itera
         yield
         return
     try:
-        told = f"process {os.getpid()} on {socket.gethostname()}\nof {_machine()}\n"
+        told = (
+            f"process {os.getpid()} on {socket.gethostname()}\n"
+            f"of {_machine()} {_numbering_of_processes()}\n"
+        )
+        lease = _held[path] = _Lease(descriptor, "", time.monotonic())
         # Who holds it is for people, too: on a full disk the lock holds all the same.
         with suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, told.encode(), 0)
+            lease.told = told
             os.fsync(descriptor)
-            _held[path] = _Lease(descriptor, told, time.monotonic())
         yield
     finally:
         is_taken = _is_taken_over(path)
@@ -152,12 +164,27 @@ def _machine() -> str:
         return socket.gethostname()
 
 
+def _numbering_of_processes() -> str:
+    """Return what tells apart the containers of a machine: each counts processes by itself."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "all"
+
+
 def _open_locked(path: Path, patience_s: float, *, lock: bool) -> int:
     begin = time.monotonic()
     watch: tuple[float, object] | None = None
     while True:
         show_life()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            descriptor, is_new = _opened(path)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            continue
+        if is_new and not lock:
+            return descriptor
         try:
             if lock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,6 +227,14 @@ def _open_locked(path: Path, patience_s: float, *, lock: bool) -> int:
         time.sleep(min(_BEAT_S, 0.5) if watch else 0)
 
 
+def _opened(path: Path) -> tuple[int, bool]:
+    """Return the file open, and whether it was made by that: of several only one makes it."""
+    flags = os.O_RDWR | os.O_NOFOLLOW
+    with suppress(FileExistsError):
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
+    return os.open(path, flags), False
+
+
 def _in_use(path: Path, holder: str) -> StageError:
     return StageError(
         f"{path}: another run writes this output ({_first_line(holder) or 'unknown process'}): "
@@ -217,14 +252,15 @@ def _read(path: Path) -> str:
     return ""
 
 
-_HOLDER = re.compile(r"process (\d+) on (\S+)\nof (\S+)\n")
+_HOLDER = re.compile(r"process (\d+) on (\S+)\nof (\S+)(?: (\S+))?\n")
 
 
 def _may_live(holder: str, *, lock: bool) -> bool:
     """Tell whether the run that a lock file names may be at work, though the file can be locked."""
     told = _HOLDER.fullmatch(holder)
     if told is None:
-        return False
+        # Made an instant ago by a run that has not told of itself yet.
+        return not lock and not holder
     if told[3] != _machine():
         return True
     # Locks reach all processes of a machine.
@@ -232,9 +268,12 @@ def _may_live(holder: str, *, lock: bool) -> bool:
 
 
 def _is_dead(holder: str) -> bool:
-    """Tell whether a run of this machine has ended; its workers, which share its lock, will."""
+    """Tell whether a run of this machine has ended; its workers, which share its lock, will.
+
+    False of one in another container: that is not known.
+    """
     told = _HOLDER.fullmatch(holder)
-    if told is None or told[3] != _machine():
+    if told is None or (told[3], told[4]) != (_machine(), _numbering_of_processes()):
         return False
     try:
         os.kill(int(told[1]), 0)

@@ -127,6 +127,8 @@ def _assemble(
 ) -> None:
     with clear_write_errors(output):
         assemble(temporary, sources)
+        # Here, since it may take minutes, in which the run must show signs of life.
+        sync(temporary)
 
 
 # --- one run at a time -----------------------------------------------------------------------

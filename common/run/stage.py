@@ -24,6 +24,7 @@ from common.run.atomic import (
 from common.run.console import PROGRESS
 from common.run.engine import Engine, run_studies
 from common.run.failures import Failure, list_failures
+from common.run.lock import confirm_lease
 from common.run.store import N_DIGITS, study_file, study_files, subfolder, sweep
 from common.run.worker import Cause, Job, Outcome, Worker
 
@@ -396,6 +397,7 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
         assemble = functools.partial(stage.assemble, absent=absent)  # type: ignore[call-arg]
     is_new = any(outcome.status == "written" for outcome in outcomes)
     if not (is_new or lost) and _tells_the_same(stage, plan, absent):
+        confirm_lease(output)
         with clear_write_errors(output):
             stage.write_beside(output, outcomes)
     else:
@@ -408,6 +410,8 @@ def _replace(stage: Stage, plan: _Plan, outcomes: Sequence[Outcome], *, allow_sh
         is_linked = stage.store is not None
         outputs.replace_output(output, assemble, sources, write_beside, links=is_linked)
     if stage.store is not None:
+        # Another run's new files would be swept away.
+        confirm_lease(output)
         sweep(stage.store, output.suffix, sources.values())
 
 

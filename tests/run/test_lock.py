@@ -1,5 +1,6 @@
 """The lease beside the kernel's lock: two machines, of which each sees its own locks alone."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -17,7 +18,9 @@ from tiny_studies import GRID
 import preprocessing
 from common.errors import StageError
 from common.run import lock as locks
+from common.run import output as outputs
 from common.run.lock import confirm_lease, lock_file, locked
+from common.run.output import exclusive, replace_output
 from common.run.pool import in_own_process
 
 ROOT = Path(__file__).parents[2]
@@ -71,11 +74,88 @@ def test_a_lock_file_that_tells_no_machine_is_not_waited_for(text, output, monke
 def test_without_locks_a_dead_run_of_this_machine_is_not_waited_for(output, monkeypatch):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    told = f"process {ended.pid} on here\nof one\n"
+    told = f"process {ended.pid} on here\nof one {os.readlink('/proc/self/ns/pid')}\n"
     (output.parent / "out.h5.lock").write_text(told)
     monkeypatch.setattr(locks, "_LEASE_S", 1000.0)
     with locked(output, lock=False):
         pass
+
+
+def test_without_locks_a_file_that_was_made_an_instant_ago_is_another_run_s(output, caplog):
+    """Of eight that began at once several held it."""
+    lock_file(output).touch()
+    with locked(output, lock=False):
+        pass
+    assert "there was none in 1 s: it is dead" in caplog.messages[1]
+
+
+def test_signs_of_life_are_shown_while_a_large_output_reaches_the_disk(output, monkeypatch):
+    monkeypatch.setattr(outputs, "sync", lambda path: time.sleep(0.3))
+    shown = []
+
+    def look(path: Path) -> None:
+        shown.append(lock_file(output).stat().st_mtime_ns)
+
+    with exclusive(output):
+        look(output)
+        replace_output(output, lambda path, sources: path.touch(), {}, look)
+    assert shown[1] > shown[0]
+    assert output.exists()
+
+
+def test_without_locks_a_run_in_another_container_may_live_though_no_process_has_its_number(
+    output, monkeypatch, caplog
+):
+    monkeypatch.setattr(locks, "_numbering_of_processes", lambda: "pid:[1]")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (output.parent / "out.h5.lock").write_text(f"process {ended.pid} on here\nof one pid:[2]\n")
+    with locked(output, lock=False):
+        pass
+    assert "may be writing this output: waiting for a sign of life" in caplog.messages[0]
+
+
+def test_a_run_with_locks_leaves_the_lease_of_one_without(output, monkeypatch):
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with locked(output, lock=False):
+        with pytest.raises(StageError, match="add --no-lock"):
+            locked(output).__enter__()
+        confirm_lease(output)
+    with pytest.raises(StageError, match="add --no-lock"):
+        locked(output).__enter__()
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_a_lock_file_that_is_a_link_is_not_followed_and_said(lock, output):
+    (output.parent / "other").write_text("of someone")
+    lock_file(output).symlink_to("other")
+    with pytest.raises(StageError, match=r"out\.h5\.lock: cannot be opened \(.*\): .* delete"):
+        locked(output, lock=lock).__enter__()
+    assert (output.parent / "other").read_text() == "of someone"
+
+
+def test_a_suspended_run_that_wakes_sweeps_no_file_of_the_other(output, monkeypatch):
+    """With nothing new it replaces nothing, but removes what its index does not lead to."""
+    archive, store = output.parent / "p.zip", output.parent / "store"
+    write_zip(archive, {"0000000001": study_images(1)})
+    words = [str(archive), "-o", str(output), *GRID, "-j", "1", "--store", str(store)]
+    assert preprocessing.main(words) == 0
+    new = store / "ab" / f"0000000002.{'0' * 16}.h5"
+
+    def taken_over_meanwhile(*arguments):
+        new.parent.mkdir()
+        new.touch()
+        lock_file(output).write_text("process 8 on node8\nof two\n")
+        return run_stage(*arguments[:2])
+
+    run_stage = preprocessing.stage.run_stage
+    monkeypatch.setattr(preprocessing.stage, "run_stage", lambda *a, **b: taken_over_meanwhile(*a))
+    assert preprocessing.main(words) == 1
+    assert new.exists()
 
 
 def test_a_run_that_was_taken_for_dead_replaces_nothing_and_leaves_the_lock(output):
