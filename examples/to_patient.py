@@ -169,6 +169,9 @@ def study_of(options: argparse.Namespace) -> project_zip.ArchivedStudy:
         raise StageError(f"{name}: begins with no hash of {options.zip}: say which by --hash H")
     if chosen not in studies:
         raise StageError(f"{options.zip}: has no study {chosen}: check --hash, or give its zip")
+    # Another patient's images may lie on the same grid: no later check would tell.
+    if of_name and chosen not in of_name:
+        raise StageError(f"{name}: begins with the hash of another study than --hash {chosen}")
     study = studies[chosen]
     if missing := {"CT", "PET"}.intersection(study.missing):
         raise StageError(f"{options.zip}: study {chosen} lacks its {', '.join(sorted(missing))}")

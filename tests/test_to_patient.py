@@ -367,6 +367,16 @@ def test_another_patients_folder_makes_no_seg(patient, tmp_path, capsys):
     assert not list(tmp_path.glob("*.dcm"))
 
 
+def test_a_prediction_named_after_one_study_goes_to_no_other(tmp_path, capsys):
+    """Their grids may be equal, so that the name alone tells them apart."""
+    images = spheres((5.3, 5.3, 5))
+    archive = write_zip(tmp_path / "p.zip", {A: images, B: images})
+    mask = training_mask(archive, A, "--shape", 80, 75)
+    assert run(mask, archive, "--hash", B) == 1
+    assert f"{A}.nii.gz: begins with the hash of another study" in capsys.readouterr().err
+    assert run(mask, archive, "--hash", A) == 0
+
+
 def spoil(kind, mask, archive, tmp_path):
     """Spoil a prediction or the arguments, and return these."""
     labels, affine = read(mask)
