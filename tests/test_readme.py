@@ -14,6 +14,7 @@ import createproject
 import mergeh5
 import preprocessing
 import project_2d
+from common.hashing import pseudonym
 from common.report.lesion_table import COLUMNS
 from common.suv.factors import already_suv
 from common.version import VERSION
@@ -162,6 +163,27 @@ def test_every_rule_that_a_report_may_name_is_explained():
     assert rows == {str(number) for number in range(1, 18)}
     for letter in "abc":
         assert f"(12{letter})" in told
+
+
+def test_what_goes_back_to_the_patient_is_of_the_demo():
+    """The prediction is one that the training above it makes: of the demo, by its hash."""
+    study = phantom.DEMO_STUDIES[0]
+    key = pseudonym(study.patient, study.study)
+    for text in (README, (ROOT / "docs" / "training.md").read_text()):
+        trained, back = text.split("examples/to_patient.py", 1)
+        assert "--predictions predictions" in trained
+        assert back.startswith(f" predictions/{key}.nii.gz demo/out/raw.zip\n")
+
+
+def test_what_is_private_is_kept_out_of_git():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no git repository")
+    private = ["secret.key", "project_mapping.csv", "project.zip", "project_3d.h5"]
+    command = ["git", "-C", str(ROOT), "check-ignore", *private]
+    ignored = subprocess.run(command, capture_output=True, text=True)
+    if ignored.returncode == 128:
+        pytest.skip(f"git does not read the repository: {ignored.stderr}")
+    assert ignored.stdout.split() == private
 
 
 def test_the_gate_runs_the_test_command_of_the_readme():
