@@ -459,8 +459,7 @@ def write_what_goes_beside(
     The merged file is at `path`, before it takes its place.
     """
     failed = {each.hash: Outcome(each.hash, "failed", each.reason) for each in plan.failures}
-    if options.failed:
-        list_failures(options.output, plan.failures)
+    list_failures(options.output, plan.failures)
     if content_of(plan.parameters) is not Content.VOLUMES:
         write_list(options.output, plan.sources, plan.projects)
     if has_folds(options):

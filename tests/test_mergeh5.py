@@ -717,6 +717,8 @@ def test_lists_of_failed_studies_are_joined_and_tell_the_status(inputs, output, 
         with open(output.with_name(f"{output.stem}_failed.csv"), newline="") as stream:
             assert list(csv.reader(stream))[1:] == [list(*rows["two"]), list(*rows["one"])]
     assert "NaN, there" in page.read_text()
+    assert run(*command) == 0
+    assert not output.with_name(f"{output.stem}_failed.csv").exists()
     assert run(*command, "--failed", inputs["one"]) == 1
     assert "is no list of failed studies" in capsys.readouterr().err
     write_table(lists[1], ("hash", "stage", "reason"), [])

@@ -214,9 +214,15 @@ def test_the_names_tell_the_stage_and_what_is_one_file_for_all_is_parted(words, 
         (["p.zip", "p_3d.h5", "4%"], "error: 4% is no number of jobs: 20, or 20%5 for five"),
         (["p.zip", "p_3d.hdf", "4"], "error: which stage? OUTPUT ends in .zip, or in _3d.h5"),
         (["p.zip", "p_3d.h5", "4", "--report"], "error: --report needs a name after it"),
+        (["p.zip", "p_3d.h5", "4", "--shard=1/4"], "error: --shard is set by this script"),
+        (["p.zip", "p_3d.h5", "4", "-o", "x.h5"], "error: -o is set by this script"),
+        (["p.shards", "p_3d.h5", "9"], "error: p.shards/00010.zip would be left out"),
     ],
 )
 def test_wrong_words_are_told_before_anything_is_submitted(words, told, folder):
+    (folder / "p.shards").mkdir()
+    for number in (9, 10):
+        (folder / f"p.shards/{number:05d}.zip").touch()
     done = run(folder, words, SOFTWARE=str(ROOT), PYTHON=sys.executable)
     assert done.returncode == 2
     assert done.stderr.startswith(told)
