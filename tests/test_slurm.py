@@ -180,7 +180,7 @@ STAGES = {
         "mergeh5.py p_3d.shards/00002.h5 -o p_3d.h5 --measures=m.csv --link --allow-shrink",
     ),
     "p.shards p_3d.h5 3": (
-        "preprocessing.py p.shards/00002.zip -o p_3d.shards/00002.h5 --jobs 4",
+        "preprocessing.py p.shards/00002.zip -o p_3d.shards/00002.h5 --allow-shrink --jobs 4",
         "mergeh5.py p_3d.shards/00002.h5 -o p_3d.h5",
     ),
     "p_3d.h5 p_2d.h5 3 --gif g --jobs 1": (
