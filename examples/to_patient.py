@@ -325,7 +325,8 @@ def pet_series(folder: StudyFolder, pet: Image) -> Stack:
     raise StudyError(
         "no PET series in the study's folder has the slices and values of the PET in the zip"
         + (f" ({'; '.join(reasons)})" if reasons else "")
-        + ": give the raw project and the mapping that the zip was made from"
+        + ": give the raw project and the mapping that the zip was made from; of a PET that was "
+        "NIfTI there, with a DICOM header beside it, write NIfTI"
     )
 
 

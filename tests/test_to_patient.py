@@ -352,6 +352,17 @@ def test_the_help_says_that_the_seg_holds_the_patients_identity(capsys):
 # --- refusals --------------------------------------------------------------------------------
 
 
+def test_of_a_nifti_pet_with_one_header_beside_it_the_seg_is_refused_with_the_remedy(
+    patient, tmp_path, capsys
+):
+    mask, archive, options, _ = patient
+    for path in sorted((tmp_path / "raw/Doe/2024").glob("*/*"))[1:]:
+        path.unlink()
+    assert run(mask, archive, *options) == 1
+    assert "with a DICOM header beside it, write NIfTI" in capsys.readouterr().err
+    assert run(mask, archive) == 0
+
+
 def test_another_patients_folder_makes_no_seg(patient, tmp_path, capsys):
     """The same scanner, the same geometry, other values."""
     mask, archive, options, _ = patient
