@@ -394,6 +394,6 @@ def _several_labels(mask: Image) -> Iterator[Warning]:
     if len(labels) > 1:
         yield Warning(
             Kind.REGIONS,
-            f"labels {listed(labels)} ({len(labels)} labels) all count as tumour: check that none "
-            "is an organ; preprocessing.py --labels keep keeps them apart",
+            f"labels {listed(labels)} ({len(labels)} labels) all count as tumour, unless "
+            "preprocessing.py --labels keep keeps them apart: check that none is an organ",
         )

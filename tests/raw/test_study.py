@@ -840,8 +840,8 @@ def test_several_labels_of_a_file_are_told_for_no_name_says_what_they_are(tmp_pa
     layouts.write_nifti(study / "MASK.nii.gz", labels)
     told = [each for each in texts(read(study).warnings) if "labels" in each]
     assert told == [
-        "labels 1, 4 (2 labels) all count as tumour: check that none is an organ; "
-        "preprocessing.py --labels keep keeps them apart"
+        "labels 1, 4 (2 labels) all count as tumour, unless preprocessing.py --labels keep "
+        "keeps them apart: check that none is an organ"
     ] * (value == 4)
 
 
