@@ -234,8 +234,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with status 2 where the options can't be met, before any work."""
-    inputs = [options.raw_project, *([options.key_file] if options.key_file else [])]
-    cli.check_paths(parser, options, inputs)
+    secrets = [options.key_file] if options.key_file else []
+    inputs = [options.raw_project, *secrets]
+    cli.check_paths(parser, options, [options.raw_project], secrets)
     options.mapping = options.mapping or options.output.with_name(
         f"{options.output.stem}_mapping.csv"
     )

@@ -281,18 +281,31 @@ def checking(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 def check_files(parser: argparse.ArgumentParser, inputs: Sequence[Path]) -> None:
     """End with status 2 where an input is missing, or a device or pipe, which may never end."""
+    _check_exist(parser, inputs)
     for path in inputs:
-        if not path.exists():
-            parser.error(f"input {path} does not exist")
         if not (path.is_file() or path.is_dir()):
             parser.error(f"input {path} is a device or pipe: give a file")
 
 
+def _check_exist(parser: argparse.ArgumentParser, inputs: Sequence[Path]) -> None:
+    for path in inputs:
+        if not path.exists():
+            parser.error(f"input {path} does not exist")
+
+
 def check_paths(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, inputs: Sequence[Path]
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    inputs: Sequence[Path],
+    secrets: Sequence[Path] = (),
 ) -> None:
-    """As `check_files`; and where the output or the log can't be or is an input."""
+    """As `check_files`; and where the output or the log can't be or is an input.
+
+    Secrets may come through a pipe.
+    """
     check_files(parser, inputs)
+    _check_exist(parser, secrets)
+    inputs = [*inputs, *secrets]
     output: Path = options.output
     for path in inputs:
         if output.exists() and output.samefile(path):
