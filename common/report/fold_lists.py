@@ -84,7 +84,7 @@ def write_fold_lists(folder: Path, folds: Sequence[Fold]) -> None:
             text = "".join(f"{key}\n" for key in keys)
             write_beside(folder / f"fold{number}_{name}.txt", text)
     write_beside(folder / "splits_final.json", nnunet.splits_json(folds))
-    logger.log(PROGRESS, "%d folds of whole patients in %s", len(folds), folder)
+    logger.info("%d folds of whole patients in %s", len(folds), folder)
     for path in sorted(folder.iterdir()):
         # Of an earlier run with more folds, in which patients are spread differently.
         found = _LIST.fullmatch(path.name)
