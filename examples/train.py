@@ -252,7 +252,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 NUMBERS = {  # default, factor, meaning
-    "steps": (1500, 1, "of training"),
+    "steps": (1000, 1, "of training"),
     "report": (500, 1, f"validate every N steps with {EARLY_STUDIES} studies, in the end with all"),
     "patch": (48, 16, "edge of a patch [voxels]"),
     "window": (96, 16, "edge of a window in whole volumes [voxels]"),
