@@ -59,7 +59,7 @@ def summary_of(ct: Image) -> CtSummary:
     return CtSummary(float(ct.data.min()), float(ct.data.max()), tissue)
 
 
-def tissue_on(pet: Grid, ct: CtSummary) -> NDArray[np.bool_]:
+def _tissue_on(pet: Grid, ct: CtSummary) -> NDArray[np.bool_]:
     """Return which voxels of a PET's grid are tissue by the CT."""
     return resample_nearest(ct.tissue.data, ct.tissue.grid, pet) > 0
 
@@ -92,7 +92,7 @@ def implausible_images(ct: CtSummary, pet: Image) -> list[Warning]:
     return [
         *_other_unit(float(pet.data.max())),
         *_no_hu(ct, few.data),
-        *_negative_uptake(few.data, tissue_on(few.grid, ct)),
+        *_negative_uptake(few.data, _tissue_on(few.grid, ct)),
     ]
 
 
@@ -208,7 +208,7 @@ def dose_out_of_range(
         return [Warning(Kind.DOSE_FRACTION, f"dose fraction out of range: {text}")]
     few = coarse(pet)
     # A millilitre of tissue weighs about a gram.
-    tissue_g = few.grid.voxel_ml * np.count_nonzero(tissue_on(few.grid, ct) & (few.data > 0))
+    tissue_g = few.grid.voxel_ml * np.count_nonzero(_tissue_on(few.grid, ct) & (few.data > 0))
     uptake_g = 1000 * weight_kg * fraction
     least, most = TISSUE_SUV
     if least * tissue_g <= uptake_g <= most * tissue_g or not tissue_g:
@@ -235,7 +235,7 @@ def implausible_volume(mask: Image, ct: CtSummary, pet: Image) -> list[Warning]:
     """Say where more is labelled than can be tumour."""
     labelled_ml = int(np.count_nonzero(mask.data)) * mask.grid.voxel_ml
     few = coarse(pet)
-    body_ml = int(np.count_nonzero(tissue_on(few.grid, ct))) * few.grid.voxel_ml
+    body_ml = int(np.count_nonzero(_tissue_on(few.grid, ct))) * few.grid.voxel_ml
     part = labelled_ml / body_ml if body_ml >= LEAST_VIEW_ML else 0.0
     if labelled_ml <= LARGEST_TUMOUR_ML and part <= MOST_OF_BODY:
         return []

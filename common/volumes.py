@@ -175,7 +175,7 @@ def place_study(
     original_ct = read("ct")
     end_step("reading")
     ct_grid, ct_summary = original_ct.grid, summary_of(original_ct)
-    ct = place_ct(original_ct, recipe)
+    ct = _place_ct(original_ct, recipe)
     del original_ct
     end_step("resampling")
     pet = read("petsuv")
@@ -185,16 +185,16 @@ def place_study(
     labels = completed(labels, pet.grid, ct_grid)
     lesions = number_lesions(labels)
     end_step("reading")
-    suv = place_pet(pet, ct, recipe)
-    placed = place_labels(lesions, ct, recipe)
+    suv = _place_pet(pet, ct, recipe)
+    placed = _place_labels(lesions, ct, recipe)
     kept = recipe.labels == "keep"
     end_step("resampling")
-    outlined = place_labels(labels, ct, recipe) if kept else placed
+    outlined = _place_labels(labels, ct, recipe) if kept else placed
     mask, mask_iso = outline(suv, outlined, recipe)
     end_step("isocontour")
-    warnings += resampling_warnings(pet, lesions, ct, suv, placed, recipe)
-    pet_lesions = on_pet(lesions, pet)
-    pet_labels = on_pet(labels, pet) if kept else None
+    warnings += _resampling_warnings(pet, lesions, ct, suv, placed, recipe)
+    pet_lesions = _on_pet(lesions, pet)
+    pet_labels = _on_pet(labels, pet) if kept else None
     found = measures(pet, pet_lesions, pet_labels, weight_kg, recipe)
     fraction = found["study"]["dose_fraction"]
     warnings += [
@@ -208,7 +208,7 @@ def place_study(
     return PlacedStudy(ct, suv, placed, mask, mask_iso, found, new)
 
 
-def place_ct(ct: Image, recipe: Recipe) -> Volume:
+def _place_ct(ct: Image, recipe: Recipe) -> Volume:
     """Return the CT [HU] on the target grid, which it spans."""
     ct = _oriented(ct, recipe)
     shape = [n for n in recipe.shape if n is not None]
@@ -216,14 +216,14 @@ def place_ct(ct: Image, recipe: Recipe) -> Volume:
     return Volume(resample_cubic(ct.data, ct.grid, target, AIR_HU), target, ct.grid)
 
 
-def place_pet(pet: Image, ct: Volume, recipe: Recipe) -> Volume:
+def _place_pet(pet: Image, ct: Volume, recipe: Recipe) -> Volume:
     """Return the PET [SUV] on the grid of the CT."""
     pet = _oriented(pet, recipe)
     suv = resample_cubic(pet.data, pet.grid, ct.grid, 0, clip=False)
     return Volume(suv, ct.grid, pet.grid)
 
 
-def place_labels(labels: Image, ct: Volume, recipe: Recipe) -> Volume:
+def _place_labels(labels: Image, ct: Volume, recipe: Recipe) -> Volume:
     """Return labels, or numbers of lesions, on the grid of the CT; 0 outside."""
     labels = _oriented(labels, recipe)
     return Volume(resample_nearest(labels.data, labels.grid, ct.grid), ct.grid, labels.grid)
@@ -304,7 +304,7 @@ def half_precision(values: NDArray[np.float32]) -> NDArray[np.float16]:
     return rounded.astype(np.uint16).view(np.float16)
 
 
-def resampling_warnings(
+def _resampling_warnings(
     pet: Image, lesions: Image, ct: Volume, suv: Volume, placed: Volume, recipe: Recipe
 ) -> list[Warning]:
     """Return warnings of what the target grid, the SUV range or the CT's reach loses."""
@@ -315,7 +315,7 @@ def resampling_warnings(
     ]
 
 
-def on_pet(labels: Image, pet: Image) -> Array:
+def _on_pet(labels: Image, pet: Image) -> Array:
     """Return labels, or numbers of lesions, on the PET's own grid, where they are measured."""
     if labels.grid == pet.grid:
         return labels.data

@@ -69,7 +69,7 @@ def describe_beside_others(candidate: Candidate) -> str:
 
 def private_name(role: str, candidate: Candidate) -> str:
     """Return a candidate's description and path, for the private mapping alone."""
-    described = " | ".join(names_of(candidate)[:2])
+    described = " | ".join(_names_of(candidate)[:2])
     return f"{ROLE_NAMES[role]}: {describe_beside_others(candidate)}: {described}"
 
 
@@ -89,7 +89,7 @@ class Patterns:
     def fit(self, role: str, candidate: Candidate) -> bool:
         """Tell whether the role has a pattern, and it fits the candidate."""
         pattern = self.by_role.get(role)
-        return pattern is not None and any(_fits(name, pattern) for name in names_of(candidate))
+        return pattern is not None and any(_fits(name, pattern) for name in _names_of(candidate))
 
     def fit_any(self, candidate: Candidate) -> bool:
         """Tell whether a pattern of any role fits the candidate."""
@@ -102,7 +102,7 @@ def _fits(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in (pattern, pattern.rstrip("/") + "/*"))
 
 
-def names_of(candidate: Candidate) -> list[str]:
+def _names_of(candidate: Candidate) -> list[str]:
     """Return what a pattern may match: a description, and paths below the study."""
     if isinstance(candidate, NiftiFile):
         return [candidate.name]
