@@ -390,7 +390,8 @@ def _read_nifti_mask(source: NiftiFile | NiftiFiles) -> tuple[Image, tuple[Warni
 
 def _several_labels(mask: Image) -> Iterator[Warning]:
     """Say that a file holds several labels: what they mean, it does not tell."""
-    labels = np.unique(mask.data[tuple(voxels_above_zero(mask.data))]).tolist()
+    found = np.bincount(mask.data[tuple(voxels_above_zero(mask.data))])
+    labels = np.flatnonzero(found).tolist()
     if len(labels) > 1:
         yield Warning(
             Kind.REGIONS,

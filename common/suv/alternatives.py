@@ -70,10 +70,10 @@ def _qiba_factor(series: PetSeries) -> float | None:
 def _qiba_factor_of_counts(series: PetSeries) -> float | None:
     factors = [each.philips_suv_factor or 0.0 for each in series.slices]
     if all(factors):
-        return float(np.median(factors))
+        return _median(np.array(factors))
     activity = [each.philips_activity_factor or 0.0 for each in series.slices]
     factor = _factor_at(series, _qiba_reference_s) if all(activity) else None
-    return None if factor is None else factor * float(np.median(activity))
+    return None if factor is None else factor * _median(np.array(activity))
 
 
 def _qiba_reference_s(series: PetSeries, times: Timeline, half_life_s: float) -> Array:
@@ -114,7 +114,16 @@ def _factor(series: PetSeries, uptake_s: Array) -> float | None:
     if min(weight_kg, dose_bq, half_life_s) <= 0:
         return None
     with np.errstate(over="ignore"):
-        return float(np.median(1000 * weight_kg / dose_bq * np.exp2(uptake_s / half_life_s)))
+        return _median(1000 * weight_kg / dose_bq * np.exp2(uptake_s / half_life_s))
+
+
+def _median(values: Array) -> float:
+    """Return what `np.median` does, which would load all of `numpy.ma`."""
+    ordered = np.sort(values)
+    if np.isnan(ordered[-1]):  # they come last
+        return float("nan")
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+    return float(middle.mean())
 
 
 def _time_of_day_s(moment: datetime | time) -> float:
