@@ -1,4 +1,4 @@
-"""Filled planes of contours -> a volume: what is on the slices between them (pure geometry).
+"""Filled planes of contours -> slices: what is on those between them (pure geometry).
 
 Whether a slice without a contour was left out by the reader or lies beside the lesion, only its
 neighbours tell. They are looked at lesion by lesion, because two lesions of one region may be
@@ -28,6 +28,10 @@ EVEN = 0.1
 
 _EXACT, _ROUNDED = 1e-6, 5e-3
 """Slice spacings: what arithmetic leaves, and what positions of 2 or 3 decimals [mm] leave."""
+
+
+Slices = dict[int, NDArray[np.bool_]]
+"""Planes [x, y] in Fortran order by their z."""
 
 
 class Patch(NamedTuple):
@@ -93,7 +97,7 @@ def nearest(slice_index: float) -> int:
 
 def stacked(
     planes: Sequence[FilledPlane], shape: tuple[int, int, int], affine: NDArray[np.float64]
-) -> tuple[NDArray[np.bool_], list[str]]:
+) -> tuple[Slices, list[str]]:
     """Put planes on their slices; fill slices between those that lie regularly wider apart.
 
     Parameters
@@ -105,30 +109,31 @@ def stacked(
 
     Returns
     -------
-    inside : (X, Y, Z) bool array
-        In Fortran order. Where three or more contours of a lesion lie evenly apart, wider than
-        the slices, a slice without takes the nearest within half that distance; so do lesions
-        of fewer contours in a region whose others are drawn so. Other gaps stay as drawn.
+    inside : dict of int to (X, Y) bool array
+        The slices that hold anything. Where three or more contours of a lesion lie evenly apart,
+        wider than the slices, a slice without takes the nearest within half that distance; so do
+        lesions of fewer contours in a region whose others are drawn so. Other gaps stay as drawn.
     notes : list of str
         What was filled, and what gaps are left, with their volume; no identity.
     """
-    inside = np.zeros(shape, dtype=bool, order="F")
+    planes = [plane for plane in planes if plane.inside.voxels.size]
+    inside: Slices = {}
     for plane in planes:
-        plane.inside.of(inside[:, :, nearest(plane.slice_index)])[...] |= plane.inside.voxels
+        _unite(inside, nearest(plane.slice_index), plane.inside, shape)
     slice_mm = abs(float(np.linalg.det(affine[:3, :3]))) / float(
         np.linalg.norm(np.cross(affine[:3, 0], affine[:3, 1]))
     )
     lesions = _lesions(planes, slice_mm)
     spacing_of = _spacings(lesions, slice_mm)
-    n_drawn = np.count_nonzero(inside) if any(spacing_of) else 0
+    n_drawn = _n_voxels(inside)
     filled: set[int] = set()
     for lesion, spacing in zip(lesions, spacing_of, strict=True):
         if spacing:
-            filled |= _fill_between(inside, lesion, spacing)
+            filled |= _fill_between(inside, lesion, spacing, shape)
     notes = []
     if filled:
         wide_mm = sorted({f"{s * slice_mm:.3g}" for s in spacing_of if s})
-        ml = (np.count_nonzero(inside) - n_drawn) * voxel_ml(affine)
+        ml = (_n_voxels(inside) - n_drawn) * voxel_ml(affine)
         notes.append(
             f"contours lie regularly {' and '.join(wide_mm)} mm apart, the slices {slice_mm:.3g} "
             f"mm: {len(filled)} slice(s) between took the nearest contour, {ml:.3g} ml"
@@ -148,17 +153,30 @@ def stacked(
     return inside, notes
 
 
-def _fill_between(inside: NDArray[np.bool_], lesion: Lesion, spacing: float) -> set[int]:
+def _fill_between(
+    inside: Slices, lesion: Lesion, spacing: float, shape: tuple[int, ...]
+) -> set[int]:
     """Give slices the nearest contour; return those that have more now."""
-    filled = set()
-    for part in lesion:
-        for k in _slices_of(part, spacing):
-            if 0 <= k < inside.shape[2]:
-                drawn = part.patch.of(inside[:, :, k])
-                if (part.patch.voxels & ~drawn).any():
-                    drawn |= part.patch.voxels
-                    filled.add(k)
-    return filled
+    return {
+        k
+        for part in lesion
+        for k in _slices_of(part, spacing)
+        if 0 <= k < shape[2] and _unite(inside, k, part.patch, shape)
+    }
+
+
+def _unite(inside: Slices, k: int, patch: Patch, shape: tuple[int, ...]) -> bool:
+    """Unite a slice with a patch; tell whether it has more now."""
+    if k not in inside:
+        inside[k] = np.zeros(shape[:2], dtype=bool, order="F")
+    drawn = patch.of(inside[k])
+    has_more = bool((patch.voxels & ~drawn).any())
+    drawn |= patch.voxels
+    return has_more
+
+
+def _n_voxels(inside: Slices) -> int:
+    return sum(map(np.count_nonzero, inside.values()))
 
 
 # --- lesions ---------------------------------------------------------------------------------
@@ -166,7 +184,6 @@ def _fill_between(inside: NDArray[np.bool_], lesion: Lesion, spacing: float) -> 
 
 def _lesions(planes: Sequence[FilledPlane], slice_mm: float) -> list[Lesion]:
     """Link the parts of planes to lesions, each to the nearest above that it is nearest below."""
-    planes = [plane for plane in planes if plane.inside.voxels.size]
     labelled = [_labelled(number, plane) for number, plane in enumerate(planes)]
     furthest = max(LONGEST_GAP_MM / slice_mm, 2.0) + EVEN
     for n_apart in range(1, len(planes)):

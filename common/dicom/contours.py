@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from common.dicom.contour_gaps import FilledPlane, Patch, nearest, stacked
+from common.dicom.contour_gaps import FilledPlane, Patch, Slices, nearest, stacked
 from common.errors import StudyError
 from common.geometry import inverse, voxel_ml
 
@@ -56,12 +56,12 @@ class FilledContours:
     Attributes
     ----------
     inside
-        Boolean array [x, y, z] in Fortran order (slices are contiguous).
+        The slices that hold anything, by z: boolean arrays [x, y] in Fortran order.
     warnings
         One sentence a kind of problem, with the number of contours or the volume; no identity.
     """
 
-    inside: npt.NDArray[np.bool_]
+    inside: Slices
     warnings: tuple[str, ...]
 
 
@@ -128,7 +128,7 @@ def fill_contours(
         inside, erased = _fill_plane(plane, (shape[0], shape[1]), through_centres, found)
         n_erased += erased
         filled.append(FilledPlane(plane[0].slice_index, inside))
-    volume, gaps = stacked(filled, shape, affine)
+    slices, gaps = stacked(filled, shape, affine)
     warnings = list(_sentences(found))
     if through_centres:
         warnings.append(
@@ -140,7 +140,7 @@ def fill_contours(
             f"contours of one slice overlap in {n_erased * voxel_ml(affine):.3g} ml, which are "
             "outside by the even-odd rule, as holes are: check that nothing was drawn twice"
         )
-    return FilledContours(volume, (*warnings, *gaps))
+    return FilledContours(slices, (*warnings, *gaps))
 
 
 def _to_voxels(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -90,8 +90,8 @@ def read_rtstruct(
             if move is not None:
                 contours = [move(each) for each in contours]
             filled = fill_contours(contours, shape, affine, may_overlap=XOR in kinds)
-            for k in np.flatnonzero(filled.inside.any(axis=(0, 1))):
-                labels[:, :, k] |= filled.inside[:, :, k]
+            for k, inside in filled.inside.items():
+                labels[:, :, k] |= inside
             warnings += [
                 Warning(Kind.MASK, f"region {region}: {note}")
                 for note in (*_left_out(len(drawn), len(contours)), *filled.warnings)

@@ -1,6 +1,7 @@
 """Contours against exact arithmetic, another library's point-in-polygon test, and laws."""
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -30,7 +31,12 @@ def rectangle(x0, x1, y0, y1, k=1.0):
 
 
 def fill(*contours, shape=SHAPE, affine=VOXELS):
-    return fill_contours(contours, shape, affine)
+    """Return what `fill_contours` does, with the slices in a whole volume."""
+    filled = fill_contours(contours, shape, affine)
+    volume = np.zeros(shape, dtype=bool)
+    for k, inside in filled.inside.items():
+        volume[:, :, k] = inside
+    return replace(filled, inside=volume)
 
 
 def exactly_inside(points, shape):
