@@ -12,6 +12,7 @@ import importlib
 import io
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -285,8 +286,19 @@ _BLOCK_VOXELS = 1 << 17
 
 
 def load_library() -> None:
-    """Load nibabel now, so that workers that are forked afterwards need not."""
-    importlib.import_module("nibabel")
+    """Load nibabel now, so that workers that are forked afterwards need not.
+
+    Where pydicom is not loaded yet, nibabel goes without: its own DICOM readers, which nothing here
+    calls, would load it, which takes longer than all the rest.
+    """
+    if "pydicom" in sys.modules:
+        importlib.import_module("nibabel")
+        return
+    sys.modules["pydicom"] = None  # type: ignore[assignment]  # An import of it fails.
+    try:
+        importlib.import_module("nibabel")
+    finally:
+        del sys.modules["pydicom"]
 
 
 def is_nifti_name(name: str) -> bool:

@@ -18,8 +18,11 @@ from common.volumes import (
 
 UNIT = Grid((5, 4, 3), np.eye(4))
 
-HALVES = np.arange(0, 0x3C01, dtype=np.uint16).view(np.float16)
-"""Every half-precision number from 0 to 1."""
+HALVES = np.arange(0x2400, 0x3C01, dtype=np.uint16).view(np.float16)
+"""Every half-precision number from 2**-6 to 1."""
+
+STEPS = np.arange(0, 1025, dtype=np.float32) / 2**16
+"""The numbers from 0 to 2**-6 that images have."""
 
 
 def volume(data):
@@ -32,22 +35,30 @@ def test_there_are_48_orientations():
     assert not {"LRS", "las", "LAX"} & ORIENTATIONS
 
 
-def test_every_half_precision_number_stays_as_it_is():
-    np.testing.assert_array_equal(half_precision(HALVES.astype(np.float32)), HALVES)
+def rounded(values):
+    """Values in the steps of float16 from 2**-6 on, and in steps of 2**-16 below, slowly."""
+    steps_of_2_to_minus_16 = np.round(values.astype(np.float64) * 2**16) / 2**16
+    return np.where(values < 2**-6, steps_of_2_to_minus_16, values).astype(np.float16)
 
 
-def test_ties_between_half_precision_numbers_go_to_even():
-    exact = HALVES.astype(np.float32)
+@pytest.mark.parametrize("numbers", [HALVES, STEPS])
+def test_every_number_that_images_have_stays_as_it_is(numbers):
+    np.testing.assert_array_equal(half_precision(numbers.astype(np.float32)), numbers)
+
+
+@pytest.mark.parametrize("numbers", [HALVES, STEPS])
+def test_ties_between_the_numbers_that_images_have_go_to_even(numbers):
+    exact = numbers.astype(np.float32)
     ties = (exact[1:] + exact[:-1]) / 2
     for values in (ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1))):
-        np.testing.assert_array_equal(half_precision(values), values.astype(np.float16))
+        np.testing.assert_array_equal(half_precision(values), rounded(values))
 
 
 @given(arrays(np.float32, (3, 5), elements=st.floats(0, 1, width=32)))
-def test_half_precision_is_what_astype_gives(values):
+def test_half_precision_is_what_astype_gives_but_for_tiny_steps(values):
     result = half_precision(values)
     assert result.dtype == np.float16
-    np.testing.assert_array_equal(result.view(np.uint16), values.astype(np.float16).view(np.uint16))
+    np.testing.assert_array_equal(result.view(np.uint16), rounded(values).view(np.uint16))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

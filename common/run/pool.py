@@ -6,6 +6,7 @@ here: a worker that is killed is noticed, its study fails with that reason, and 
 """
 
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -70,6 +71,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     with uninterrupted() as raise_interruption:
         with _clear_start_errors():
+            _spare_what_is_shared()
             receiver, sender = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(target=_answer, args=(sender, function, arguments))
             process.start()
@@ -141,6 +143,14 @@ def _why_it_ended(exit_code: int | None) -> str:
         )
     cause = f"signal {-exit_code}" if exit_code < 0 else "it ended by itself"
     return f"the worker process was killed ({cause}): report it"
+
+
+def _spare_what_is_shared() -> None:
+    """Keep the collector of garbage away from what is there now, such as all packages.
+
+    Looking through it takes time, and would make a forked process copy its pages.
+    """
+    gc.freeze()
 
 
 # --- what a worker process is ----------------------------------------------------------------
@@ -332,6 +342,7 @@ def _pool(worker: Worker, n_jobs: int, n_workers: int) -> Iterator[tuple[Pool, A
     """Yield a pool and the array that its workers mark the jobs in, and end both."""
     others = set(multiprocessing.active_children())
     with _clear_start_errors():
+        _spare_what_is_shared()
         running = CONTEXT.RawArray("l", n_jobs)
         pool = CONTEXT.Pool(n_workers, _initialise, (worker, running))
     try:
