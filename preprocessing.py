@@ -36,7 +36,7 @@ from common.report.lesion_table import write_measures
 from common.run import cli, stage
 from common.run.console import PROGRESS, StepTimes
 from common.run.output import exclusive, make_folder, writing_beside, writing_part
-from common.run.pool import give_back_memory, in_own_process
+from common.run.pool import in_own_process
 from common.run.worker import Job, Outcome, Written
 from common.version import SOFTWARE
 from common.volumes import Recipe, place_study
@@ -357,12 +357,7 @@ def preprocess_study(job: Job) -> Written:
     times = StepTimes()
     weight_kg = weight_of(study.provenance)
 
-    def read(role: str) -> Image:
-        if role == "petsuv":
-            # The largest, and where the CT was there may be less room.
-            give_back_memory()
-        return project_zip.read_image(work.zip_path, study, role)
-
+    read = functools.partial(project_zip.read_image, work.zip_path, study)
     placed = place_study(read, work.recipe, weight_kg, study.warnings, times.end)
     with writing_part(job.part, job.beside) as temporary:
         write_volume(

@@ -31,10 +31,10 @@ plausibility    values that can't be right
 masks           crops put on their images, several united
 image_checks    images that are no study
 lesions         lesions of a mask, their isocontours and measures
-components      connected voxels
 projection      rotated maximum-intensity projections, equal to scipy
 resampling      images onto a grid, equal to nilearn
 spline_axes     one axis of it
+components      connected voxels
 geometry        grids and images: where voxels lie, how their axes run
 key_lists       which studies to take
 splits          folds of whole patients

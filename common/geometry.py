@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -100,6 +101,11 @@ class Image:
         nx, ny, nz = self.data.shape
         return Grid((nx, ny, nz), self.affine)
 
+    @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """Least and greatest value, looked for once; both NaN where one is."""
+        return extremes(self.data)
+
 
 def edges_mm(affine: FloatArray) -> FloatArray:
     """Lengths of a voxel's edges along x, y, z [mm]."""
@@ -162,6 +168,14 @@ def within(indices: Array, shape: Sequence[int]) -> NDArray[np.bool_]:
 def slow_to_fast(array: Array) -> list[int]:
     """Axes of a volume in an order in which its memory is read from end to end."""
     return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
+
+
+def extremes(volume: Array) -> tuple[float, float]:
+    """Least and greatest value of a (X, Y, Z) array, both NaN where one is."""
+    # Plane by plane, as they lie in memory: the second look finds each in the processor's cache.
+    planes = volume.transpose(slow_to_fast(volume))
+    least, greatest = np.transpose([(plane.min(), plane.max()) for plane in planes])
+    return float(least.min()), float(greatest.max())
 
 
 def orientation_of(affine: FloatArray) -> str:

@@ -389,7 +389,7 @@ def _read_at_once(stream: Any, stored_size: int, role: str) -> Image | None:
     if len(inflated) != size or compressed.find(trailer) != len(compressed) - len(trailer):
         return None
     del compressed
-    return Image(_inflated_voxels(inflated, header, role), header.affine)
+    return _finite(Image(_inflated_voxels(inflated, header), header.affine), role)
 
 
 def _gzip_trailer(checksum: int, size: int) -> bytes:
@@ -462,7 +462,7 @@ def _read_plain(stream: Any, available: int, role: str) -> Image:
         raise StudyError(
             f"the {role} holds more data than its header promises: it is damaged, export it again"
         )
-    return Image(data, header.affine)
+    return _finite(Image(data, header.affine), role)
 
 
 # --- voxels ----------------------------------------------------------------------------------
@@ -472,24 +472,28 @@ def _read_voxels(stream: Any, header: NiftiHeader, role: str) -> NDArray[Any]:
     """Read and convert block by block, so that the volume is in memory once."""
     data = np.empty(header.shape, _dtype(header), order="F")
     flat = data.reshape(-1, order="F")
+    if _is_as_stored(header):
+        _fill(flat.view(np.uint8).data, stream, role)
+        return data
     block = np.empty(min(flat.size, _BLOCK_VOXELS), header.stored)
     for start in range(0, flat.size, block.size):
         values = flat[start : start + block.size]
-        raw = values if _is_as_stored(header) else block[: values.size]
+        raw = block[: values.size]
         _fill(raw.view(np.uint8).data, stream, role)
-        _convert(raw, values, header, role)
+        _convert(raw, values, header)
     return data
 
 
-def _inflated_voxels(inflated: bytearray, header: NiftiHeader, role: str) -> NDArray[Any]:
+def _inflated_voxels(inflated: bytearray, header: NiftiHeader) -> NDArray[Any]:
     """Return the voxels of an inflated file, in its own memory where they fit there."""
     raw = np.frombuffer(inflated, header.stored, offset=header.voxels_at)
     dtype = _dtype(header)
     fits = dtype.itemsize == raw.itemsize and header.voxels_at % dtype.itemsize == 0
     flat = raw.view(dtype) if fits else np.empty(raw.size, dtype)
-    for start in range(0, flat.size, _BLOCK_VOXELS):
-        block = slice(start, start + _BLOCK_VOXELS)
-        _convert(raw[block], flat[block], header, role)
+    if not (fits and _is_as_stored(header)):
+        for start in range(0, flat.size, _BLOCK_VOXELS):
+            block = slice(start, start + _BLOCK_VOXELS)
+            _convert(raw[block], flat[block], header)
     return flat.reshape(header.shape, order="F")
 
 
@@ -507,19 +511,21 @@ def _is_as_stored(header: NiftiHeader) -> bool:
     return _dtype(header) == header.stored and not _is_scaled(header)
 
 
-def _convert(raw: NDArray[Any], values: NDArray[Any], header: NiftiHeader, role: str) -> None:
+def _convert(raw: NDArray[Any], values: NDArray[Any], header: NiftiHeader) -> None:
     """Convert voxels as they are stored; the two arrays may be one."""
     with np.errstate(over="ignore", invalid="ignore"):
         if _is_scaled(header):
             values[...] = np.multiply(raw, header.slope, dtype=np.float64) + header.intercept
-        elif not _is_as_stored(header):
+        else:
             values[...] = raw
-        # NaN is both minimum and maximum.
-        finite = values.dtype.kind != "f" or np.isfinite([values.min(), values.max()]).all()
-    if not finite:
+
+
+def _finite(image: Image, role: str) -> Image:
+    if image.data.dtype.kind == "f" and not np.isfinite(image.extremes).all():
         raise StudyError(
             f"the {role} holds values that are not finite (NaN or inf): export it again"
         )
+    return image
 
 
 def _fill(target: memoryview, stream: Any, role: str) -> None:

@@ -1,5 +1,6 @@
 """Whether the values of CT, PET and mask can be what they should be: doubts in words. Pure."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ def summary_of(ct: Image) -> CtSummary:
     """Summarise a CT [HU]."""
     few = coarse(ct)
     tissue = Image((few.data > TISSUE_FROM_HU).astype(np.uint8), few.affine)
-    return CtSummary(float(ct.data.min()), float(ct.data.max()), tissue)
+    return CtSummary(*ct.extremes, tissue)
 
 
+@functools.lru_cache(maxsize=1)
 def _tissue_on(pet: Grid, ct: CtSummary) -> NDArray[np.bool_]:
     """Return which voxels of a PET's grid are tissue by the CT."""
     return resample_nearest(ct.tissue.data, ct.tissue.grid, pet) > 0
@@ -90,9 +92,9 @@ def implausible_images(ct: CtSummary, pet: Image) -> list[Warning]:
     """Say where a CT can't be in HU, or a PET in SUV."""
     few = coarse(pet)
     return [
-        *_other_unit(float(pet.data.max())),
+        *_other_unit(pet.extremes[1]),
         *_no_hu(ct, few.data),
-        *_negative_uptake(few.data, _tissue_on(few.grid, ct)),
+        *(_negative_uptake(few.data, _tissue_on(few.grid, ct)) if pet.extremes[0] < 0 else ()),
     ]
 
 

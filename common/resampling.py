@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.geometry import Grid, slow_to_fast, voxel_map
+from common.components import labelled_lines
+from common.geometry import Grid, extremes, slow_to_fast, voxel_map
 from common.spline_axes import (
     AxisStep,
     as_slice,
@@ -29,6 +30,9 @@ from common.spline_axes import (
 Array = npt.NDArray[Any]
 Image = npt.NDArray[np.float32]
 
+_LARGEST = 1e30
+"""Values from here on are left to nilearn, which computes in float64."""
+
 
 def separable(source: Grid, target: Grid) -> bool:
     """Whether :func:`resample_cubic` can take its fast path between two grids.
@@ -39,7 +43,13 @@ def separable(source: Grid, target: Grid) -> bool:
 
 
 def resample_cubic(
-    volume: Array, source: Grid, target: Grid, fill_value: float = 0.0, *, clip: bool = True
+    volume: Array,
+    source: Grid,
+    target: Grid,
+    fill_value: float = 0.0,
+    *,
+    clip: bool = True,
+    known_extremes: tuple[float, float] | None = None,
 ) -> Image:
     """Interpolate an image by cubic splines.
 
@@ -52,6 +62,8 @@ def resample_cubic(
         For voxels whose centre lies outside the box of the source's voxel centres.
     clip : bool
         Keep the result, `fill_value` included, within the values of `volume` and 0.
+    known_extremes : (float, float), optional
+        Least and greatest value of `volume`, where they need not be looked for.
 
     Returns
     -------
@@ -64,19 +76,24 @@ def resample_cubic(
 
     Notes
     -----
-    nilearn itself runs for grids that are not parallel and for volumes with NaN or infinities.
+    nilearn itself runs for grids that are not parallel, and for volumes with NaN, infinities or
+    values so large that products of theirs may become infinite.
     Results of unsigned integers are whole numbers, as nilearn's are: they are computed in float64,
     so that no more than ties, which hang on the last bit, may be rounded the other way.
     """
     if _same_for_nilearn(source, target):
         return volume.astype(np.float32)
     lines = axis_lines(source, target)
-    # One voxel that is NaN or infinite makes the sum so.
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = volume.dtype.kind != "f" or bool(np.isfinite(volume.sum()))
-    if lines is None or not finite:
+    least, greatest = extremes(volume) if known_extremes is None else known_extremes
+    if lines is None or not -_LARGEST < least <= greatest < _LARGEST:
         return _nilearn_cubic(volume, source, target, fill_value, clip)
-    finish = _Finish(volume.dtype.kind == "u", _bounds(volume, clip))
+    # Of the volume and 0, or what unsigned integers can hold.
+    bounds: tuple[float, float] | None = None
+    if clip:
+        bounds = min(least, 0.0), max(greatest, 0.0)
+    elif volume.dtype.kind == "u":
+        bounds = 0.0, float(np.iinfo(volume.dtype).max)
+    finish = _Finish(volume.dtype.kind == "u", bounds)
 
     order = slow_to_fast(volume)
     lines = [lines[axis] for axis in order]
@@ -123,7 +140,7 @@ def resample_nearest(labels: Array, source: Grid, target: Grid) -> Array:
     slow, rows, columns = (line[axis] for line, axis in zip(nearest, inside, strict=True))
     volume = labels.transpose(order)
     # Most lines hold no label, and zeros are there already.
-    found = np.asarray(volume.any(axis=2))[np.ix_(slow, rows)]
+    found = labelled_lines(volume)[np.ix_(slow, rows)]
     picked = volume[np.repeat(slow, found.sum(axis=1)), np.broadcast_to(rows, found.shape)[found]]
     part = out[tuple(as_slice(axis) for axis in inside)]
     part[found] = picked[:, columns]
@@ -172,13 +189,6 @@ class _Finish:
         if self.whole:
             values = np.floor(values + 0.5)
         return values if self.bounds is None else np.clip(values, *self.bounds)
-
-
-def _bounds(volume: Array, clip: bool) -> tuple[float, float] | None:
-    """Least and greatest result: of the volume and 0, or of what unsigned integers can hold."""
-    if clip:
-        return float(min(volume.min(), 0)), float(max(volume.max(), 0))
-    return (0, np.iinfo(volume.dtype).max) if volume.dtype.kind == "u" else None
 
 
 def _resample_planes(

@@ -4,7 +4,7 @@ Pure. The steps of `preprocessing.py` in their order; arrays in, arrays out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -178,6 +178,8 @@ def place_study(
     ct_grid, ct_summary = original_ct.grid, summary_of(original_ct)
     ct = _place_ct(original_ct, recipe)
     del original_ct
+    # Into the memory that has become free, so that the PET finds room there in one piece.
+    ct = replace(ct, data=ct.data.copy(order="K"))
     end_step("resampling")
     pet = read("petsuv")
     check_overlap(ct_grid, pet.grid)
@@ -211,16 +213,17 @@ def place_study(
 
 def _place_ct(ct: Image, recipe: Recipe) -> Volume:
     """Return the CT [HU] on the target grid, which it spans."""
-    ct = _oriented(ct, recipe)
+    ct, extremes = _oriented(ct, recipe), ct.extremes
     shape = [n for n in recipe.shape if n is not None]
     target = target_grid(ct.grid, recipe.spacing, shape, recipe.align)
-    return Volume(resample_cubic(ct.data, ct.grid, target, AIR_HU), target, ct.grid)
+    hu = resample_cubic(ct.data, ct.grid, target, AIR_HU, known_extremes=extremes)
+    return Volume(hu, target, ct.grid)
 
 
 def _place_pet(pet: Image, ct: Volume, recipe: Recipe) -> Volume:
     """Return the PET [SUV] on the grid of the CT."""
-    pet = _oriented(pet, recipe)
-    suv = resample_cubic(pet.data, pet.grid, ct.grid, 0, clip=False)
+    pet, extremes = _oriented(pet, recipe), pet.extremes
+    suv = resample_cubic(pet.data, pet.grid, ct.grid, 0, clip=False, known_extremes=extremes)
     return Volume(suv, ct.grid, pet.grid)
 
 
