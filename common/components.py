@@ -90,11 +90,16 @@ def voxels_above_zero(mask: Array) -> Voxels:
 
 def labelled_lines(volume: Array) -> npt.NDArray[np.bool_]:
     """Tell which lines along the last axis of a (X, Y, Z) array hold more than zeros, (X, Y)."""
-    n_bytes = volume.shape[2] * volume.itemsize
-    if volume.flags.c_contiguous and volume.dtype.kind in "bu" and n_bytes % 8 == 0:
+    # As they lie in memory, of images that have been turned too.
+    forwards = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in volume.strides)
+    lines = volume[forwards]
+    n_bytes = lines.shape[2] * lines.itemsize
+    if lines.flags.c_contiguous and lines.dtype.kind in "bui" and n_bytes % 8 == 0:
         # Eight bytes at a time: most masks are large, and mostly 0.
-        return np.asarray(np.bitwise_or.reduce(volume.view(np.uint64), axis=2) != 0)
-    return np.asarray(volume.any(axis=2))
+        found = np.bitwise_or.reduce(lines.view(np.uint64), axis=2) != 0
+    else:
+        found = lines.any(axis=2)
+    return np.asarray(found[forwards[:2]])
 
 
 @dataclass(frozen=True, eq=False)

@@ -264,6 +264,9 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_HEADER = _GZIP_MAGIC + bytes((8, 0, 0, 0, 0, 0, 0, 255))
 """Deflated, no name, no time, an unknown system (RFC 1952)."""
 
+_GZIP_FLAGS = 3
+"""Where the header says what follows it: a name, say."""
+
 _GZIP_FORMAT = 31
 """zlib's number for a gzip stream of the widest window."""
 
@@ -381,12 +384,19 @@ def _read_at_once(stream: Any, stored_size: int, role: str) -> Image | None:
     if stream.read(1):
         return None
     try:
-        inflated = deflate.gzip_decompress(compressed, size)
+        if compressed[_GZIP_FLAGS]:
+            inflated = deflate.gzip_decompress(compressed, size)
+        else:
+            # The same, but that the checksum is not computed, which is done below.
+            with memoryview(compressed) as view:
+                inflated = deflate.deflate_decompress(view[len(_GZIP_HEADER) :], size)
     except deflate.DeflateError:
         return None
     # libdeflate ends with the first member and does not say where: where its trailer first is.
     trailer = _gzip_trailer(deflate.crc32(inflated), size)
-    if len(inflated) != size or compressed.find(trailer) != len(compressed) - len(trailer):
+    if len(inflated) != size or not compressed.endswith(trailer):
+        return None
+    if compressed.rfind(trailer, 0, -1) >= 0:
         return None
     del compressed
     return _finite(Image(_inflated_voxels(inflated, header), header.affine), role)
