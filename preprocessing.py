@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common import project_zip
 from common.errors import IncompleteStudy, StageError, counted
-from common.geometry import ORIENTATIONS, Image
+from common.geometry import ORIENTATIONS
 from common.hashing import fingerprint
 from common.hdf5.chunks import COMPRESSIONS, COMPRESSIONS_MEAN, missing_packages
 from common.hdf5.forms import form_of

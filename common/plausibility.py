@@ -16,7 +16,7 @@ from common.resampling import resample_nearest
 
 Array = NDArray[Any]
 
-TISSUE_FROM_HU = -500.0
+TISSUE_FROM_HU = -500
 """Above it lies the body but for lung and gas, below it air."""
 
 COARSE_MM = 4.0
