@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,26 @@ COARSE_MM = 4.0
 
 def coarse(image: Image) -> Image:
     """Return an image of every n-th voxel, about `COARSE_MM` apart: a view."""
-    steps = [max(1, round(COARSE_MM / mm)) for mm in image.grid.spacing_mm]
-    affine = image.affine.copy()
-    affine[:3, :3] *= steps
-    return Image(image.data[tuple(slice(None, None, step) for step in steps)], affine)
+    steps = _steps(image.grid)
+    every_nth = tuple(slice(None, None, step) for step in steps)
+    return Image(image.data[every_nth], _stretched(image.affine, steps))
+
+
+def _coarse_grid(grid: Grid) -> Grid:
+    """Return the grid of a coarse image."""
+    steps = _steps(grid)
+    nx, ny, nz = (-(-n // step) for n, step in zip(grid.shape, steps, strict=True))
+    return Grid((nx, ny, nz), _stretched(grid.affine, steps))
+
+
+def _steps(grid: Grid) -> list[int]:
+    return [max(1, round(COARSE_MM / mm)) for mm in grid.spacing_mm]
+
+
+def _stretched(affine: NDArray[np.float64], steps: Sequence[int]) -> NDArray[np.float64]:
+    wider = affine.copy()
+    wider[:3, :3] *= steps
+    return wider
 
 
 # --- CT --------------------------------------------------------------------------------------
@@ -66,26 +82,25 @@ def _tissue_on(pet: Grid, ct: CtSummary) -> NDArray[np.bool_]:
     return resample_nearest(ct.tissue.data, ct.tissue.grid, pet) > 0
 
 
-def implausible_study(
-    ct: CtSummary, pet: Image, mask: Image, fraction: float | None, weight_kg: float | None
+def implausible_pet(
+    ct: CtSummary, pet: Image, fraction: float | None, weight_kg: float | None
 ) -> list[Warning]:
-    """Say what of a study's images can't be right: the same as it is taken in and trained on.
+    """Say what of a study's CT and PET can't be right: the same as it is taken in and trained on.
 
     Parameters
     ----------
     ct : CtSummary
     pet : Image
         [SUV]
-    mask : Image
     fraction, weight_kg : float or None
         As `dose_out_of_range` takes them.
     """
-    return [
-        *implausible_images(ct, pet),
-        *implausible_volume(mask, ct, pet),
-        *fallen_into_slices(mask),
-        *dose_out_of_range(fraction, weight_kg, ct, pet),
-    ]
+    return [*implausible_images(ct, pet), *dose_out_of_range(fraction, weight_kg, ct, pet)]
+
+
+def implausible_mask(mask: Image, ct: CtSummary, pet: Grid) -> list[Warning]:
+    """Say what of a study's mask can't be right: the same as it is taken in and trained on."""
+    return [*implausible_volume(mask, ct, pet), *fallen_into_slices(mask)]
 
 
 def implausible_images(ct: CtSummary, pet: Image) -> list[Warning]:
@@ -233,11 +248,11 @@ LEAST_VIEW_ML = 100.0
 """Tissue below which the view is a crop to the tumour, whose parts tell nothing."""
 
 
-def implausible_volume(mask: Image, ct: CtSummary, pet: Image) -> list[Warning]:
-    """Say where more is labelled than can be tumour."""
+def implausible_volume(mask: Image, ct: CtSummary, pet: Grid) -> list[Warning]:
+    """Say where more is labelled than can be tumour, of the body that the PET has in view."""
     labelled_ml = int(np.count_nonzero(mask.data)) * mask.grid.voxel_ml
-    few = coarse(pet)
-    body_ml = int(np.count_nonzero(_tissue_on(few.grid, ct))) * few.grid.voxel_ml
+    few = _coarse_grid(pet)
+    body_ml = int(np.count_nonzero(_tissue_on(few, ct))) * few.voxel_ml
     part = labelled_ml / body_ml if body_ml >= LEAST_VIEW_ML else 0.0
     if labelled_ml <= LARGEST_TUMOUR_ML and part <= MOST_OF_BODY:
         return []
@@ -271,8 +286,9 @@ def fallen_into_slices(mask: Image) -> list[Warning]:
         voxels, numbers = lesions.voxels[:, of_thin], lesions.numbers[of_thin]
         for distance in range(2, FURTHEST_SECTIONS + 1):
             lower, upper = _above_each_other(voxels, numbers, axis, distance, mask.data.shape)
-            if np.intersect1d(lower, upper).size:
-                sections |= {*lower.tolist(), *upper.tolist()}
+            below, above = set(lower.tolist()), set(upper.tolist())
+            if below & above:
+                sections |= below | above
                 distances.add(distance)
     if not sections:
         return []

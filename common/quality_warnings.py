@@ -67,7 +67,9 @@ def _vanished(
     kept_ids: NDArray[np.integer],
     source: Grid,
 ) -> Iterator[Warning]:
-    vanished = ids[np.isin(ids, np.setdiff1d(inside_ids, kept_ids))]
+    n_ids = int(ids.max(initial=0)) + 1
+    inside, kept = (np.bincount(each, minlength=n_ids) > 0 for each in (inside_ids, kept_ids))
+    vanished = ids[(inside & ~kept)[ids]]
     if vanished.size:
         yield Warning(
             Kind.VANISHED,
@@ -84,8 +86,10 @@ def _vanished(
 def _merged_and_split(resampled_ids: NDArray[np.integer], target: Grid) -> Iterator[Warning]:
     found = components(resampled_ids)
     ids = resampled_ids[tuple(found.voxels)].astype(np.int64)
-    pairs = np.unique(np.stack([ids, found.numbers]), axis=1)
-    lesions_in, parts_of = (np.bincount(numbers) for numbers in (pairs[1], pairs[0]))
+    # Each pair of a lesion and a part of the resampled mask, once.
+    pairs = np.sort(ids * (found.count + 1) + found.numbers)
+    lesions, parts = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], found.count + 1)
+    lesions_in, parts_of = np.bincount(parts), np.bincount(lesions)
     merged, split = (np.flatnonzero(counts > 1) for counts in (lesions_in, parts_of))
     if merged.size:
         volume_ml = np.isin(found.numbers, merged).sum() * target.voxel_ml

@@ -21,7 +21,12 @@ from common.lesions import (
     tumour_burden,
 )
 from common.masks import completed
-from common.plausibility import implausible_study, mask_far_from_uptake, summary_of
+from common.plausibility import (
+    implausible_mask,
+    implausible_pet,
+    mask_far_from_uptake,
+    summary_of,
+)
 from common.quality_warnings import (
     clipped_uptake,
     lesion_losses,
@@ -202,7 +207,8 @@ def place_study(
     fraction = found["study"]["dose_fraction"]
     warnings += [
         *unmeasured_lesions(lesions.data, lesions.grid, pet_lesions, pet.grid),
-        *implausible_study(ct_summary, pet, labels, fraction, weight_kg),
+        *implausible_pet(ct_summary, pet, fraction, weight_kg),
+        *implausible_mask(labels, ct_summary, pet.grid),
         *mask_far_from_uptake(pet.data, pet_lesions, pet.grid),
     ]
     end_step("measures")

@@ -186,7 +186,7 @@ def labelled(suv, part):
 )
 def test_more_than_a_tenth_of_the_body_is_implausible(part, words):
     suv, hu = body((60, 50, 10))
-    told = implausible_volume(labelled(suv, part), summary_of(image(hu)), image(suv))
+    told = implausible_volume(labelled(suv, part), summary_of(image(hu)), image(suv).grid)
     assert bool(told) == (words is not None)
     for warning in told:
         assert "implausible volume" in warning.text
@@ -195,7 +195,7 @@ def test_more_than_a_tenth_of_the_body_is_implausible(part, words):
 
 def test_the_body_that_the_pet_does_not_reach_does_not_count():
     suv, hu = body((60, 50, 30))
-    told = implausible_volume(labelled(suv, 0.05), summary_of(image(hu)), image(suv[..., :10]))
+    told = implausible_volume(labelled(suv, 0.05), summary_of(image(hu)), image(suv[..., :10]).grid)
     assert "15% of the body" in told[0].text
 
 
@@ -204,7 +204,7 @@ def test_more_than_one_and_a_half_litres_are_implausible_in_any_body():
     mask = np.zeros(hu.shape, np.uint8)
     mask[:15, :10, :10] = 1
     mask[0, 0, 0] = 0
-    views = summary_of(image(hu, (10, 10, 10))), image(hu, (10, 10, 10))
+    views = summary_of(image(hu, (10, 10, 10))), image(hu, (10, 10, 10)).grid
     assert implausible_volume(image(mask, (10, 10, 10)), *views) == []
     mask[50, 50, 50:52] = 1
     (told,) = implausible_volume(image(mask, (10, 10, 10)), *views)
@@ -214,13 +214,13 @@ def test_more_than_one_and_a_half_litres_are_implausible_in_any_body():
 def test_a_mask_of_all_that_is_not_tumour_is_implausible():
     suv, mask = scene()
     _, hu = body()
-    assert implausible_volume(image(mask), summary_of(image(hu)), image(suv)) == []
-    assert implausible_volume(image(1 - mask), summary_of(image(hu)), image(suv)) != []
+    assert implausible_volume(image(mask), summary_of(image(hu)), image(suv).grid) == []
+    assert implausible_volume(image(1 - mask), summary_of(image(hu)), image(suv).grid) != []
 
 
 def test_a_crop_to_little_more_than_the_tumour_tells_nothing():
     suv, hu = body((30, 30, 9))
-    told = implausible_volume(labelled(suv, 0.2), summary_of(image(hu)), image(suv))
+    told = implausible_volume(labelled(suv, 0.2), summary_of(image(hu)), image(suv).grid)
     assert told == []
 
 
@@ -312,6 +312,6 @@ def test_images_of_other_voxels_and_directions_are_held_against_each_other():
     affine[0, 3] = 2.0 * (fine.shape[0] - 1) - 1
     ct = summary_of(Image(fine, affine))
     assert implausible_images(ct, image(-0.01 * suv)) != []
-    assert implausible_volume(labelled(suv, 0.05), ct, image(suv)) == []
-    (told,) = implausible_volume(labelled(suv, 0.2), ct, image(suv))
+    assert implausible_volume(labelled(suv, 0.05), ct, image(suv).grid) == []
+    (told,) = implausible_volume(labelled(suv, 0.2), ct, image(suv).grid)
     assert "20% of the body" in told.text or "21% of the body" in told.text

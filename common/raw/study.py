@@ -28,7 +28,7 @@ from common.image_checks import check_labels, check_mask, check_mask_overlaps, c
 from common.lesions import dose_fraction
 from common.masks import completed, embedded, united
 from common.nifti import read_nifti_file, read_nifti_header
-from common.plausibility import implausible_study, summary_of, weight_of
+from common.plausibility import implausible_mask, implausible_pet, summary_of, weight_of
 from common.raw.candidates import Candidate, NiftiFile, NiftiFiles
 from common.raw.consistency import DrawnOn, check_frames, check_identity, find_drawn_on
 from common.raw.header_planes import check_planes_of, factors_on, planes_of_headers
@@ -333,7 +333,11 @@ def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[Warning,
 def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) -> list[Warning]:
     """Warn where values can hardly be HU, SUV or tumour."""
     fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
-    return implausible_study(summary_of(ct), pet, mask, fraction, weight_kg)
+    summary = summary_of(ct)
+    return [
+        *implausible_pet(summary, pet, fraction, weight_kg),
+        *implausible_mask(mask, summary, pet.grid),
+    ]
 
 
 # --- the mask --------------------------------------------------------------------------------
