@@ -22,6 +22,7 @@ dicom/          files and plain_headers: which there are; attributes: of a heade
 suv/            factors: of a series, from inputs, by units, timeline, nuclides, vendors, decay
                 and body; names: what messages call them; provenance: how they came about;
                 alternatives: what other rules give
+packages        loaded without what they would load unused
 
 Pure: arrays and frozen dataclasses in, arrays out; no paths, no formats, no log.
 

@@ -12,7 +12,6 @@ import importlib
 import io
 import math
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from common.errors import StudyError, UnreachableStudy, system_error
 from common.geometry import Grid, Image, corners, edges_mm, inverse, moved, voxel_ml
+from common.packages import without
 
 LARGEST_VOLUME = 2**31
 """Voxels beyond which a header is taken as damaged: five times a total-body CT."""
@@ -289,19 +289,10 @@ _BLOCK_VOXELS = 1 << 17
 
 
 def load_library() -> None:
-    """Load nibabel now, so that workers that are forked afterwards need not.
-
-    Where pydicom is not loaded yet, nibabel goes without: its own DICOM readers, which nothing here
-    calls, would load it, which takes longer than all the rest.
-    """
-    if "pydicom" in sys.modules:
+    """Load nibabel now, so that workers that are forked afterwards need not."""
+    # For readers of DICOM, of which nothing here calls nibabel's.
+    with without("pydicom"):
         importlib.import_module("nibabel")
-        return
-    sys.modules["pydicom"] = None  # type: ignore[assignment]  # An import of it fails.
-    try:
-        importlib.import_module("nibabel")
-    finally:
-        del sys.modules["pydicom"]
 
 
 def is_nifti_name(name: str) -> bool:

@@ -8,15 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("createproject", "preprocessing", "mergeh5", "project_2d")
-BOUNDARY_FILES = ("nifti", "project_zip", "nnunet")
+BOUNDARY_FILES = ("nifti", "packages", "project_zip", "nnunet")
 
 ARROWS = {
     "pure": set(),
-    "nifti": {"pure"},
+    "packages": set(),
+    "nifti": {"packages", "pure"},
     "project_zip": {"nifti", "suv", "pure"},
     "run": {"pure"},
     "suv": {"pure"},
-    "dicom": {"suv", "pure"},
+    "dicom": {"packages", "suv", "pure"},
     "raw": {"dicom", "nifti", "suv", "run", "pure"},
     "hdf5": {"project_zip", "pure"},
     "nnunet": {"hdf5", "nifti", "run", "pure"},

@@ -3,13 +3,14 @@
 Knows pydicom and its decoders. One plane at a time is in memory besides the volume.
 """
 
+import functools
+import importlib
 import os
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -201,7 +202,7 @@ def _plane_reader(file: DicomFile) -> Iterator[PlaneReader]:
     syntax = joined_text(file.header.file_meta, "TransferSyntaxUID")
     if syntax == DeflatedExplicitVRLittleEndian:
         pixels = pydicom.dcmread(file.path, force=True).PixelData
-        yield partial(_uncompressed_plane, BytesIO(pixels), 0, len(pixels), layout)
+        yield functools.partial(_uncompressed_plane, BytesIO(pixels), 0, len(pixels), layout)
         return
     with open(file.path, "rb") as stream:
         if stream.seek(file.pixel_offset) >= os.fstat(stream.fileno()).st_size:
@@ -213,9 +214,9 @@ def _plane_reader(file: DicomFile) -> Iterator[PlaneReader]:
         length = _element_length(stream, is_little_endian=layout.little_endian)
         # A file without preamble names no syntax, and is not compressed.
         if not syntax or syntax in _UNCOMPRESSED:
-            yield partial(_uncompressed_plane, stream, stream.tell(), length, layout)
+            yield functools.partial(_uncompressed_plane, stream, stream.tell(), length, layout)
         else:
-            yield partial(_decoded_plane, stream, syntax, layout)
+            yield functools.partial(_decoded_plane, stream, syntax, layout)
 
 
 def _layout(file: DicomFile) -> _Layout:
@@ -281,7 +282,25 @@ def _uncompressed_plane(
 
 def decoding_plugin(syntax: str) -> str:
     """Name pydicom's decoder of a transfer syntax: values must not depend on what is installed."""
-    return "pydicom" if syntax == RLELossless else "gdcm"
+    if syntax == RLELossless:
+        return "pydicom"
+    _load_gdcm()
+    return "gdcm"
+
+
+@functools.cache
+def _load_gdcm() -> None:
+    """Give pydicom the decoders that it was loaded without: most series are not compressed."""
+    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders import gdcm
+
+    if gdcm.HAVE_GDCM:
+        return
+    importlib.reload(gdcm)
+    for syntax in gdcm.DECODER_DEPENDENCIES:
+        decoder = get_decoder(syntax)
+        decoder.remove_plugin("gdcm")
+        decoder.add_plugin("gdcm", (gdcm.__name__, "_decode_frame"))
 
 
 def _decoded_plane(stream: BinaryIO, syntax: str, layout: _Layout, frame: int) -> Plane:

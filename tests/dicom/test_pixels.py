@@ -1,7 +1,11 @@
 """Voxels of CT and PET series against the arrays put in."""
 
 import itertools
+import os
+import subprocess
+import sys
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -10,6 +14,8 @@ from dicom_builders import affine_of, noise, write_bare_file, write_slices
 from dicom_checks import ENCODABLE, SHAPE, SYNTAXES, assert_image_is, read_image, refusal, slices
 from pydicom import uid
 from pydicom.filewriter import write_file_meta_info
+
+ROOT = Path(__file__).parents[2]
 
 FORMATS = {
     "8 bits": {"bits": 8, "allocated": 8},
@@ -217,6 +223,28 @@ DAMAGED_PIXELS = (
     "the pixels of a slice cannot be read (truncated, damaged, or compressed in a way that no "
     "installed decoder reads): export the series again, uncompressed"
 )
+
+
+@pytest.mark.parametrize("syntax", ["JPEG lossless", "JPEG-LS", "JPEG 2000"])
+def test_decoders_are_loaded_when_they_are_needed(tmp_path, syntax):
+    stored = noise(ENCODABLE)
+    write_slices(tmp_path, slices(stored), SYNTAXES[syntax])
+    program = (
+        "import sys\n"
+        "import common.dicom\n"
+        "print(sorted({'gdcm', 'PIL', 'requests'} & sys.modules.keys()))\n"
+        "from dicom_checks import read_image\n"
+        "print(read_image(sys.argv[1]).data.sum(dtype=int))"
+    )
+    there = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "builders")])
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": there},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n")[:2] == ["[]", str(read_image(tmp_path).data.sum(dtype=int))]
 
 
 @pytest.mark.parametrize("syntax", ["explicit", "RLE", "JPEG lossless", "JPEG-LS", "JPEG 2000"])
