@@ -233,8 +233,9 @@ def test_decoders_are_loaded_when_they_are_needed(tmp_path, syntax):
         "import sys\n"
         "import common.dicom\n"
         "print(sorted({'gdcm', 'PIL', 'requests'} & sys.modules.keys()))\n"
+        "from pathlib import Path\n"
         "from dicom_checks import read_image\n"
-        "print(read_image(sys.argv[1]).data.sum(dtype=int))"
+        "print(read_image(Path(sys.argv[1])).data.sum(dtype=int))"
     )
     there = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "builders")])
     done = subprocess.run(
