@@ -2,7 +2,7 @@
 
 Run by hand, on an otherwise idle machine::
 
-    python tests/benchmarks/bench_preprocessing.py [--repeats N] [--total-body] [--workers]
+    python tests/benchmarks/bench_preprocessing.py [--repeats N] [--total-body]
 
 The plain way is what one would write with nibabel, nilearn, scipy and h5py. Each way runs in a
 process of its own, start-up included, on one core with one BLAS thread, and the files are
@@ -32,7 +32,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of ours; 3 by default")
     parser.add_argument("--total-body", action="store_true", help="also CT 512 x 512 x 1500")
-    parser.add_argument("--workers", action="store_true", help="also 8 studies by 1 and 2 workers")
     parser.add_argument("--plain", nargs=2, metavar=("ZIP", "H5"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain:
@@ -43,8 +42,6 @@ def main() -> None:
         ours = compare_standard(Path(folder), options.repeats)
         if options.total_body:
             measure_total_body(Path(folder), ours)
-        if options.workers:
-            measure_workers(Path(folder))
 
 
 def compare_standard(folder: Path, repeats: int) -> Run:
@@ -72,20 +69,9 @@ def measure_total_body(folder: Path, standard: Run) -> None:
         print(f"  {name}: {per_voxel_ns:.1f} ns of processor a voxel of CT and PET")
 
 
-def measure_workers(folder: Path, n_studies: int = 8) -> None:
-    """Print the throughput of one and of two workers, of the pool and of a dask cluster."""
-    run_python(HERE / "standard_study.py", folder / "w.zip", "standard", n_studies)
-    print(f"{n_studies} standard studies")
-    for name, engine in (("", ()), (" of dask", ("--dask", "local"))):
-        one, two = (preprocess(folder / "w.zip", folder / "w.h5", n, *engine) for n in (1, 2))
-        print_runs({f"one worker{name}": one, f"two workers{name}": two})
-        print(f"  two workers have {one.seconds / two.seconds:.2f} times the throughput of one")
-
-
-def preprocess(archive: Path, output: Path, jobs: int = 1, *engine: str) -> Run:
+def preprocess(archive: Path, output: Path) -> Run:
     """Run preprocessing.py with default options of value."""
-    options = ("--force", "-q", "-j", jobs, *engine)
-    return run_python(ROOT / "preprocessing.py", archive, "-o", output, *options)
+    return run_python(ROOT / "preprocessing.py", archive, "-o", output, "--force", "-q", "-j", 1)
 
 
 # --- the plain way ---------------------------------------------------------------------------
