@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from common import projection
 from common.projection import angle_name, image_mips, mask_mips, projection_angles
 
 # Of the largest magnitude; the contract asks for 1e-3.
@@ -294,3 +295,18 @@ class TestLaws:
     def test_no_angles(self):
         assert image_mips(np.zeros((2, 5, 4, 3), np.float16), []).shape == (0, 2, 5, 3)
         assert mask_mips(np.zeros((1, 5, 4, 3), np.uint8), []).shape == (0, 1, 5, 3)
+
+
+def test_nothing_is_computed_with_numbers_too_small_for_float32(monkeypatch):
+    """Air of one value, which fades into them, took twice as long as noise."""
+    given_to = []
+    maxima = projection._maxima
+    monkeypatch.setattr(
+        projection, "_maxima", lambda *given: given_to.append(given[1]) or maxima(*given)
+    )
+    bright = np.zeros((1, 200, 3, 2), np.float32)
+    bright[0, 5, 1, 1] = 1
+    image_mips(bright, [30])
+    (coefficients,) = (abs(each) for each in given_to)
+    assert coefficients.max() > 1
+    assert not ((coefficients > 0) & (coefficients < np.finfo(np.float32).tiny)).any()
