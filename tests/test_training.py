@@ -150,6 +150,8 @@ def test_patches_of_files_of_another_make_are_read_too(tmp_path):
         "plain gzip": {"chunks": (1, 7, 8, 9), "compression": "gzip"},
         "shuffled": {"chunks": (2, 7, 8, 9), "compression": "gzip", "shuffle": True},
         "summed": {"compression": "gzip", "shuffle": True, "fletcher32": True},
+        "big-endian": {"dtype": ">f4", "compression": "gzip", "shuffle": True},
+        "double": {"dtype": "<f8", "compression": "gzip", "shuffle": True},
     }
     with h5py.File(tmp_path / "x.h5", "w") as out:
         for name, options in kinds.items():
@@ -158,11 +160,25 @@ def test_patches_of_files_of_another_make_are_read_too(tmp_path):
             np.testing.assert_array_equal(patch, values[:, 3:13, :, 11:])
 
 
+def test_a_damaged_index_of_chunks_is_no_chunk_of_zeros(tmp_path):
+    path, values = tmp_path / "x.h5", np.ones((2, 20, 21, 22), np.float16)
+    with h5py.File(path, "w") as out:
+        out.create_dataset("x", data=values, chunks=(1, 7, 8, 9), compression="gzip", shuffle=True)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"TREE\1")  # the B-tree, of chunks
+    content[at : at + 4] = b"tree"
+    path.write_bytes(content)
+    with h5py.File(path) as stored, pytest.raises(RuntimeError, match="signature"):
+        train.read_patch(stored["x"], (0, 0, 0), (20, 21, 22))
+
+
 def test_the_page_has_the_reader_as_it_is():
     page, code = ((ROOT / name).read_text() for name in ("docs/training.md", "examples/train.py"))
     [snippet] = re.findall(r"```python\n(import itertools\n.*?)```", page, re.DOTALL)
     exec(compile(snippet, "page", "exec"), {})
-    reader = re.search(r"^def read_patch.*?return patch\n", code, re.DOTALL | re.MULTILINE)[0]
+    reader = re.search(
+        r"^def read_patch.*?return patch\.view.*?\n", code, re.DOTALL | re.MULTILINE
+    )[0]
     assert reader in page
 
 
