@@ -14,7 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _ORPHANS_END_S = 5.0
 """Time in which the workers of a killed run have ended."""
 
+_RETRY_S = 0.05
 _BEAT_S = 5.0
 
 _LEASE_S = 40.0
@@ -173,8 +174,9 @@ def _numbering_of_processes() -> str:
 
 
 def _open_locked(path: Path, patience_s: float, *, lock: bool) -> int:
+    """Return the lock file, open, once it is this run's."""
     begin = time.monotonic()
-    watch: tuple[float, object] | None = None
+    watch = _Watch(path, begin + patience_s, lock=lock)
     while True:
         show_life()
         try:
@@ -185,46 +187,83 @@ def _open_locked(path: Path, patience_s: float, *, lock: bool) -> int:
             continue
         if is_new and not lock:
             return descriptor
-        try:
-            if lock:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace")
-            os.close(descriptor)
-            wait_s = max(patience_s, _ORPHANS_END_S if _is_dead(holder) else 0.0)
-            if time.monotonic() < begin + wait_s:
-                time.sleep(0.05)
-                continue
-            raise _in_use(path, holder) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        # The last holder may have removed the file between our opening and locking it.
-        status = os.fstat(descriptor)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(status, os.stat(path)):
-                holder = os.read(descriptor, 200).decode(errors="replace")
-                if not _may_live(holder, lock=lock):
+        with ExitStack() as unless_kept:
+            unless_kept.callback(os.close, descriptor)
+            if lock and not _is_locked_now(descriptor):
+                holder = _holder(descriptor)
+                wait_s = max(patience_s, _ORPHANS_END_S if _is_dead(holder) else 0.0)
+                if time.monotonic() >= begin + wait_s:
+                    raise _in_use(path, holder)
+                pause_s = _RETRY_S
+            else:
+                # The last holder may have removed the file between our opening and locking it.
+                if _is_at(path, descriptor) and watch.finds_nobody(descriptor):
+                    unless_kept.pop_all()
                     return descriptor
-                seen = holder, status.st_mtime_ns, status.st_ino
-                now = time.monotonic()
-                if watch is None:
-                    logger.warning(
-                        "%s: %s may be writing this output: waiting for a sign of life of it",
-                        path,
-                        _first_line(holder),
-                    )
-                    watch = now, seen
-                elif seen != watch[1]:
-                    if now > begin + patience_s:
-                        os.close(descriptor)
-                        raise _in_use(path, holder)
-                    watch = now, seen
-                elif now > watch[0] + _LEASE_S:
-                    logger.warning("%s: there was none in %g s: it is dead", path, _LEASE_S)
-                    return descriptor
-        os.close(descriptor)
-        time.sleep(min(_BEAT_S, 0.5) if watch else 0)
+                pause_s = watch.pause_s
+        time.sleep(pause_s)
+
+
+def _is_locked_now(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class _Watch:
+    """For a sign of life of the run that a lock file names, though this run can have its lock."""
+
+    def __init__(self, path: Path, until_s: float, *, lock: bool) -> None:
+        self._path, self._until_s, self._lock = path, until_s, lock
+        self._seen: tuple[str, int, int] | None = None
+        self._since_s = 0.0
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait until the next look [s]."""
+        return 0.0 if self._seen is None else min(_BEAT_S, 0.5)
+
+    def finds_nobody(self, descriptor: int) -> bool:
+        """Tell whether the file names no run, or one that is dead by now.
+
+        Raises
+        ------
+        StageError
+            It lives, and this run need not wait any longer.
+        """
+        status, holder = os.fstat(descriptor), _holder(descriptor)
+        if not _may_live(holder, lock=self._lock):
+            return True
+        seen, now = (holder, status.st_mtime_ns, status.st_ino), time.monotonic()
+        if seen == self._seen:
+            if now <= self._since_s + _LEASE_S:
+                return False
+            logger.warning("%s: there was none in %g s: it is dead", self._path, _LEASE_S)
+            return True
+        if self._seen is None:
+            logger.warning(
+                "%s: %s may be writing this output: waiting for a sign of life of it",
+                self._path,
+                _first_line(holder),
+            )
+        elif now > self._until_s:
+            raise _in_use(self._path, holder)
+        self._seen, self._since_s = seen, now
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    """Return what a lock file says of the run that holds it."""
+    return os.pread(descriptor, 200, 0).decode(errors="replace")
 
 
 def _opened(path: Path) -> tuple[int, bool]:
