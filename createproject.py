@@ -403,21 +403,24 @@ def read_finished(path: Path, known: Mapping[str, mapping.Row]) -> dict[str, str
 def convert_study(job: Job) -> Written:
     """Convert one study and write its part."""
     from common.raw import roles
-    from common.raw.study import read_study
+    from common.raw.study import plan_study, read_study
 
     raw: RawStudy = job.work
     try:
         check_listing(raw)
         needed = raw.conversion.needs_header
         found = roles.find_roles(raw.folder, raw.patterns, header_needed=needed)
-        images = read_study(found, raw.conversion)
+        planned = plan_study(found, raw.conversion)
+        with (
+            writing_part(job.part) as temporary,
+            project_zip.part_of_study(temporary, raw.project, job.hash) as part,
+        ):
+            study = read_study(planned, part.add_image)
+            part.add_record({**study.record, "hash_lengths": raw.hash_lengths})
     except StudyError:
         check_project(raw.root)
         raise
-    record = {**images.record, "hash_lengths": raw.hash_lengths}
-    with writing_part(job.part) as temporary:
-        project_zip.write_part(temporary, raw.project, job.hash, images.by_role, record)
-    return Written(images.warnings, images.taken)
+    return Written(study.warnings, study.taken)
 
 
 def check_listing(raw: RawStudy) -> None:

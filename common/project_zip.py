@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -408,22 +408,33 @@ def _damaged(name: str) -> StudyError:
     return StudyError(f"the {name} is damaged in the zip (checksum): make the zip again")
 
 
-def write_part(
-    path: Path,
-    project: str,
-    study_hash: str,
-    images: Mapping[str, Image],
-    record: Mapping[str, Any],
-) -> None:
-    """Write a project zip that holds one study: its images by role and its record."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for role in sorted(images):
-            name = f"{project}/{study_hash}/{study_hash}_{role}.nii.gz"
-            # Its size is not known before it is written; the assembled zip has plain entries.
-            with archive.open(_entry(name), "w", force_zip64=True) as member:
-                member.writelines(encode_nifti(images[role]))
+@dataclass(frozen=True)
+class Part:
+    """A project zip of one study that is being written; what it is given it does not keep."""
+
+    archive: zipfile.ZipFile
+    project: str
+    hash: str
+
+    def add_image(self, role: str, image: Image) -> None:
+        """Write the image of a role."""
+        name = f"{self.project}/{self.hash}/{self.hash}_{role}.nii.gz"
+        # Its size is not known before it is written; the assembled zip has plain entries.
+        with self.archive.open(_entry(name), "w", force_zip64=True) as member:
+            member.writelines(encode_nifti(image))
+
+    def add_record(self, record: Mapping[str, Any]) -> None:
+        """Write what is told of the study."""
         told = {**record, "schema_version": SCHEMA_VERSION}
-        archive.writestr(_entry(f"{project}/{_INDEX}"), _records_text({study_hash: told}))
+        name = f"{self.project}/{_INDEX}"
+        self.archive.writestr(_entry(name), _records_text({self.hash: told}))
+
+
+@contextmanager
+def part_of_study(path: Path, project: str, study_hash: str) -> Iterator[Part]:
+    """Yield a project zip of one study, to be given its images and its record."""
+    with zipfile.ZipFile(path, "w") as archive:
+        yield Part(archive, project, study_hash)
 
 
 def assemble(

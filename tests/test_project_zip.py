@@ -38,6 +38,13 @@ def encoded(image):
     return b"".join(encode_nifti(image))
 
 
+def write_part(path, project, study_hash, images, record):
+    with project_zip.part_of_study(path, project, study_hash) as part:
+        for role, image in images.items():
+            part.add_image(role, image)
+        part.add_record(record)
+
+
 @pytest.fixture
 def parts(tmp_path) -> dict[str, Path]:
     """A zip of one study for each hash."""
@@ -45,7 +52,7 @@ def parts(tmp_path) -> dict[str, Path]:
     for number, study_hash in enumerate(HASHES):
         sources[study_hash] = tmp_path / f"{study_hash}.zip"
         record = {**RECORD, "number": number}
-        project_zip.write_part(sources[study_hash], "lymphoma", study_hash, IMAGES, record)
+        write_part(sources[study_hash], "lymphoma", study_hash, IMAGES, record)
     return sources
 
 
@@ -114,7 +121,7 @@ def test_the_bytes_do_not_depend_on_which_files_the_studies_come_from(parts, pro
 def test_the_content_digest_changes_with_images_record_and_project(parts, tmp_path):
     def digest(images=IMAGES, record=RECORD, project="lymphoma"):
         path = tmp_path / "one.zip"
-        project_zip.write_part(path, project, "abc", images, record)
+        write_part(path, project, "abc", images, record)
         return project_zip.read_directory(path)["abc"].content
 
     changed = Image(IMAGES["ct"].data + np.int16(1), AFFINE)
@@ -139,7 +146,7 @@ def test_a_study_is_read_from_the_zip_that_was_planned_with(project, parts):
     study = project_zip.read_directory(project)[HASHES[0]]
     project_zip.read_image(project, study, "ct")
     changed = {**IMAGES, "ct": Image(IMAGES["ct"].data + np.int16(1), AFFINE)}
-    project_zip.write_part(parts[HASHES[0]], "lymphoma", HASHES[0], changed, RECORD)
+    write_part(parts[HASHES[0]], "lymphoma", HASHES[0], changed, RECORD)
     project_zip.assemble(project.with_suffix(".new"), parts, "lymphoma")
     project.with_suffix(".new").replace(project)
     with pytest.raises(StageError, match="made anew since this run began: run again"):
@@ -408,7 +415,7 @@ def test_an_image_that_studies_json_tells_of_must_be_there(tmp_path):
     record = {"shapes": {"ct": [6, 5, 4], "petsuv": [4, 4, 4], "mask": [4, 4, 4]}}
     path = tmp_path / "a.zip"
     images = {role: image for role, image in IMAGES.items() if role != "petsuv"}
-    project_zip.write_part(path, "p", "abc", images, record)
+    write_part(path, "p", "abc", images, record)
     assert refusal(path).startswith("lacks the PET of study 'abc', which its studies.json tells of")
 
 

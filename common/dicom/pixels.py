@@ -5,6 +5,7 @@ Knows pydicom and its decoders. One plane at a time is in memory besides the vol
 
 import functools
 import importlib
+import math
 import os
 import struct
 from collections import defaultdict
@@ -34,9 +35,11 @@ from common.geometry import Image
 _UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 _PIXEL_DATA = (0x7FE0, 0x0010)
 _PIXEL_VRS = (b"OW", b"OB", b"UN")
+_WIDEST = np.dtype(np.float32)
 _IMPLAUSIBLE_SCALE = 1e20  # times 32 bits still far within float32
 
 Plane = NDArray[Any]
+Block = NDArray[np.uint8]
 PlaneReader = Callable[[int], Plane]
 
 
@@ -61,15 +64,20 @@ class _Layout:
         return np.dtype(f"{order}{kind}{self.bits_allocated // 8}")
 
 
-def read_ct(stack: Stack) -> Image:
+def read_ct(stack: Stack, block: Block | None = None) -> Image:
     """Return a CT in HU: int16 where every value is a whole number in range, else float32.
+
+    Parameters
+    ----------
+    block : array of uint8, optional
+        Memory for the volume, of `block_for`.
 
     Raises
     ------
     StudyError
         Pixels that cannot be read.
     """
-    data: NDArray[Any] = np.empty(_shape_of_slices(stack), np.int16, order="F")
+    data: NDArray[Any] = _volume(stack, np.dtype(np.int16), block)
     values = np.empty(data.shape[:2], order="F")
     for k, stored, slope, intercept in _scaled_planes(stack, np.ones(len(stack.slices))):
         if data.dtype == np.int16 and _stays_int16(stored, slope, intercept):
@@ -89,25 +97,41 @@ def read_ct(stack: Stack) -> Image:
     return Image(data, stack.affine)
 
 
-def read_pet(stack: Stack, factors: NDArray[np.float64]) -> Image:
+def read_pet(stack: Stack, factors: NDArray[np.float64], block: Block | None = None) -> Image:
     """Return a PET as float32: stored value * RescaleSlope * the slice's factor.
 
     Parameters
     ----------
     factors : (n_slices,) array
         From rescaled value to SUV, in slice order.
+    block : array of uint8, optional
+        Memory for the volume, of `block_for`.
 
     Raises
     ------
     StudyError
         Pixels that cannot be read.
     """
-    data = np.empty(_shape_of_slices(stack), np.float32, order="F")
+    data = _volume(stack, np.dtype(np.float32), block)
     for k, stored, slope, intercept in _scaled_planes(stack, factors):
         _rescale(stored, slope, intercept, data[:, :, k])
     if stack.places is not None:
         data = _between_slices(data, stack.places)
     return Image(data, stack.affine)
+
+
+def block_for(*stacks: Stack) -> Block:
+    """Return memory that suffices for each of some stacks, one after the other."""
+    most = max((math.prod(_shape_of_slices(stack)) for stack in stacks), default=0)
+    return np.empty(most * _WIDEST.itemsize, np.uint8)
+
+
+def _volume(stack: Stack, dtype: np.dtype[Any], block: Block | None) -> NDArray[Any]:
+    """Return a volume to be filled with slices, in Fortran order."""
+    shape = _shape_of_slices(stack)
+    block = block_for(stack) if block is None else block
+    n_bytes = math.prod(shape) * dtype.itemsize
+    return block[:n_bytes].view(dtype).reshape(shape, order="F")
 
 
 def _shape_of_slices(stack: Stack) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ On the way it is checked that files and images belong together: one patient, one
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from common.dicom.attributes import items, joined_text, tag_of
 from common.dicom.files import DicomFile, Series
 from common.dicom.masks import listed, referenced_series
 from common.dicom.pet import read_pet_series
-from common.dicom.pixels import read_ct, read_pet
+from common.dicom.pixels import Block, block_for, read_ct, read_pet
 from common.dicom.rtstruct import read_rtstruct
 from common.dicom.seg import read_seg
 from common.dicom.series import Stack, refuse_moving, stack_slices
@@ -67,77 +67,6 @@ class Conversion:
         return self.pet_units != "suv"
 
 
-@dataclass(frozen=True, eq=False)
-class StudyImages:
-    """The images of one study, what is known of their SUV, warnings, and their sources."""
-
-    ct: Image
-    pet: Image
-    mask: Image
-    suv: dict[str, Any]
-    warnings: tuple[Warning, ...]
-    taken: Taken
-
-    @property
-    def by_role(self) -> dict[str, Image]:
-        """Images by their role in the project zip."""
-        return {"ct": self.ct, "petsuv": self.pet, "mask": self.mask}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What ``studies.json`` says of the study; no identity."""
-        return {
-            "suv": self.suv,
-            "shapes": {role: list(image.data.shape) for role, image in self.by_role.items()},
-            "spacings": {
-                role: [round(mm, 6) for mm in image.grid.spacing_mm]
-                for role, image in self.by_role.items()
-            },
-            **texts_and_kinds(self.warnings),
-        }
-
-
-def read_study(roles: Roles, conversion: Conversion) -> StudyImages:
-    """Read the files of a study, convert PET to SUV and check that all fits together.
-
-    Raises
-    ------
-    StudyError
-        Any file that cannot be read, any refusal of the SUV rules, images that do not belong
-        together.
-    """
-    plan = plan_study(roles, conversion)
-    provenance = plan.suv.provenance.record
-    told = minimal(provenance) if conversion.minimal_provenance else provenance
-    ct = _read_ct(plan.ct)
-    pet, pet_warnings = _read_pet(plan, conversion)
-    mask, mask_warnings, regions = _read_mask(plan, conversion, {"ct": ct, "pet": pet})
-    warnings = (
-        *plan.warnings,
-        *pet_warnings,
-        *mask_warnings,
-        *check_mask(
-            mask, pet.grid, allow_empty=conversion.allow_empty_mask, warnings=mask_warnings
-        ),
-        *_implausible(ct, pet, mask, weight_of(told)),
-    )
-    return StudyImages(ct, pet, mask, told, warnings, taken_from(roles, regions))
-
-
-def taken_from(roles: Roles, regions: Sequence[str]) -> Taken:
-    """Name what a study was read from."""
-    return Taken(_named(roles.ct), _named(roles.pet), _named(roles.mask), "; ".join(regions))
-
-
-def _named(source: Candidate) -> str:
-    if isinstance(source, Series):
-        description = joined_text(source.files[0].header, "SeriesDescription")
-        return f"{description or 'no description'} ({source.n_images} slices)"
-    if isinstance(source, NiftiFiles):
-        return "; ".join(file.name for file in source.files)
-    return source.name
-
-
 # --- what headers say ------------------------------------------------------------------------
 
 
@@ -147,8 +76,10 @@ class Plan:
 
     Attributes
     ----------
+    roles : Roles
+    conversion : Conversion
     ct, pet : NiftiFile or Stack
-    mask : NiftiFile, NiftiFiles or DicomFile
+    ct_grid, pet_grid : Grid
     drawn_on : DrawnOn or None
         The image that an RTSTRUCT was drawn on.
     header : Series, Stack or None
@@ -160,9 +91,12 @@ class Plan:
     warnings : tuple of Warning
     """
 
+    roles: Roles
+    conversion: Conversion
     ct: NiftiFile | Stack
     pet: NiftiFile | Stack
-    mask: NiftiFile | NiftiFiles | DicomFile
+    ct_grid: Grid
+    pet_grid: Grid
     drawn_on: DrawnOn | None
     uneven: Stack | None
     header: Series | Stack | None
@@ -182,7 +116,8 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     Raises
     ------
     StudyError
-        As `read_study`, but for what only voxels tell.
+        A header that cannot be read, any refusal of the SUV rules, files that do not belong
+        together.
     """
     warnings = [
         *roles.warnings,
@@ -230,13 +165,24 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
             "each slice of the even grid takes the nearest"
         )
         warnings.append(Warning(Kind.MASK, text))
-    pet_grid = _grid_of(pet, "PET")
-    check_overlap(_grid_of(ct, "CT"), pet_grid)
+    ct_grid, pet_grid = _grid_of(ct, "CT"), _grid_of(pet, "PET")
+    check_overlap(ct_grid, pet_grid)
     mask_grids = [_grid_of(file, "mask") for file in _nifti_masks(roles.mask)]
     if not conversion.allow_empty_mask:
         check_mask_overlaps(mask_grids, pet_grid)
-    on_uneven = uneven[1] if uneven is not None else None
-    return Plan(ct, pet, roles.mask, drawn_on, on_uneven, header, suv, tuple(warnings))
+    return Plan(
+        roles=roles,
+        conversion=conversion,
+        ct=ct,
+        pet=pet,
+        ct_grid=ct_grid,
+        pet_grid=pet_grid,
+        drawn_on=drawn_on,
+        uneven=uneven[1] if uneven is not None else None,
+        header=header,
+        suv=suv,
+        warnings=tuple(warnings),
+    )
 
 
 def _grid_of(source: NiftiFile | Stack, role: str) -> Grid:
@@ -299,13 +245,88 @@ def _pet_series(source: Series | Stack | None, conversion: Conversion) -> PetSer
     return read_pet_series(headers, conversion.tracer)
 
 
+# --- what voxels say --------------------------------------------------------------------------
+
+Keep = Callable[[str, Image], None]
+"""Takes an image, by its role in the project zip; the next may be read into its memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadStudy:
+    """What is told of a study: grids of its images by role, its SUV, warnings, and sources."""
+
+    grids: Mapping[str, Grid]
+    suv: dict[str, Any]
+    warnings: tuple[Warning, ...]
+    taken: Taken
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``studies.json`` says of the study; no identity."""
+        return {
+            "suv": self.suv,
+            "shapes": {role: list(grid.shape) for role, grid in self.grids.items()},
+            "spacings": {
+                role: [round(mm, 6) for mm in grid.spacing_mm] for role, grid in self.grids.items()
+            },
+            **texts_and_kinds(self.warnings),
+        }
+
+
+def read_study(plan: Plan, keep: Keep) -> ReadStudy:
+    """Read the files of a study, convert PET to SUV and check that all fits together.
+
+    Each image goes to `keep` as soon as it can, so that one block of memory serves CT and PET.
+
+    Raises
+    ------
+    StudyError
+        Any file that cannot be read, images that do not belong together.
+    """
+    provenance = plan.suv.provenance.record
+    told = minimal(provenance) if plan.conversion.minimal_provenance else provenance
+    mask, mask_warnings, regions = _read_mask(plan)
+    grids = {"ct": plan.ct_grid, "petsuv": plan.pet_grid, "mask": mask.grid}
+    allow_empty = plan.conversion.allow_empty_mask
+    beside = check_mask(mask, plan.pet_grid, allow_empty=allow_empty, warnings=mask_warnings)
+    block = block_for(*(each for each in (plan.ct, plan.pet) if isinstance(each, Stack)))
+    ct = _read_ct(plan, block)
+    summary = summary_of(ct)
+    keep("ct", ct)
+    del ct
+    implausible = implausible_mask(mask, summary, plan.pet_grid)
+    keep("mask", mask)
+    del mask
+    pet, pet_warnings = _read_pet(plan, block)
+    weight_kg = weight_of(told)
+    fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
+    implausible = [*implausible_pet(summary, pet, fraction, weight_kg), *implausible]
+    keep("petsuv", pet)
+    warnings = (*plan.warnings, *pet_warnings, *mask_warnings, *beside, *implausible)
+    return ReadStudy(grids, told, warnings, taken_from(plan.roles, regions))
+
+
+def taken_from(roles: Roles, regions: Sequence[str]) -> Taken:
+    """Name what a study was read from."""
+    return Taken(_named(roles.ct), _named(roles.pet), _named(roles.mask), "; ".join(regions))
+
+
+def _named(source: Candidate) -> str:
+    if isinstance(source, Series):
+        description = joined_text(source.files[0].header, "SeriesDescription")
+        return f"{description or 'no description'} ({source.n_images} slices)"
+    if isinstance(source, NiftiFiles):
+        return "; ".join(file.name for file in source.files)
+    return source.name
+
+
 # --- CT and PET ------------------------------------------------------------------------------
 
 
-def _read_ct(source: NiftiFile | Stack) -> Image:
-    if isinstance(source, Stack):
-        return read_ct(source)
-    return _compact_ct(read_nifti_file(source.path, "CT"))
+def _read_ct(plan: Plan, block: Block) -> Image:
+    if isinstance(plan.ct, Stack):
+        return read_ct(plan.ct, block)
+    return _compact_ct(read_nifti_file(plan.ct.path, "CT"))
 
 
 def _compact_ct(ct: Image) -> Image:
@@ -318,26 +339,16 @@ def _compact_ct(ct: Image) -> Image:
     return Image(ct.data.astype(np.float32, copy=False), ct.affine)
 
 
-def _read_pet(plan: Plan, conversion: Conversion) -> tuple[Image, tuple[Warning, ...]]:
+def _read_pet(plan: Plan, block: Block) -> tuple[Image, tuple[Warning, ...]]:
     if isinstance(plan.pet, Stack):
-        return read_pet(plan.pet, plan.suv.factors), ()
+        return read_pet(plan.pet, plan.suv.factors, block), ()
     image = read_nifti_file(plan.pet.path, "PET")
     planes = planes_of_headers(plan.header) if plan.header else None
     warnings: tuple[Warning, ...] = ()
     if planes is not None:
-        warnings = check_planes_of(image, planes, trusted=conversion.trust_geometry)
+        warnings = check_planes_of(image, planes, trusted=plan.conversion.trust_geometry)
     factors = factors_on(image, plan.suv, planes).astype(np.float32)
     return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), warnings
-
-
-def _implausible(ct: Image, pet: Image, mask: Image, weight_kg: float | None) -> list[Warning]:
-    """Warn where values can hardly be HU, SUV or tumour."""
-    fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
-    summary = summary_of(ct)
-    return [
-        *implausible_pet(summary, pet, fraction, weight_kg),
-        *implausible_mask(mask, summary, pet.grid),
-    ]
 
 
 # --- the mask --------------------------------------------------------------------------------
@@ -351,10 +362,10 @@ class _ReadMask(NamedTuple):
     regions: tuple[str, ...] = ()
 
 
-def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) -> _ReadMask:
-    source = plan.mask
-    roi = conversion.roi_pattern
-    grids = [images["pet"].grid, images["ct"].grid]
+def _read_mask(plan: Plan) -> _ReadMask:
+    source = plan.roles.mask
+    roi = plan.conversion.roi_pattern
+    grids = [plan.pet_grid, plan.ct_grid]
     if isinstance(source, NiftiFile | NiftiFiles):
         text = "a NIfTI mask names no regions: all its labels are kept, whatever --roi"
         unmet = (Warning(Kind.MASK, text),)
@@ -364,7 +375,7 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
         mask = read_mask_of_uneven(source, plan.uneven, roi)
         return _ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
     if plan.drawn_on is not None:
-        grid = images[plan.drawn_on.role].grid
+        grid = plan.ct_grid if plan.drawn_on.role == "ct" else plan.pet_grid
         mask = read_rtstruct(source.header, grid.shape, grid.affine, roi)
         return _ReadMask(Image(mask.labels, mask.affine), mask.warnings, mask.regions)
     names_ct, names_pet = (_names_series(source, image) for image in (plan.ct, plan.pet))
@@ -373,7 +384,7 @@ def _read_mask(plan: Plan, conversion: Conversion, images: Mapping[str, Image]) 
     names_no_other = names_ct or names_pet or not referenced_series(source.header)
     mask = read_seg(source.path, roi, grids, is_of_images=names_no_other)
     # A SEG may leave out empty planes of the image that it was drawn on.
-    whole = embedded(Image(mask.labels, mask.affine), images["pet"].grid, images["ct"].grid)
+    whole = embedded(Image(mask.labels, mask.affine), plan.pet_grid, plan.ct_grid)
     return _ReadMask(completed(whole, *grids), mask.warnings, mask.regions)
 
 

@@ -44,7 +44,10 @@ def write_project(path: Path, size: Size, n_studies: int = 1) -> None:
     for number in range(n_studies):
         study_hash = f"{number:07x}abc"
         parts[study_hash] = path.with_suffix(f".{number}.part")
-        project_zip.write_part(parts[study_hash], "bench", study_hash, images, record)
+        with project_zip.part_of_study(parts[study_hash], "bench", study_hash) as part:
+            for role, image in images.items():
+                part.add_image(role, image)
+            part.add_record(record)
     project_zip.assemble(path, parts, "bench")
     for part in parts.values():
         part.unlink()

@@ -8,6 +8,7 @@ import layouts as raw
 import numpy as np
 import pytest
 from layouts import SIDECAR, write_bids, write_case
+from read_studies import read_images
 
 from common.errors import StageError, StudyError
 from common.raw.candidates import Patterns
@@ -15,7 +16,7 @@ from common.raw.layouts import find_studies, patient_in
 from common.raw.project import list_files
 from common.raw.roles import find_roles
 from common.raw.sidecar import read_sidecar
-from common.raw.study import Conversion, read_study
+from common.raw.study import Conversion
 from common.suv.factors import suv_factors
 
 FACTOR = 70_000 / (3e8 * 2 ** (-3600 / 6586.2))
@@ -25,7 +26,7 @@ FACTOR = 70_000 / (3e8 * 2 ** (-3600 / 6586.2))
 def read(folder, **options):
     conversion = Conversion(**options)
     roles = find_roles(folder, Patterns(), header_needed=conversion.needs_header)
-    return read_study(roles, conversion)
+    return read_images(roles, conversion)
 
 
 # --- nnU-Net ---------------------------------------------------------------------------------

@@ -27,13 +27,14 @@ from pet_headers import (
     tm,
     write_enhanced_pet,
 )
+from read_studies import read_images
 from said import texts
 
 from common.errors import IncompleteStudy, StudyError
 from common.raw.candidates import Patterns
 from common.raw.mapping import Taken
 from common.raw.roles import find_roles
-from common.raw.study import Conversion, plan_study, read_study
+from common.raw.study import Conversion, plan_study
 
 STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 
@@ -41,7 +42,7 @@ STRESS = int(os.environ.get("TUMORVOLUME_STRESS", "1"))
 def read(study, patterns=None, **options):
     conversion = Conversion(**options)
     roles = find_roles(str(study), Patterns(patterns or {}), header_needed=conversion.needs_header)
-    return read_study(roles, conversion)
+    return read_images(roles, conversion)
 
 
 def refusal(study, **options):
@@ -1018,7 +1019,7 @@ def test_headers_of_other_patients_are_refused():
         for other, others in found.items():
             swapped = type(roles)(roles.ct, roles.pet, roles.mask, others.header)
             if name == other:
-                read_study(swapped, Conversion())
+                read_images(swapped, Conversion())
             else:
                 with pytest.raises(StudyError, match="belongs to another series"):
-                    read_study(swapped, Conversion())
+                    read_images(swapped, Conversion())
