@@ -107,7 +107,8 @@ def read_as_planned(
     made_from, *of_groups = digests
     planned = dict(zip(GROUPS, of_groups, strict=True))
     is_other = group == "image" and str(attributes.get("fingerprint")) != made_from
-    if is_other or attributes.get("sha256", array_digest(array)) != planned[group]:
+    digest = attributes["sha256"] if "sha256" in attributes else array_digest(array)
+    if is_other or digest != planned[group]:
         raise StageError(f"{path}: has been made anew since this run began: run again")
     return array, attributes
 
