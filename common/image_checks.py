@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Kind, StudyError, Warning
-from common.geometry import Grid, Image, corners, moved, voxel_map, within
+from common.geometry import SAME_VOXEL, Grid, Image, corners, moved, voxel_map, within
 
 Array = NDArray[Any]
 
@@ -136,6 +136,10 @@ def check_mask(
 def _count_labelled(mask: Image, pet: Grid) -> tuple[int, int]:
     """Return the number of labelled voxels, and of those whose centre lies in the PET's box."""
     to_pet = voxel_map(pet, mask.grid)
+    ends = corners(mask.data.shape, margin=SAME_VOXEL)
+    if within(moved(to_pet, ends), pet.shape).all():
+        n_labelled = int(np.count_nonzero(mask.data))
+        return n_labelled, n_labelled
     n_labelled = n_on_pet = 0
     for k in np.flatnonzero(mask.data.any(axis=(0, 1))):
         # As the voxels lie in memory.

@@ -119,7 +119,8 @@ def number(header: Dataset, keyword: str) -> float | None:
 
 def required_number(header: Dataset, keyword: str) -> float:
     """Return a single finite number; see `required_numbers`."""
-    return float(required_numbers(header, keyword, 1)[0])
+    (value,) = _numbers(header, keyword, 1)
+    return value
 
 
 def whole_number(header: Dataset, keyword: str) -> int:
@@ -144,6 +145,10 @@ def required_numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.fl
     StudyError
         Absent, of another multiplicity, or not numbers.
     """
+    return np.array(_numbers(header, keyword, count))
+
+
+def _numbers(header: Dataset, keyword: str, count: int) -> list[float]:
     label = tag_of(keyword)
     values = texts(header, keyword)
     if not any(values):
@@ -151,7 +156,7 @@ def required_numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.fl
     if len(values) != count:
         expected = "a number" if count == 1 else f"{count} numbers"
         raise _malformed(label, expected)
-    return np.array([_parse_number(value, label) for value in values])
+    return [_parse_number(value, label) for value in values]
 
 
 def to_ras(lps: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -257,15 +262,14 @@ def _read(header: Dataset, tag: int, label: str, alike: tuple[Any, ...] | None) 
 def _sequence_alike(header: Dataset, tag: BaseTag, label: str) -> Any:
     """Return a short sequence that is unread, one object for all headers that say the same."""
     raw = header.get_item(tag, keep_deferred=True)
-    encodings = header.original_character_set
     if (
         not isinstance(raw, RawDataElement)
         or not raw.value
         or raw.VR != VR.SQ
         or len(raw.value) > _LARGEST_SHARED
-        or not isinstance(encodings, list)
     ):
         return None
+    encodings = _encodings(header)
     alike = tag, raw.VR, raw.value, raw.is_implicit_VR, raw.is_little_endian, *encodings
     return _read(header, tag, label, alike)
 
@@ -284,10 +288,14 @@ def _alike(header: Dataset, tag: int) -> tuple[Any, ...] | None:
         or not _stands_alone(tag)
     ):
         return None
-    encodings = header.original_character_set
-    if not isinstance(encodings, list):
-        return None
+    encodings = _encodings(header)
     return tag, raw.VR, raw.value, raw.is_implicit_VR, raw.is_little_endian, *encodings
+
+
+def _encodings(header: Dataset) -> Sequence[str]:
+    """Return a header's character sets; it has but one where it names none."""
+    encodings = header.original_character_set
+    return (encodings,) if isinstance(encodings, str) else encodings
 
 
 @functools.cache

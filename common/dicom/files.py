@@ -131,6 +131,11 @@ class DicomFile:
         return joined_text(self.header, "Modality")
 
     @functools.cached_property
+    def is_slice(self) -> bool:
+        """Whether it is an image of a volume, by its header."""
+        return self.modality in IMAGE_CLASSES and _is_slice(self.header, self.modality)
+
+    @functools.cached_property
     def n_frames(self) -> int:
         """NumberOfFrames, 1 where it is absent or no number."""
         frames = joined_text(self.header, "NumberOfFrames")
@@ -320,7 +325,7 @@ def group_series(files: Iterable[DicomFile], modality: str) -> list[Series]:
     """
     groups: dict[str, list[DicomFile]] = defaultdict(list)
     for file in sorted(files, key=lambda file: file.name):
-        if file.modality == modality and _is_slice(file.header, modality):
+        if file.modality == modality and file.is_slice:
             groups[joined_text(file.header, "SeriesInstanceUID")].append(file)
     return [Series(modality, tuple(group)) for group in groups.values()]
 

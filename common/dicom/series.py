@@ -3,6 +3,7 @@
 Knows pydicom. Slices have DICOM's LPS coordinates, which end here: affines are RAS+.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,9 +110,9 @@ def _slice(
     rescale: Rescale,
 ) -> Slice:
     """Make a slice of the header, or of the functional groups, that tell its place."""
-    axes = required_numbers(orientation, "ImageOrientationPatient", 6).reshape(2, 3)
+    axes = _unit_axes(*required_numbers(orientation, "ImageOrientationPatient", 6).tolist())
     pixel_spacing_mm = required_numbers(measures, "PixelSpacing", 2)
-    if np.abs(axes @ axes.T - np.eye(2)).max() > _PERPENDICULAR_UNITS:
+    if axes is None:
         raise StudyError(
             f"{tag_of('ImageOrientationPatient')} is not a pair of perpendicular unit vectors: "
             "export the series again",
@@ -130,11 +131,22 @@ def _slice(
         file,
         frame,
         required_numbers(position, "ImagePositionPatient", 3),
-        (axes / np.linalg.norm(axes, axis=1, keepdims=True)).ravel(),
+        axes,
         pixel_spacing_mm,
         (whole_number(file.header, "Columns"), whole_number(file.header, "Rows")),
         rescale,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _unit_axes(*stored: float) -> NDArray[np.float64] | None:
+    """Return the axes that a series has in common, (6,); None if not perpendicular unit vectors."""
+    axes = np.reshape(stored, (2, 3))
+    if np.abs(axes @ axes.T - np.eye(2)).max() > _PERPENDICULAR_UNITS:
+        return None
+    unit: NDArray[np.float64] = (axes / np.linalg.norm(axes, axis=1, keepdims=True)).ravel()
+    unit.flags.writeable = False
+    return unit
 
 
 # --- dicom stack -----------------------------------------------------------------------------
@@ -251,7 +263,11 @@ def refuse_moving(series: Series) -> None:
 
 def _refuse_mixed(slices: Sequence[Slice], role: str) -> None:
     first = slices[0]
+    of_kind: dict[tuple[Any, ...], Slice] = {}
     for item in slices:
+        kind = (item.orientation.tobytes(), item.pixel_spacing_mm.tobytes(), item.matrix)
+        of_kind.setdefault(kind, item)
+    for item in of_kind.values():
         if np.abs(item.orientation - first.orientation).max() > _SAME_DIRECTION:
             raise StudyError(
                 f"the {role} series mixes orientations ({tag_of('ImageOrientationPatient')}): "
