@@ -10,7 +10,7 @@ from common.dicom.attributes import joined_text, required_number, required_numbe
 from common.dicom.files import Series
 from common.dicom.series import Stack
 from common.errors import Kind, StudyError, Warning
-from common.geometry import Image, inverse
+from common.geometry import Grid, inverse
 from common.suv.factors import SuvConversion, spread_factors
 
 FloatArray = NDArray[np.float64]
@@ -30,12 +30,12 @@ class Planes(NamedTuple):
     spacing_mm: FloatArray  # (n, 2), from row to row, from column to column
     matrix: FloatArray  # (n, 2), columns and rows
 
-    def first_and_last_pixel_in(self, image: Image) -> FloatArray:
+    def first_and_last_pixel_in(self, grid: Grid) -> FloatArray:
         """Voxel indices of both in an image, (2, n, 3)."""
         columns_mm, rows_mm = ((self.matrix - 1) * self.spacing_mm[:, ::-1]).T[..., np.newaxis]
         diagonal_mm = columns_mm * self.orientation[:, :3] + rows_mm * self.orientation[:, 3:]
         ends_mm = to_ras(np.stack([self.position_mm, self.position_mm + diagonal_mm]))
-        to_voxel = inverse(image.affine)
+        to_voxel = inverse(grid.affine)
         return np.asarray(ends_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3])
 
 
@@ -59,15 +59,15 @@ def planes_of_headers(header: Series | Stack) -> Planes | None:
     return Planes(position_mm, orientation, spacing_mm, np.array(matrix))
 
 
-def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[Warning, ...]:
+def check_planes_of(pet: Grid, planes: Planes, *, trusted: bool) -> tuple[Warning, ...]:
     """Refuse headers whose slices are none of a NIfTI PET: they belong to another series.
 
     Where the user trusts them, that is returned as a warning.
     """
-    ends = planes.first_and_last_pixel_in(image)
+    ends = planes.first_and_last_pixel_in(pet)
     voxels = first, last = np.rint(ends)
     on_voxels = np.abs(ends[0] - first).max() <= ON_GRID_VOXELS
-    end = np.array(image.data.shape) - 1
+    end = np.array(pet.shape) - 1
     inside = np.array_equal(voxels, np.clip(voxels, 0, end))
     extents = np.sort(np.abs(last - first))
     of_matrix = np.sort(np.insert(planes.matrix - 1, 0, 0, axis=1))
@@ -88,20 +88,20 @@ def check_planes_of(image: Image, planes: Planes, *, trusted: bool) -> tuple[War
     )
 
 
-def factors_on(image: Image, suv: SuvConversion, planes: Planes | None) -> FloatArray:
+def factors_on(pet: Grid, suv: SuvConversion, planes: Planes | None) -> FloatArray:
     """Return factors that broadcast over a NIfTI PET, each on the slice of its header."""
     factors = suv.factors
     if planes is not None:
-        first, _ = planes.first_and_last_pixel_in(image)
+        first, _ = planes.first_and_last_pixel_in(pet)
         axis = int(np.ptp(first, axis=0).argmax())
-        n_slices = image.data.shape[axis]
+        n_slices = pet.shape[axis]
         indices = np.rint(first[:, axis]).astype(int)
         if sorted(indices) == list(range(n_slices)):
             shape = np.where(np.arange(3) == axis, n_slices, 1)
             return factors[np.argsort(indices)].reshape(shape)
     if np.ptp(factors) <= SAME_FACTOR * factors.max():
         one = dataclasses.replace(suv, factors=factors[:1])
-        return spread_factors(one, image.data.shape[2])[:1].reshape(1, 1, 1)
+        return spread_factors(one, pet.shape[2])[:1].reshape(1, 1, 1)
     raise StudyError(
         "the factor to SUV differs by slice, but the headers do not cover the slices of the PET: "
         "give the header of every slice, or the DICOM series itself"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.components import voxels_above_zero
 from common.dicom.attributes import items, joined_text, tag_of
@@ -82,12 +83,12 @@ class Plan:
     ct_grid, pet_grid : Grid
     drawn_on : DrawnOn or None
         The image that an RTSTRUCT was drawn on.
-    header : Series, Stack or None
-        Of a NIfTI PET; a Stack where it is one multi-frame object.
     uneven : Stack or None
         The image on whose unevenly spaced slices a DICOM mask was drawn.
     suv : SuvConversion
         A factor for each slice of a DICOM PET; for each header of a NIfTI PET.
+    nifti_factors : array or None
+        What they make of a NIfTI PET's voxels, broadcast over them.
     warnings : tuple of Warning
     """
 
@@ -99,8 +100,8 @@ class Plan:
     pet_grid: Grid
     drawn_on: DrawnOn | None
     uneven: Stack | None
-    header: Series | Stack | None
     suv: SuvConversion
+    nifti_factors: NDArray[np.float64] | None
     warnings: tuple[Warning, ...]
 
     @property
@@ -170,6 +171,12 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     mask_grids = [_grid_of(file, "mask") for file in _nifti_masks(roles.mask)]
     if not conversion.allow_empty_mask:
         check_mask_overlaps(mask_grids, pet_grid)
+    nifti_factors = None
+    if isinstance(pet, NiftiFile):
+        planes = planes_of_headers(header) if header else None
+        if planes is not None:
+            warnings += check_planes_of(pet_grid, planes, trusted=conversion.trust_geometry)
+        nifti_factors = factors_on(pet_grid, suv, planes)
     return Plan(
         roles=roles,
         conversion=conversion,
@@ -179,8 +186,8 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         pet_grid=pet_grid,
         drawn_on=drawn_on,
         uneven=uneven[1] if uneven is not None else None,
-        header=header,
         suv=suv,
+        nifti_factors=nifti_factors,
         warnings=tuple(warnings),
     )
 
@@ -297,12 +304,12 @@ def read_study(plan: Plan, keep: Keep) -> ReadStudy:
     implausible = implausible_mask(mask, summary, plan.pet_grid)
     keep("mask", mask)
     del mask
-    pet, pet_warnings = _read_pet(plan, block)
+    pet = _read_pet(plan, block)
     weight_kg = weight_of(told)
     fraction = None if weight_kg is None else dose_fraction(pet.data, pet.affine, weight_kg)
     implausible = [*implausible_pet(summary, pet, fraction, weight_kg), *implausible]
     keep("petsuv", pet)
-    warnings = (*plan.warnings, *pet_warnings, *mask_warnings, *beside, *implausible)
+    warnings = (*plan.warnings, *mask_warnings, *beside, *implausible)
     return ReadStudy(grids, told, warnings, taken_from(plan.roles, regions))
 
 
@@ -331,24 +338,24 @@ def _read_ct(plan: Plan, block: Block) -> Image:
 
 def _compact_ct(ct: Image) -> Image:
     """Return a CT as int16 where every value is a whole number in its range, else as float32."""
-    limits = np.iinfo(np.int16)
-    if limits.min <= ct.data.min() and ct.data.max() <= limits.max:
+    if ct.data.dtype == np.int16:
+        return ct
+    limits, (least, greatest) = np.iinfo(np.int16), ct.extremes
+    if limits.min <= least and greatest <= limits.max:
         whole = ct.data.astype(np.int16)
         if np.array_equal(whole, ct.data):
             return Image(whole, ct.affine)
     return Image(ct.data.astype(np.float32, copy=False), ct.affine)
 
 
-def _read_pet(plan: Plan, block: Block) -> tuple[Image, tuple[Warning, ...]]:
+def _read_pet(plan: Plan, block: Block) -> Image:
     if isinstance(plan.pet, Stack):
-        return read_pet(plan.pet, plan.suv.factors, block), ()
+        return read_pet(plan.pet, plan.suv.factors, block)
     image = read_nifti_file(plan.pet.path, "PET")
-    planes = planes_of_headers(plan.header) if plan.header else None
-    warnings: tuple[Warning, ...] = ()
-    if planes is not None:
-        warnings = check_planes_of(image, planes, trusted=plan.conversion.trust_geometry)
-    factors = factors_on(image, plan.suv, planes).astype(np.float32)
-    return Image(image.data.astype(np.float32, copy=False) * factors, image.affine), warnings
+    suv = image.data.astype(np.float32, copy=False)
+    if plan.nifti_factors is not None:
+        suv *= plan.nifti_factors.astype(np.float32)
+    return Image(suv, image.affine)
 
 
 # --- the mask --------------------------------------------------------------------------------
