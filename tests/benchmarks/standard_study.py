@@ -3,11 +3,11 @@
 Noise, air and the table look as in real scans to what matters here: gzip, the filters of HDF5 and
 the lesion code. The same size gives the same bytes. As a script, it writes a project zip::
 
-    python tests/benchmarks/standard_study.py OUT.zip standard|total-body N_STUDIES
+    python tests/benchmarks/standard_study.py OUT.zip standard|quiet-air|total-body N_STUDIES
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,22 @@ NOISE_SLICES = 16
 
 @dataclass(frozen=True)
 class Size:
-    """Matrix and slices of CT and PET, and their voxel sizes [mm]."""
+    """Matrix and slices of CT and PET, their voxel sizes [mm], and whether air has one value."""
 
     ct_shape: tuple[int, int, int]
     ct_spacing_mm: tuple[float, float, float]
     pet_shape: tuple[int, int, int]
     pet_spacing_mm: tuple[float, float, float]
+    quiet_air: bool = False
 
 
 STANDARD = Size((512, 512, 326), (0.98, 0.98, 3.0), (400, 400, 326), (2.04, 2.04, 3.0))
 TOTAL_BODY = Size((512, 512, 1500), (0.98, 0.98, 1.3), (400, 400, 673), (1.65, 1.65, 2.9))
-SIZES = {"standard": STANDARD, "total-body": TOTAL_BODY}
+SIZES = {
+    "standard": STANDARD,
+    "quiet-air": replace(STANDARD, quiet_air=True),
+    "total-body": TOTAL_BODY,
+}
 
 
 def write_project(path: Path, size: Size, n_studies: int = 1) -> None:
@@ -68,6 +73,8 @@ def ct_image(size: Size) -> Image:
     noise *= 15 / noise.std()
     volume = _noise(np.rint(noise).astype(np.int16), size.ct_shape)
     volume += hu[..., None].astype(np.int16)
+    if size.quiet_air:
+        volume[hu == -1000] = -1000
     volume[np.hypot(x, y) > 250] = -1024
     return _image(volume, size.ct_spacing_mm)
 
@@ -80,7 +87,7 @@ def pet_image(size: Size) -> Image:
     noise = random.gamma(4, 0.25, (*size.pet_shape[:2], NOISE_SLICES)).astype(np.float32)
     noise = ndimage.gaussian_filter(noise, 1)
     suv = _noise(noise, size.pet_shape)
-    suv *= np.where(body, 1.2, 0.0005).astype(np.float32)[..., None]
+    suv *= np.where(body, 1.2, 0 if size.quiet_air else 0.0005).astype(np.float32)[..., None]
     suv += mask_image(size).data * np.float32(8)
     slope = suv.max(axis=(0, 1)) / np.float32(32767)
     return _image(np.rint(suv / slope) * slope, size.pet_spacing_mm)
