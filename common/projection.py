@@ -105,7 +105,7 @@ def _check_decimals(name: str, degrees: float) -> None:
 
 
 _STRIP_BYTES = 2 << 20  # one strip of rotated columns: what a core's cache holds
-_FADED = np.float32(1e-25)  # coefficients below this are as good as 0
+_FADED = np.float32(1e-10)  # share of the greatest coefficient that is as good as 0
 _PHASE_DECIMALS = 9  # finer than names tell apart, coarser than the rounding of angle % 90
 
 Float32Array = npt.NDArray[np.float32]
@@ -137,9 +137,10 @@ def image_mips(images: npt.NDArray[np.floating], angles: Sequence[float]) -> Flo
     """
     plane_shape = images.shape[-3:-1]
     coefficients = _spline_coefficients(images)
+    filled = _filled_around(coefficients, plane_shape)
     mips = np.empty((len(angles), plane_shape[0], coefficients.shape[1]), np.float32)
     for angle, members in _quarter_turn_families(plane_shape, angles):
-        operator = _rotation_operator(plane_shape, angle)
+        operator = _rotation_operator(plane_shape, angle, filled)
         along_y, along_x = _maxima(operator, coefficients, plane_shape)
         for position, quarter_turns in members.items():
             mip = along_x if quarter_turns % 2 else along_y
@@ -265,33 +266,51 @@ def _spline_coefficients(images: npt.NDArray[np.floating]) -> Float32Array:
     coefficients = _channels_last(images).astype(np.float32, order="C")
     for axis in (0, 1):
         ndimage.spline_filter1d(coefficients, 3, axis, output=coefficients, mode="mirror")
-    # In air of one value they fade with the distance from the body, to numbers that are too small
-    # for float32's exponent: many processors take a hundred times as long to multiply those.
+    # In air of one value they fade with the distance from the body: to nothing soon, but in the
+    # end to numbers so small that many processors take a hundred times as long to multiply them.
+    faded = _FADED * max(coefficients.max(), -coefficients.min())
     for plane in coefficients:
-        plane[np.abs(plane) < _FADED] = 0
+        plane[np.abs(plane) < faded] = 0
     return coefficients.reshape(math.prod(coefficients.shape[:2]), -1)
 
 
-def _rotation_operator(plane_shape: tuple[int, ...], angle: float) -> sparse.csr_array:
+def _filled_around(
+    coefficients: Float32Array, plane_shape: tuple[int, ...]
+) -> npt.NDArray[np.bool_]:
+    """Whether not all coefficients are 0 that a spline has from a voxel (X, Y) on to the next."""
+    filled = np.empty(len(coefficients), bool)
+    np.any(coefficients, axis=1, out=filled)
+    padded = np.pad(filled.reshape(plane_shape), (1, 2), mode="reflect")
+    taps = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))
+    return np.asarray(taps.any(axis=(2, 3)))
+
+
+def _rotation_operator(
+    plane_shape: tuple[int, ...], angle: float, filled: npt.NDArray[np.bool_]
+) -> sparse.csr_array:
     """Matrix (X * Y, X * Y) from the spline coefficients of a plane to the rotated plane.
 
-    Rows of voxels that come from outside the plane are empty.
+    Rows of voxels that come from outside the plane are empty, and those that will be 0, from where
+    nothing is `filled` (X, Y): air of one value.
     """
     from scipy import sparse, special
 
-    inside = _inside(plane_shape, angle)
     centre_x, centre_y = ((n - 1) / 2 for n in plane_shape)
-    x, y = np.nonzero(inside)
+    x, y = np.nonzero(_inside(plane_shape, angle))
     from_x, from_y = x - centre_x, y - centre_y
     cos, sin = special.cosdg(angle), special.sindg(angle)
-    weights_x, taps_x = _cubic_taps(centre_x + cos * from_x + sin * from_y, plane_shape[0])
-    weights_y, taps_y = _cubic_taps(centre_y - sin * from_x + cos * from_y, plane_shape[1])
+    place_x = centre_x + cos * from_x + sin * from_y
+    place_y = centre_y - sin * from_x + cos * from_y
+    found = filled[place_x.astype(np.int32), place_y.astype(np.int32)]
+    weights_x, taps_x = _cubic_taps(place_x[found], plane_shape[0])
+    weights_y, taps_y = _cubic_taps(place_y[found], plane_shape[1])
     weights = weights_x[:, :, None] * weights_y[:, None, :]
     taps = taps_x[:, :, None] * np.int32(plane_shape[1]) + taps_y[:, None, :]
-    row_ends = np.cumsum(inside.ravel() * 16, dtype=np.int32)
+    row_ends = np.zeros(math.prod(plane_shape) + 1, np.int32)
+    row_ends[1 + x[found] * plane_shape[1] + y[found]] = 16
+    np.cumsum(row_ends, out=row_ends)
     return sparse.csr_array(
-        (weights.ravel(), taps.ravel(), np.concatenate([[np.int32(0)], row_ends])),
-        shape=(inside.size, inside.size),
+        (weights.ravel(), taps.ravel(), row_ends), shape=(len(row_ends) - 1, len(row_ends) - 1)
     )
 
 
