@@ -106,6 +106,13 @@ class Image:
         """Least and greatest value, looked for once; both NaN where one is."""
         return extremes(self.data)
 
+    @classmethod
+    def with_extremes(cls, data: Array, affine: FloatArray, known: tuple[float, float]) -> Image:
+        """Return an image whose least and greatest value are known, and not looked for."""
+        image = cls(data, affine)
+        vars(image)["extremes"] = known
+        return image
+
 
 def edges_mm(affine: FloatArray) -> FloatArray:
     """Lengths of a voxel's edges along x, y, z [mm]."""

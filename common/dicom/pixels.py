@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -79,22 +79,24 @@ def read_ct(stack: Stack, block: Block | None = None) -> Image:
     """
     data: NDArray[Any] = _volume(stack, np.dtype(np.int16), block)
     values = np.empty(data.shape[:2], order="F")
+    extremes = []
     for k, stored, slope, intercept in _scaled_planes(stack, np.ones(len(stack.slices))):
         if data.dtype == np.int16 and _stays_int16(stored, slope, intercept):
             np.add(stored.astype(np.int16, copy=False), np.int16(intercept), out=data[:, :, k])
-            continue
-        hu = _rescale(stored, slope, intercept, values)
-        with np.errstate(invalid="ignore"):
-            data[:, :, k] = hu
-        if data.dtype == np.int16 and not np.array_equal(data[:, :, k], hu):
-            data = data.astype(np.float32)
-            data[:, :, k] = hu
+        else:
+            hu = _rescale(stored, slope, intercept, values)
+            with np.errstate(invalid="ignore"):
+                data[:, :, k] = hu
+            if data.dtype == np.int16 and not np.array_equal(data[:, :, k], hu):
+                data = data.astype(np.float32)
+                data[:, :, k] = hu
+        extremes.append(_extremes(data[:, :, k]))
     if stack.places is not None:
         data = _between_slices(data, stack.places)
         with np.errstate(invalid="ignore"):
             whole = data.astype(np.int16)
-        data = whole if np.array_equal(whole, data) else data
-    return Image(data, stack.affine)
+        return Image(whole if np.array_equal(whole, data) else data, stack.affine)
+    return _image(data, stack, extremes)
 
 
 def read_pet(stack: Stack, factors: NDArray[np.float64], block: Block | None = None) -> Image:
@@ -113,11 +115,12 @@ def read_pet(stack: Stack, factors: NDArray[np.float64], block: Block | None = N
         Pixels that cannot be read.
     """
     data = _volume(stack, np.dtype(np.float32), block)
+    extremes = []
     for k, stored, slope, intercept in _scaled_planes(stack, factors):
-        _rescale(stored, slope, intercept, data[:, :, k])
+        extremes.append(_extremes(_rescale(stored, slope, intercept, data[:, :, k])))
     if stack.places is not None:
-        data = _between_slices(data, stack.places)
-    return Image(data, stack.affine)
+        return Image(_between_slices(data, stack.places), stack.affine)
+    return _image(data, stack, extremes)
 
 
 def block_for(*stacks: Stack) -> Block:
@@ -132,6 +135,16 @@ def _volume(stack: Stack, dtype: np.dtype[Any], block: Block | None) -> NDArray[
     block = block_for(stack) if block is None else block
     n_bytes = math.prod(shape) * dtype.itemsize
     return block[:n_bytes].view(dtype).reshape(shape, order="F")
+
+
+def _extremes(plane: Plane) -> tuple[float, float]:
+    """Return the least and greatest value of a plane, while it is in the processor's cache."""
+    return plane.min(), plane.max()
+
+
+def _image(data: NDArray[Any], stack: Stack, of_planes: Sequence[tuple[float, float]]) -> Image:
+    least, greatest = np.transpose(of_planes)
+    return Image.with_extremes(data, stack.affine, (float(least.min()), float(greatest.max())))
 
 
 def _shape_of_slices(stack: Stack) -> tuple[int, int, int]:

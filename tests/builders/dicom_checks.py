@@ -75,4 +75,5 @@ def assert_image_is(image, values, affine, dtype):
     assert image.data.dtype == dtype
     assert image.data.flags.f_contiguous
     np.testing.assert_allclose(image.data, values, rtol=1e-7)
+    assert image.extremes == (image.data.min(), image.data.max())
     np.testing.assert_allclose(image.affine, affine, atol=1e-5)
