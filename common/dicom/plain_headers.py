@@ -10,7 +10,7 @@ import struct
 from pydicom.charset import convert_encodings, default_encoding
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import RawDataElement, convert_raw_data_element, empty_value_for_VR
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.tag import BaseTag
 from pydicom.uid import (
     AllTransferSyntaxes,
@@ -77,7 +77,7 @@ def scan_header(path: str, start: bytes) -> tuple[FileDataset, int] | None:
     file_meta = FileMetaDataset(meta)
     file_meta.set_original_encoding(False, True, default_encoding)
     # Without a path pydicom does not look for the file's time.
-    header = FileDataset("", Dataset(elements), start[:128], file_meta, implicit, True)
+    header = FileDataset("", elements, start[:128], file_meta, implicit, True)
     header.filename = path
     header.set_original_encoding(implicit, True, encoding)
     return header, pixel_offset

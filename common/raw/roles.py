@@ -371,6 +371,8 @@ def _copies_elsewhere(candidates: Sequence[Series]) -> set[DicomFile]:
         folders: dict[str, list[DicomFile]] = defaultdict(list)
         for file in series.files:
             folders[os.path.dirname(file.name)].append(file)
+        if len(folders) == 1:
+            continue
         left = Counter(map(_instance, series.files))
         n_different = len(left)
         for files in sorted(folders.values(), key=len):
