@@ -51,11 +51,10 @@ def read_patch(dataset: h5py.Dataset, corner: Sequence[int], size: Sequence[int]
             patch[place] = 0  # a chunk of zeros is not in the file
             continue
         bytes_apart = np.frombuffer(inflate(squeezed, width * math.prod(edges)), np.uint8)
-        low_to_high = bytes_apart.reshape(width, *edges)[:, *inside[:2]]
-        values = low_to_high[-1].astype(patch.dtype)
-        for lower in low_to_high[-2::-1]:
-            values <<= 8
-            values |= lower
+        *lower, values = bytes_apart.reshape(width, *edges)[:, *inside[:2]]
+        for byte in reversed(lower):
+            values = np.multiply(values, 256, dtype=patch.dtype)
+            values |= byte
         patch[place] = values[..., *inside[2:]]
     return patch.view(dataset.dtype)
 

@@ -31,6 +31,8 @@ _GZIP_LEVEL = 1
 
 _ZLIB_HEADER = b"\x78\x01"
 _LONGEST_STORED = 0xFFFF
+_HARDLY_HALVED = 0.46
+"""Share of its size to which gzip takes noisy air: files at most a tenth larger, a sixth faster."""
 _SAMPLED = 64
 """Bytes in a row of a sample: what deflate finds repeated lies near by."""
 
@@ -172,7 +174,10 @@ def _write_gzipped(dataset: h5py.Dataset, block: Block, values: NDArray[Any]) ->
     if values.shape != dataset.chunks:
         chunk = np.zeros(dataset.chunks, values.dtype)
         chunk[tuple(slice(n) for n in values.shape)] = values
-    bytes_apart = np.ascontiguousarray(chunk.reshape(-1, 1).view(np.uint8).T)
+    bits = chunk.reshape(-1).view(f"<u{chunk.itemsize}")
+    bytes_apart = np.empty((chunk.itemsize, bits.size), np.uint8)
+    for number, of_one_kind in enumerate(bytes_apart):
+        of_one_kind[:] = bits >> 8 * number  # a third of the time of copying every second byte
     dataset.id.write_direct_chunk(tuple(axis.start for axis in block), _zlib_stream(bytes_apart))
 
 
@@ -180,16 +185,19 @@ def _zlib_stream(bytes_apart: NDArray[np.uint8]) -> bytes:
     """Compress the first bytes of all values, the second ones and so on, (itemsize, N).
 
     Low bytes that gzip would not halve, noise, are stored in the stream as they are: readers copy
-    that ten times as fast as they inflate. libdeflate makes the rest, in one piece: it ends a
-    stream. Formats: RFC 1950 and 1951.
+    that ten times as fast as they inflate. So are the highest, of noisy air, where the others are
+    and gzip hardly halves them. libdeflate makes the rest, in one piece: it ends a stream.
+    Formats: RFC 1950 and 1951.
     """
     n_stored = 0
     while n_stored < len(bytes_apart) - 1 and not _is_halved(bytes_apart[n_stored]):
         n_stored += 1
-    low, high = bytes_apart[:n_stored], bytes_apart[n_stored:]
+    squeezed = deflate.deflate_compress(bytes_apart[n_stored:], _GZIP_LEVEL)
+    if n_stored == len(bytes_apart) - 1 and len(squeezed) > _HARDLY_HALVED * len(bytes_apart[-1]):
+        n_stored, squeezed = len(bytes_apart), deflate.deflate_compress(b"", _GZIP_LEVEL)
+    stored = _stored(bytes_apart[:n_stored].tobytes())
     checksum = deflate.adler32(bytes_apart)
-    squeezed = deflate.deflate_compress(high, _GZIP_LEVEL)
-    return b"".join([_ZLIB_HEADER, _stored(low.tobytes()), squeezed, checksum.to_bytes(4, "big")])
+    return b"".join([_ZLIB_HEADER, stored, squeezed, checksum.to_bytes(4, "big")])
 
 
 def _is_halved(of_one_kind: NDArray[np.uint8]) -> bool:

@@ -52,6 +52,23 @@ def test_what_gzip_would_not_halve_is_stored_and_the_rest_squeezed(tmp_path):
     assert zlib.decompress(chunk) == bytes_apart.tobytes()
 
 
+@pytest.mark.parametrize(("n_high", "squeezed"), [(16, False), (8, True)])
+def test_high_bytes_are_stored_with_the_low_where_gzip_hardly_halves_them(
+    n_high, squeezed, tmp_path
+):
+    """Of 4 bits they are a half of their size, of 3 bits three eighths."""
+    random = np.random.default_rng(0)
+    array = random.integers(0, 256 * n_high, (1, 40, 40, 40), np.uint16).view(np.float16)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = chunks.write_chunked(file, "a", array, "gzip")
+        np.testing.assert_array_equal(dataset[()].view(np.uint16), array.view(np.uint16))
+        _, chunk = dataset.id.read_direct_chunk((0, 0, 0, 0))
+    low, high = array.view(np.uint8).reshape(-1, 2).T
+    assert low[-1000:].tobytes() in chunk
+    assert (high[-1000:].tobytes() in chunk) is not squeezed
+    assert zlib.decompress(chunk) == low.tobytes() + high.tobytes()
+
+
 def test_chunks_are_even_parts_of_one_channel():
     assert chunks.chunk_shape((2, 200, 200, 326)) == (1, 40, 40, 37)
     assert chunks.chunk_shape((1, 10, 40, 41)) == (1, 10, 40, 21)
