@@ -5,15 +5,17 @@ Run by hand::
     python tests/benchmarks/bench_hdf5.py [--patches N] [--gigabytes N] [--study FILE.h5]
 
 A patch is 96 x 96 x 96 voxels of both channels at a random place of the standard study (200 x 200
-x 326, float16), or of the first study of a file, read by h5py, by one thread. From the disk, as of
+x 326, float16), or of the first study of a file, read by one thread. From the disk, as of
 collections larger than memory, time is what passes; from the page cache it is the processor's,
-since nothing else is waited for. Both are medians. Sizes are those of image and both masks,
-relative to a file without chunks and compression. Blosc is measured where hdf5plugin is installed.
+since nothing else is waited for, by h5py and by `read_patch` of docs/training.md. All are medians.
+Sizes are those of image and both masks, relative to a file without chunks and compression. Blosc is
+measured where hdf5plugin is installed.
 mergeh5.py is held against cp in turn, both with what they wrote safe on disk.
 """
 
 import argparse
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -31,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from processes import ROOT, median, print_runs, run, run_python
 
 from common.hdf5 import chunks
+
+ReadPatch = Callable[[h5py.Dataset, Sequence[int], Sequence[int]], np.ndarray]
 
 PATCH = 96
 EDGES = (16, 32, 40, 64)
@@ -63,8 +67,8 @@ def print_compressions(study: Path, folder: Path, n_patches: int) -> None:
     path = folder / "contiguous.h5"
     seconds = write_contiguous(path, arrays)
     size, plain = path.stat().st_size, median_patches(path, n_patches)
-    print("| chunk | compression | size | written in | 96³ patch from disk | cached |")
-    print("|---|---|---|---|---|---|")
+    print("| chunk | compression | size | written in | 96³ patch from disk | cached | read_patch |")
+    print("|---|---|---|---|---|---|---|")
     print_row("contiguous", "none", 1, seconds, plain, plain)
     compressions = [c for c in chunks.COMPRESSIONS if c not in chunks.missing_packages()]
     for edge in EDGES:
@@ -88,7 +92,7 @@ def print_row(
     patches: Sequence[float],
     plain: Sequence[float],
 ) -> None:
-    """Print a file's size, the time of writing it, and those of a patch from disk and cache."""
+    """Print a file's size, the time of writing it, and those of a patch in the three ways."""
     times = " | ".join(
         f"{patch * 1e3:.1f} ms, {patch / of_plain:.1f} x"
         for patch, of_plain in zip(patches, plain, strict=True)
@@ -122,15 +126,31 @@ def write_chunked(path: Path, arrays: dict[str, np.ndarray], compression: str) -
     return time.perf_counter() - start
 
 
-def median_patches(path: Path, n_patches: int) -> tuple[float, float]:
-    """Return the median seconds of reading a random patch from disk, and from the cache."""
+def median_patches(path: Path, n_patches: int) -> list[float]:
+    """Return the median seconds of a random patch: from disk, from the cache, by `read_patch`."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     corners = corners_of(path, n_patches)
-    from_disk = [patch_seconds(path, corner, time.perf_counter) for corner in corners]
+    from_disk = [patch_seconds(path, corner, time.perf_counter, by_h5py) for corner in corners]
     path.read_bytes()
-    cached = [patch_seconds(path, corner, time.process_time) for corner in corners]
-    return statistics.median(from_disk), statistics.median(cached)
+    cached = [
+        [patch_seconds(path, corner, time.process_time, read) for corner in corners]
+        for read in (by_h5py, reader_of_the_page())
+    ]
+    return [statistics.median(seconds) for seconds in (from_disk, *cached)]
+
+
+def by_h5py(image: h5py.Dataset, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """Return a patch as plain h5py reads it."""
+    return image[(slice(None), *map(slice, corner, np.add(corner, size)))]
+
+
+def reader_of_the_page() -> ReadPatch:
+    """Return `read_patch` of docs/training.md, which examples/train.py has too, with PyTorch."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    found = {}
+    exec(re.search(r"```python\n(import itertools\n.*?)```", page, re.DOTALL)[1], found)
+    return found["read_patch"]
 
 
 def corners_of(path: Path, n_patches: int) -> np.ndarray:
@@ -140,16 +160,17 @@ def corners_of(path: Path, n_patches: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, most, (n_patches, 3))
 
 
-def patch_seconds(path: Path, corner: np.ndarray, clock: Callable[[], float]) -> float:
+def patch_seconds(
+    path: Path, corner: np.ndarray, clock: Callable[[], float], read: ReadPatch
+) -> float:
     """Return the seconds of reading one patch, from the disk where the clock counts waiting."""
-    patch = tuple(slice(at, at + PATCH) for at in corner)
     if clock is time.perf_counter:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with h5py.File(path) as file:
         image = file["image"]
         start = clock()
-        image[(slice(None), *patch)]
+        read(image, corner, (PATCH,) * 3)
         return clock() - start
 
 
