@@ -51,11 +51,11 @@ def read_patch(dataset: h5py.Dataset, corner: Sequence[int], size: Sequence[int]
             patch[place] = 0  # a chunk of zeros is not in the file
             continue
         bytes_apart = np.frombuffer(inflate(squeezed, width * math.prod(edges)), np.uint8)
-        *lower, values = bytes_apart.reshape(width, *edges)[:, *inside[:2]]
+        *lower, values = bytes_apart.reshape(width, *edges)[:, *inside[:-1]]
         for byte in reversed(lower):
             values = np.multiply(values, 256, dtype=patch.dtype)
             values |= byte
-        patch[place] = values[..., *inside[2:]]
+        patch[place] = values[..., inside[-1]]
     return patch.view(dataset.dtype)
 
 
