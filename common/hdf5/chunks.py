@@ -19,7 +19,7 @@ COMPRESSIONS = ("gzip", "lzf", "blosc", "none")
 """gzip, the default, is read by every HDF5; lzf by every h5py; blosc where hdf5plugin is."""
 
 COMPRESSIONS_MEAN = (
-    "of the HDF5 file (default: gzip, read everywhere; blosc, the fastest to read in patches, "
+    "of the HDF5 file (default: gzip, read everywhere; blosc, which h5py reads faster in patches, "
     "needs hdf5plugin)"
 )
 """What the scripts' help says of them."""
