@@ -14,6 +14,7 @@ import subprocess
 import sys
 import unicodedata
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import layouts
@@ -24,6 +25,7 @@ from layouts import BQ_PER_ML, CT_AFFINE, HU, LABELS, PET_AFFINE, SUV
 
 import createproject
 import preprocessing
+from common.errors import StudyError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real studies are not here")
@@ -552,6 +554,20 @@ def test_one_bad_study_never_stops_the_others(run, small_project, tmp_path):
         study_hash = rows[patient, "scan"]["hash"]
         assert f"error: {study_hash}: {reasons[patient][1]}" in log
     assert set(read_zip(tmp_path / "project.zip")[0]) == {hash_of("p4", "scan")}
+
+
+def test_a_study_refused_after_its_ct_was_written_leaves_nothing(small_project, tmp_path):
+    pet = small_project(tmp_path / "raw", 1)["p0"] / "PET.nii.gz"
+    pet.write_bytes(pet.read_bytes()[:-100])
+    parser = createproject.build_parser()
+    options = parser.parse_args([str(tmp_path / "raw"), "-o", str(tmp_path / "project.zip")])
+    createproject.check_options(parser, options)
+    (job,), _ = createproject.plan(createproject.pseudonymised(options, ()), options)
+    part = tmp_path / "parts" / "study.zip"
+    part.parent.mkdir()
+    with pytest.raises(StudyError, match="the PET is truncated"):
+        createproject.convert_study(replace(job, part=part))
+    assert [*part.parent.iterdir()] == []
 
 
 def test_incomplete_studies_are_no_error(run, tmp_path):
