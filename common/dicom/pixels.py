@@ -77,6 +77,7 @@ def read_ct(stack: Stack, block: Block | None = None) -> Image:
     StudyError
         Pixels that cannot be read.
     """
+    block = block_for(stack) if block is None else block
     data: NDArray[Any] = _volume(stack, np.dtype(np.int16), block)
     values = np.empty(data.shape[:2], order="F")
     extremes = []
@@ -88,7 +89,7 @@ def read_ct(stack: Stack, block: Block | None = None) -> Image:
             with np.errstate(invalid="ignore"):
                 data[:, :, k] = hu
             if data.dtype == np.int16 and not np.array_equal(data[:, :, k], hu):
-                data = data.astype(np.float32)
+                data = _widened(data, _volume(stack, np.dtype(np.float32), block))
                 data[:, :, k] = hu
         extremes.append(_extremes(data[:, :, k]))
     if stack.places is not None:
@@ -114,6 +115,7 @@ def read_pet(stack: Stack, factors: NDArray[np.float64], block: Block | None = N
     StudyError
         Pixels that cannot be read.
     """
+    block = block_for(stack) if block is None else block
     data = _volume(stack, np.dtype(np.float32), block)
     extremes = []
     for k, stored, slope, intercept in _scaled_planes(stack, factors):
@@ -129,12 +131,19 @@ def block_for(*stacks: Stack) -> Block:
     return np.empty(most * _WIDEST.itemsize, np.uint8)
 
 
-def _volume(stack: Stack, dtype: np.dtype[Any], block: Block | None) -> NDArray[Any]:
+def _volume(stack: Stack, dtype: np.dtype[Any], block: Block) -> NDArray[Any]:
     """Return a volume to be filled with slices, in Fortran order."""
     shape = _shape_of_slices(stack)
-    block = block_for(stack) if block is None else block
     n_bytes = math.prod(shape) * dtype.itemsize
     return block[:n_bytes].view(dtype).reshape(shape, order="F")
+
+
+def _widened(narrow: NDArray[Any], wide: NDArray[Any]) -> NDArray[Any]:
+    """Bring a volume into a wider type that begins where it does itself."""
+    # From the last plane on: none is written over before it is read.
+    for k in reversed(range(narrow.shape[2])):
+        wide[:, :, k] = narrow[:, :, k]
+    return wide
 
 
 def _extremes(plane: Plane) -> tuple[float, float]:

@@ -154,6 +154,13 @@ def test_a_ct_that_is_no_int16_is_float32(tmp_path, slope, intercept):
     assert_image_is(read_image(tmp_path), stored * slope + intercept, affine_of(), np.float32)
 
 
+def test_a_ct_whose_last_slice_is_no_int16_is_float32_as_a_whole(tmp_path):
+    stored, slopes = noise(SHAPE, 12), np.ones(SHAPE[2])
+    slopes[-1] = 0.5
+    write_slices(tmp_path, slices(stored, slopes=slopes, intercept=-1024))
+    assert_image_is(read_image(tmp_path), stored * slopes - 1024, affine_of(), np.float32)
+
+
 IMPLAUSIBLE_SCALE = (
     "RescaleSlope (0028,1053) or RescaleIntercept (0028,1052) is implausible: "
     "export the series again"
