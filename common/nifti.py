@@ -378,7 +378,7 @@ def _read_at_once(stream: Any, stored_size: int, role: str) -> Image | None:
         if compressed[_GZIP_FLAGS]:
             inflated = deflate.gzip_decompress(compressed, size)
         else:
-            # The same, but that the checksum is not computed, which is done below.
+            # Without a look at what follows: the trailer at the end is checked below.
             with memoryview(compressed) as view:
                 inflated = deflate.deflate_decompress(view[len(_GZIP_HEADER) :], size)
     except deflate.DeflateError:

@@ -977,6 +977,16 @@ def test_a_plan_tells_the_rule_without_reading_voxels(tmp_path, header, rule):
     assert plan.suv_rule == rule
 
 
+def test_a_plan_refuses_a_header_of_another_series(tmp_path):
+    """A dry run said that the study would be written."""
+    study = layouts.nifti_with_header(tmp_path)
+    header = pydicom.dcmread(study / "PET_header.dcm")
+    header.ImagePositionPatient = [0, 0, 900]
+    header.save_as(study / "PET_header.dcm")
+    with pytest.raises(StudyError, match="belongs to another series"):
+        plan_study(find_roles(str(study), Patterns()), Conversion())
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
