@@ -1,4 +1,4 @@
 """Which version this is."""
 
-VERSION = "1.3.0"
+VERSION = "1.3.1"
 SOFTWARE = f"tumorvolume {VERSION}"
