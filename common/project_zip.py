@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import deflate
-
 from common.errors import (
     StageError,
     StudyError,
@@ -34,10 +32,6 @@ from common.geometry import Image
 from common.hashing import LONGEST_NAME, can_name_study, fingerprint
 from common.nifti import encode_nifti, read_nifti
 from common.suv.provenance import coarse
-
-# The same checksum in a third of the time: an image passes through it three times until it is in
-# the output, and once where it is read.
-zipfile.crc32 = deflate.crc32  # type: ignore[attr-defined]
 
 ROLES = ("ct", "petsuv", "mask")
 _IMAGE_NAMES = {"ct": "CT", "petsuv": "PET", "mask": "mask"}
