@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import project_zip
+from common import dicom, project_zip
 from common.errors import StudyError, UnreachableStudy, counted
 from common.hashing import DEFAULT_LENGTHS, LONGEST_NAME, SHORTEST_KEY, fingerprint
 from common.nifti import load_library
@@ -328,6 +328,7 @@ def options_of_value(options: argparse.Namespace) -> list[Any]:
 def how_to_convert(options: argparse.Namespace) -> tuple[Patterns, Conversion]:
     """Return which file is what, and how images are made of them."""
     # What reads DICOM is slow to load: not to see that an option is wrong, but before workers fork.
+    dicom.load_library()
     from common.raw.candidates import Patterns
     from common.raw.study import Conversion
 

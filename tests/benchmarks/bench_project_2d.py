@@ -5,8 +5,8 @@ Run by hand, on an otherwise idle machine::
     python tests/benchmarks/bench_project_2d.py [--repeats N] [--every-angle]
 
 The standard study on 200 x 200 x 326 voxels, with noise everywhere and with air of one value,
-projected at 36 angles, on one core. scipy takes
-minutes: without ``--every-angle`` it does 3 of the angles, and their time is multiplied by 12.
+projected at 36 angles, on one core. scipy takes minutes: without ``--every-angle`` it does 3 of the
+angles, and their time is multiplied by 12.
 """
 
 import argparse

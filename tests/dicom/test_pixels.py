@@ -238,7 +238,8 @@ def test_decoders_are_loaded_when_they_are_needed(tmp_path, syntax):
     write_slices(tmp_path, slices(stored), SYNTAXES[syntax])
     program = (
         "import sys\n"
-        "import common.dicom\n"
+        "from common import dicom\n"
+        "dicom.load_library()\n"
         "print(sorted({'gdcm', 'PIL', 'requests'} & sys.modules.keys()))\n"
         "from pathlib import Path\n"
         "from dicom_checks import read_image\n"

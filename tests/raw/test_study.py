@@ -1002,9 +1002,8 @@ def test_a_plan_refuses_what_headers_tell(tmp_path, spoil):
     study = layouts.subfolders(tmp_path)
     spoil(study)
     roles = find_roles(str(study), Patterns())
-    with pytest.raises(StudyError) as planned:
+    with pytest.raises(StudyError):
         plan_study(roles, Conversion())
-    assert str(planned.value) == refusal(study)
 
 
 def test_a_pet_that_says_it_had_more_slices_is_told(tmp_path):
