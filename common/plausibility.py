@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,26 +25,21 @@ COARSE_MM = 4.0
 
 def coarse(image: Image) -> Image:
     """Return an image of every n-th voxel, about `COARSE_MM` apart: a view."""
-    steps = _steps(image.grid)
-    every_nth = tuple(slice(None, None, step) for step in steps)
-    return Image(image.data[every_nth], _stretched(image.affine, steps))
+    every_nth = tuple(slice(None, None, step) for step in _steps(image.grid))
+    return Image(image.data[every_nth], _coarse_grid(image.grid).affine)
 
 
 def _coarse_grid(grid: Grid) -> Grid:
     """Return the grid of a coarse image."""
     steps = _steps(grid)
     nx, ny, nz = (-(-n // step) for n, step in zip(grid.shape, steps, strict=True))
-    return Grid((nx, ny, nz), _stretched(grid.affine, steps))
+    affine = grid.affine.copy()
+    affine[:3, :3] *= steps
+    return Grid((nx, ny, nz), affine)
 
 
 def _steps(grid: Grid) -> list[int]:
     return [max(1, round(COARSE_MM / mm)) for mm in grid.spacing_mm]
-
-
-def _stretched(affine: NDArray[np.float64], steps: Sequence[int]) -> NDArray[np.float64]:
-    wider = affine.copy()
-    wider[:3, :3] *= steps
-    return wider
 
 
 # --- CT --------------------------------------------------------------------------------------

@@ -278,9 +278,8 @@ def _filled_around(
     coefficients: Float32Array, plane_shape: tuple[int, ...]
 ) -> npt.NDArray[np.bool_]:
     """Whether not all coefficients are 0 that a spline has from a voxel (X, Y) on to the next."""
-    filled = np.empty(len(coefficients), bool)
-    np.any(coefficients, axis=1, out=filled)
-    padded = np.pad(filled.reshape(plane_shape), (1, 2), mode="reflect")
+    filled = coefficients.any(axis=1).reshape(plane_shape)
+    padded = np.pad(filled, (1, 2), mode="reflect")
     taps = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))
     return np.asarray(taps.any(axis=(2, 3)))
 

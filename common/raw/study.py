@@ -87,8 +87,8 @@ class Plan:
         The image on whose unevenly spaced slices a DICOM mask was drawn.
     suv : SuvConversion
         A factor for each slice of a DICOM PET; for each header of a NIfTI PET.
-    nifti_factors : array or None
-        What they make of a NIfTI PET's voxels, broadcast over them.
+    factors : array
+        For each slice of a DICOM PET; broadcast over the voxels of a NIfTI PET.
     warnings : tuple of Warning
     """
 
@@ -101,7 +101,7 @@ class Plan:
     drawn_on: DrawnOn | None
     uneven: Stack | None
     suv: SuvConversion
-    nifti_factors: NDArray[np.float64] | None
+    factors: NDArray[np.float64]
     warnings: tuple[Warning, ...]
 
     @property
@@ -171,12 +171,12 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
     mask_grids = [_grid_of(file, "mask") for file in _nifti_masks(roles.mask)]
     if not conversion.allow_empty_mask:
         check_mask_overlaps(mask_grids, pet_grid)
-    nifti_factors = None
+    factors = suv.factors
     if isinstance(pet, NiftiFile):
         planes = planes_of_headers(header) if header else None
         if planes is not None:
             warnings += check_planes_of(pet_grid, planes, trusted=conversion.trust_geometry)
-        nifti_factors = factors_on(pet_grid, suv, planes)
+        factors = factors_on(pet_grid, suv, planes)
     return Plan(
         roles=roles,
         conversion=conversion,
@@ -187,7 +187,7 @@ def plan_study(roles: Roles, conversion: Conversion) -> Plan:
         drawn_on=drawn_on,
         uneven=uneven[1] if uneven is not None else None,
         suv=suv,
-        nifti_factors=nifti_factors,
+        factors=factors,
         warnings=tuple(warnings),
     )
 
@@ -350,11 +350,10 @@ def _compact_ct(ct: Image) -> Image:
 
 def _read_pet(plan: Plan, block: Block) -> Image:
     if isinstance(plan.pet, Stack):
-        return read_pet(plan.pet, plan.suv.factors, block)
+        return read_pet(plan.pet, plan.factors, block)
     image = read_nifti_file(plan.pet.path, "PET")
     suv = image.data.astype(np.float32, copy=False)
-    if plan.nifti_factors is not None:
-        suv *= plan.nifti_factors.astype(np.float32)
+    suv *= plan.factors.astype(np.float32)
     return Image(suv, image.affine)
 
 

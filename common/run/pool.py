@@ -211,7 +211,7 @@ def _keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Give what is free back to the kernel, where what comes next fits in none of its pieces."""
+    """Give what is free back to the kernel, for others to use."""
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
